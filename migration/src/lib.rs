@@ -1,0 +1,1 @@
+//! Snapshots and live migration (not there yet).

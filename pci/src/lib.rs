@@ -1,0 +1,1 @@
+//! PCI Express topology, configuration space, MSI-X and the virtio-pci transport.

@@ -1,0 +1,1 @@
+//! The tern virtual machine monitor.
