@@ -1,1 +1,1 @@
-//! e2e
+//! End-to-end tests: stock Linux guests under tern in the KVM machine.
