@@ -4,8 +4,14 @@
 //! |---|---|
 //! | [`bus`] | address-mapped regions and the look-up every guest access takes |
 //! | [`memory`] | guest RAM, and the view through which each function reaches it |
+//! | [`gate`] | the one predicate that says whether a function may touch its rings |
+//! | [`virtio`] | the virtio core: status, features, queues; and the contract a device fulfils |
+//! | [`io`] | the I/O thread that turns kicks and backend events into work |
 //!
 //! Everything here can be driven from a plain test, without a guest, a bus or a hypervisor.
 
 pub mod bus;
+pub mod gate;
+pub mod io;
 pub mod memory;
+pub mod virtio;

@@ -1,0 +1,140 @@
+//! The gate: whether a function may fetch from, use, or notify about its virtqueues.
+//!
+//! There is one gate per virtio function, and it is the only thing that stops a function. Everything that can stop
+//! one (a reset, a driver that is not ready, Bus Master Enable, a paused VM, and every migration door) is a
+//! [`Reasons`] bit. The gate is open when no bit is set.
+//!
+//! * Closing is a request: the bit is set at once, so nothing new is fetched, but what is in flight goes on until it
+//!   is used and signalled. The stop is *acknowledged* when [`Gate::drained`] is true.
+//! * Opening removes one bit. Removing the last one obliges the owner to look at every enabled ring again, since
+//!   kicks that arrived in between were not remembered.
+//!
+//! In flight means: fetched from a ring and not yet returned to it.
+
+use bitflags::bitflags;
+
+bitflags! {
+    /// Why a function is stopped. Any subset may hold at once, in any order.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub struct Reasons: u32 {
+        /// The driver has not set DRIVER_OK since the last reset.
+        const NO_DRIVER = 1 << 0;
+        /// The device found its rings unusable and asked for a reset (DEVICE_NEEDS_RESET).
+        const BROKEN = 1 << 1;
+        /// A device reset (status 0, FLR) waits for what is in flight.
+        const RESET = 1 << 2;
+        /// Bus Master Enable is clear: the function may neither reach memory nor send MSI.
+        const BUS_MASTER = 1 << 3;
+        /// The monitor paused the VM.
+        const PAUSED = 1 << 4;
+    }
+}
+
+/// The set of reasons, and the count of requests in flight. See the [module documentation](self).
+#[derive(Debug)]
+pub struct Gate {
+    reasons: Reasons,
+    in_flight: u32,
+}
+
+impl Gate {
+    /// A gate closed for `reasons`, with nothing in flight.
+    pub fn closed_for(reasons: Reasons) -> Self {
+        Self {
+            reasons,
+            in_flight: 0,
+        }
+    }
+
+    /// Adds `reason`.
+    pub fn close(&mut self, reason: Reasons) {
+        self.reasons |= reason;
+    }
+
+    /// Removes `reason`. True if that opened the gate: the caller then re-scans every enabled ring.
+    #[must_use = "rings must be scanned again when the gate opens, or kicks are lost"]
+    pub fn open(&mut self, reason: Reasons) -> bool {
+        let was_closed = !self.is_open();
+        self.reasons -= reason;
+        was_closed && self.is_open()
+    }
+
+    /// True if the function may fetch new requests.
+    pub fn is_open(&self) -> bool {
+        self.reasons.is_empty()
+    }
+
+    /// What keeps the gate closed.
+    pub fn reasons(&self) -> Reasons {
+        self.reasons
+    }
+
+    /// True if no request is in flight; with a closed gate, nothing more will happen.
+    pub fn drained(&self) -> bool {
+        self.in_flight == 0
+    }
+
+    /// A request was fetched.
+    pub(crate) fn enter(&mut self) {
+        self.in_flight += 1;
+    }
+
+    /// A request was used, or put back.
+    pub(crate) fn leave(&mut self) {
+        debug_assert!(self.in_flight > 0, "a request left that never entered");
+        self.in_flight = self.in_flight.saturating_sub(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn only_the_last_reason_removed_opens() {
+        let mut gate = Gate::closed_for(Reasons::NO_DRIVER | Reasons::PAUSED);
+        assert!(!gate.open(Reasons::NO_DRIVER));
+        assert!(gate.open(Reasons::PAUSED));
+        assert!(gate.is_open());
+    }
+
+    #[test]
+    fn removing_a_reason_from_an_open_gate_opens_nothing() {
+        let mut gate = Gate::closed_for(Reasons::empty());
+        assert!(!gate.open(Reasons::PAUSED));
+    }
+
+    #[test]
+    fn a_closed_gate_drains_when_the_last_request_leaves() {
+        let mut gate = Gate::closed_for(Reasons::empty());
+        gate.enter();
+        gate.enter();
+        gate.close(Reasons::RESET);
+        gate.leave();
+        assert!(!gate.drained());
+        gate.leave();
+        assert!(gate.drained());
+    }
+
+    proptest! {
+        /// Whatever the order, the gate is open exactly when every reason that was added has been removed.
+        #[test]
+        fn the_gate_is_the_set_of_its_reasons(steps in prop::collection::vec((any::<bool>(), 0u32..5), 0..64)) {
+            let mut gate = Gate::closed_for(Reasons::empty());
+            let mut model = std::collections::BTreeSet::new();
+            for (close, bit) in steps {
+                let reason = Reasons::from_bits_truncate(1 << bit);
+                let was_open = model.is_empty();
+                if close {
+                    model.insert(bit);
+                    gate.close(reason);
+                } else {
+                    model.remove(&bit);
+                    prop_assert_eq!(gate.open(reason), !was_open && model.is_empty());
+                }
+                prop_assert_eq!(gate.is_open(), model.is_empty());
+            }
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! A descriptor chain, taken from the ring as a whole and checked before a device sees it.
+
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
+
+use crate::memory::View;
+
+/// Index of the descriptor a chain starts with; names the chain in the used ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Head(pub u16);
+
+/// Why a chain cannot be used. The driver broke the rules, so the device asks for a reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    /// The chain loops, leaves its table, is longer than 4 GiB, or its indirect table is malformed.
+    #[error("descriptor chain does not end")]
+    Endless,
+    /// A device-readable descriptor follows a device-writable one.
+    #[error("device-readable descriptor after a device-writable one")]
+    Order,
+    /// A buffer lies outside guest memory.
+    #[error("buffer {start:#x}+{len:#x} is outside guest memory")]
+    Unmapped {
+        /// Guest physical address of the buffer.
+        start: u64,
+        /// Its length in bytes.
+        len: u32,
+    },
+}
+
+/// One contiguous guest buffer; checked to be RAM when the chain was taken.
+type Buffer = (GuestAddress, u32);
+
+/// A checked descriptor chain: device-readable buffers, then device-writable ones.
+///
+/// The chain owns its list of buffers, so it can be handed to another thread while the guest scribbles over its
+/// descriptor table. It must go back to the ring it came from (see [`Io::push`](super::Io::push)).
+#[derive(Debug, PartialEq, Eq)]
+pub struct Chain {
+    head: Head,
+    buffers: Vec<Buffer>,
+    /// Number of device-readable buffers at the start of `buffers`.
+    readable: usize,
+}
+
+impl Chain {
+    /// Takes the chain apart and checks all of it.
+    pub(super) fn parse(
+        view: &View,
+        descriptors: virtio_queue::DescriptorChain<
+            &vm_memory::GuestMemoryMmap<crate::memory::ViewBitmap>,
+        >,
+    ) -> Result<Self, ChainError> {
+        let head = Head(descriptors.head_index());
+        let mut buffers = Vec::new();
+        let mut readable = 0;
+        // The iterator stops silently at anything malformed. Only a chain that was walked to its end has a last
+        // descriptor without NEXT.
+        let mut ended = false;
+        for descriptor in descriptors {
+            ended = !descriptor.has_next();
+            let (start, len) = (descriptor.addr(), descriptor.len());
+            if !descriptor.is_write_only() && readable != buffers.len() {
+                return Err(ChainError::Order);
+            }
+            if len == 0 {
+                continue;
+            }
+            if !view.contains(start, len as usize) {
+                return Err(ChainError::Unmapped {
+                    start: start.0,
+                    len,
+                });
+            }
+            buffers.push((start, len));
+            if !descriptor.is_write_only() {
+                readable = buffers.len();
+            }
+        }
+        if !ended {
+            return Err(ChainError::Endless);
+        }
+        Ok(Self {
+            head,
+            buffers,
+            readable,
+        })
+    }
+
+    /// The chain's name in the used ring.
+    pub fn head(&self) -> Head {
+        self.head
+    }
+
+    /// Bytes the device may read.
+    pub fn readable_len(&self) -> u64 {
+        total(self.readable())
+    }
+
+    /// Bytes the device may write.
+    pub fn writable_len(&self) -> u64 {
+        total(self.writable())
+    }
+
+    fn readable(&self) -> &[Buffer] {
+        self.buffers.get(..self.readable).unwrap_or_default()
+    }
+
+    fn writable(&self) -> &[Buffer] {
+        self.buffers.get(self.readable..).unwrap_or_default()
+    }
+
+    /// Copies device-readable bytes from `offset` on into `out`; returns how many there were.
+    pub fn read(
+        &self,
+        view: &View,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<usize, GuestMemoryError> {
+        let mut done = 0;
+        for (start, len) in pieces(self.readable(), offset, out.len() as u64) {
+            let piece = out.get_mut(done..done + len).unwrap_or_default();
+            view.read_slice(piece, start)?;
+            done += len;
+        }
+        Ok(done)
+    }
+
+    /// Copies `data` into the device-writable bytes from `offset` on; returns how many bytes fitted.
+    pub fn write(&self, view: &View, offset: u64, data: &[u8]) -> Result<usize, GuestMemoryError> {
+        let mut done = 0;
+        for (start, len) in pieces(self.writable(), offset, data.len() as u64) {
+            let piece = data.get(done..done + len).unwrap_or_default();
+            view.write_slice(piece, start)?;
+            done += len;
+        }
+        Ok(done)
+    }
+
+    /// The device-readable bytes `offset..offset + len` as slices of guest memory, for scatter-gather I/O.
+    pub fn readable_slices<'v>(
+        &self,
+        view: &'v View,
+        offset: u64,
+        len: u64,
+    ) -> Result<Vec<VolatileSlice<'v, impl BitmapSlice + use<'v>>>, GuestMemoryError> {
+        slices(view, self.readable(), offset, len)
+    }
+
+    /// The device-writable bytes `offset..offset + len` as slices of guest memory, for scatter-gather I/O.
+    ///
+    /// Writing through the raw pointers of the slices bypasses the dirty bitmap: mark what was written with
+    /// `slice.bitmap().mark_dirty(0, n)`.
+    pub fn writable_slices<'v>(
+        &self,
+        view: &'v View,
+        offset: u64,
+        len: u64,
+    ) -> Result<Vec<VolatileSlice<'v, impl BitmapSlice + use<'v>>>, GuestMemoryError> {
+        slices(view, self.writable(), offset, len)
+    }
+}
+
+fn total(buffers: &[Buffer]) -> u64 {
+    buffers.iter().map(|(_, len)| u64::from(*len)).sum()
+}
+
+/// The parts of `buffers` that make up bytes `offset..offset + len` of their concatenation.
+fn pieces(
+    buffers: &[Buffer],
+    offset: u64,
+    len: u64,
+) -> impl Iterator<Item = (GuestAddress, usize)> + '_ {
+    let end = offset.saturating_add(len);
+    let mut at = 0u64;
+    buffers.iter().filter_map(move |(start, size)| {
+        let (from, to) = (at, at + u64::from(*size));
+        at = to;
+        let (first, last) = (from.max(offset), to.min(end));
+        (first < last).then(|| {
+            (
+                GuestAddress(start.0 + (first - from)),
+                (last - first) as usize,
+            )
+        })
+    })
+}
+
+fn slices<'v>(
+    view: &'v View,
+    buffers: &[Buffer],
+    offset: u64,
+    len: u64,
+) -> Result<Vec<VolatileSlice<'v, impl BitmapSlice + use<'v>>>, GuestMemoryError> {
+    let mut out = Vec::new();
+    for (start, len) in pieces(buffers, offset, len) {
+        for slice in GuestMemoryBackend::get_slices(&**view, start, len) {
+            out.push(slice?);
+        }
+    }
+    Ok(out)
+}

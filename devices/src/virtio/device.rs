@@ -1,0 +1,137 @@
+//! The contract between the virtio core and a device.
+
+use std::os::fd::RawFd;
+
+use super::DeviceType;
+use super::chain::{Chain, Head};
+use super::queue::{RingError, Virtqueue};
+use crate::gate::Gate;
+use crate::memory::View;
+
+/// Where a device stands with a queue after it worked on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// The ring is empty: the device wants a kick when the driver adds to it.
+    Exhausted,
+    /// Chains were left on the ring until the backend has something (a frame, a key): a kick is of no use.
+    Waiting,
+}
+
+/// A descriptor of a backend that the I/O thread watches for input.
+///
+/// Watched edge-triggered: a device that is called for it reads until the descriptor has no more, or until the ring
+/// has no room, in which case the next kick of that queue carries on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// The descriptor; open for as long as the device lives.
+    pub fd: RawFd,
+    /// Handed back to [`VirtioDevice::on_event`].
+    pub token: u16,
+}
+
+/// A virtio device: what is particular to its type.
+///
+/// The core calls every method with the function's lock held, from a vCPU thread (configuration, activation, reset)
+/// or from the I/O thread (queues, events). None may block: work that takes time goes to a thread of the device's
+/// own, which announces its result through a [`Source`].
+///
+/// Order: any number of configuration accesses; `activate` at DRIVER_OK; then `process` and `on_event` in any order;
+/// `reset` once nothing is in flight; and so on from the start.
+pub trait VirtioDevice: Send {
+    /// The device type.
+    fn device_type(&self) -> DeviceType;
+
+    /// The feature bits of this device type that it offers (bits 0 to 23 and 50 to 63).
+    fn features(&self) -> u64;
+
+    /// The largest size of each virtqueue; its length is the number of queues. Each a power of two up to 32768.
+    fn queue_sizes(&self) -> Vec<u16>;
+
+    /// The device configuration as the driver reads it. Its length never changes.
+    fn config(&self) -> &[u8];
+
+    /// Takes a write of the driver within the device configuration. Read-only fields ignore it.
+    fn write_config(&mut self, offset: usize, data: &[u8]);
+
+    /// The driver is ready and accepted `features`.
+    fn activate(&mut self, features: u64);
+
+    /// Back to the state after construction. Nothing is in flight.
+    fn reset(&mut self);
+
+    /// Works on `queue`, because of a kick or because the gate opened.
+    fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError>;
+
+    /// Descriptors the I/O thread watches for this device.
+    fn sources(&self) -> Vec<Source>;
+
+    /// The source with this token became readable. Called also while the gate is closed, so that results of
+    /// requests in flight get back to the driver.
+    fn on_event(&mut self, token: u16, io: &mut Io<'_>) -> Result<(), RingError>;
+}
+
+/// A device's way to its rings and to guest memory, for the length of one call.
+///
+/// Fetching is only possible while the gate is open; returning what was fetched is always possible.
+pub struct Io<'a> {
+    pub(super) view: &'a View,
+    pub(super) queues: &'a mut [Virtqueue],
+    pub(super) gate: &'a mut Gate,
+    /// Chains that may still be fetched in this call, so that one busy queue cannot starve the others.
+    pub(super) budget: u32,
+    /// Set when the budget ran out with chains left.
+    pub(super) more: bool,
+    pub(super) config_changed: bool,
+}
+
+impl Io<'_> {
+    /// The function's view of guest memory.
+    pub fn memory(&self) -> &View {
+        self.view
+    }
+
+    /// Fetches the next chain of `queue`. `None` if there is none or the gate is closed.
+    ///
+    /// The chain must be returned with [`Self::push`], now or later, or put back at once with [`Self::unpop`].
+    pub fn pop(&mut self, queue: u16) -> Result<Option<Chain>, RingError> {
+        if !self.gate.is_open() {
+            return Ok(None);
+        }
+        if self.budget == 0 {
+            self.more = true;
+            return Ok(None);
+        }
+        let Some(ring) = self.queues.get_mut(usize::from(queue)) else {
+            return Ok(None);
+        };
+        let chain = ring.pop(self.view)?;
+        if chain.is_some() {
+            self.budget -= 1;
+            self.gate.enter();
+        }
+        Ok(chain)
+    }
+
+    /// Puts back the chain that was fetched last from `queue`.
+    pub fn unpop(&mut self, queue: u16, chain: Chain) {
+        drop(chain);
+        if let Some(ring) = self.queues.get_mut(usize::from(queue)) {
+            ring.unpop();
+            self.gate.leave();
+        }
+    }
+
+    /// Returns a chain of `queue` to the driver, with `len` bytes written to it.
+    pub fn push(&mut self, queue: u16, head: Head, len: u32) -> Result<(), RingError> {
+        let Some(ring) = self.queues.get_mut(usize::from(queue)) else {
+            return Ok(());
+        };
+        self.gate.leave();
+        ring.push(self.view, head, len)
+    }
+
+    /// The device configuration changed: the driver is told, now or when the gate opens.
+    pub fn config_changed(&mut self) {
+        self.config_changed = true;
+    }
+}
