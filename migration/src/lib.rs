@@ -1,1 +1,1 @@
-//! Snapshots and live migration (not there yet).
+//! Snapshots and live migration. Nothing here yet; see the crate's README.
