@@ -1,1 +1,0 @@
-//! End-to-end tests: stock Linux guests under tern in the KVM machine.

@@ -1,0 +1,44 @@
+//! End-to-end tests: stock Linux guests under `tern`, on real KVM.
+//!
+//! This is a program and not a `#[test]` so that it runs unchanged where `/dev/kvm` performs: on this host, or, run
+//! by `cargo xtask kvm`, in an emulated one. It takes the options of a Rust test binary (a name filter, `--list`,
+//! `--test-threads`) and finds what it needs in the environment:
+//!
+//! | variable | |
+//! |---|---|
+//! | `TERN` | the monitor under test |
+//! | `TERN_IMAGES` | the directory `cargo xtask image` made: kernels and initramfs |
+
+mod api;
+mod block;
+mod boot;
+mod console;
+mod net;
+mod refusals;
+mod vm;
+
+use libtest_mimic::{Arguments, Trial};
+
+fn main() -> std::process::ExitCode {
+    let arguments = Arguments::from_args();
+    let trials: Vec<Trial> = [
+        boot::trials(),
+        block::trials(),
+        net::trials(),
+        console::trials(),
+        api::trials(),
+        refusals::trials(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// A test that fails with an error and its causes.
+fn trial(
+    name: impl Into<String>,
+    test: impl FnOnce() -> anyhow::Result<()> + Send + 'static,
+) -> Trial {
+    Trial::test(name, move || test().map_err(|e| format!("{e:#}").into()))
+}

@@ -1,0 +1,77 @@
+//! virtio-net: the switch between functions, and taps.
+
+use std::io::Write;
+use std::net::TcpListener;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
+
+use crate::trial;
+use crate::vm::Vm;
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("net::two_functions_on_a_switch_move_10_mib", switch),
+        trial("net::a_tap_reaches_the_machine_network", tap),
+    ]
+}
+
+fn switch() -> Result<()> {
+    let outcome = Vm::new("net-ping:a=eth0:b=eth1:mib=10")
+        .args(["--cpus", "2", "--net", "switch=lan", "--net", "switch=lan"])
+        .run_ok()?;
+    ensure!(
+        outcome.number("net-ping", "bytes")? >= 10 << 20,
+        "{}",
+        outcome.stdout
+    );
+    Ok(())
+}
+
+fn ip(arguments: &str) -> Result<()> {
+    let output = Command::new("ip")
+        .args(arguments.split_whitespace())
+        .output()
+        .context("cannot run ip")?;
+    ensure!(
+        output.status.success(),
+        "ip {arguments}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
+
+fn tap() -> Result<()> {
+    const BYTES: usize = 4 << 20;
+    ip("tuntap add dev terntest0 mode tap")?;
+    let result = (|| {
+        ip("addr add 192.168.77.1/24 dev terntest0")?;
+        ip("link set terntest0 up")?;
+        let listener = TcpListener::bind("192.168.77.1:0")?;
+        let port = listener.local_addr()?.port();
+        let data: Vec<u8> = (0..BYTES).map(|i| (i * 7 + i / 251) as u8).collect();
+        let crc = format!("{:08x}", crc32fast::hash(&data));
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept()?;
+            stream.write_all(&data)
+        });
+        let outcome = Vm::new(format!(
+            "net-tap:peer=192.168.77.1:port={port}:addr=192.168.77.2"
+        ))
+        .args(["--net", "tap=terntest0"])
+        .run_ok()?;
+        ensure!(
+            outcome.value("net-tap", "crc32")? == crc,
+            "{}",
+            outcome.stdout
+        );
+        ensure!(
+            matches!(server.join(), Ok(Ok(()))),
+            "the server on the tap failed"
+        );
+        Ok(())
+    })();
+    ip("link del terntest0")?;
+    result
+}

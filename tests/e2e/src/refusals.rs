@@ -1,0 +1,267 @@
+//! Bad input: each is refused with a status, the name of the thing, and a cure; nothing is left behind.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
+
+use crate::trial;
+use crate::vm::{image, tern};
+
+/// A command line that must be refused: name, arguments, status, and what the message must contain.
+struct Refusal {
+    name: &'static str,
+    arguments: &'static [&'static str],
+    code: i32,
+    says: &'static [&'static str],
+}
+
+/// `{kernel}` and `{initrd}` are the good ones; `{dir}` is a directory with the files of [`prepare`].
+const REFUSALS: &[Refusal] = &[
+    refusal(
+        "a_missing_kernel",
+        &["--kernel", "{dir}/nothing"],
+        1,
+        &["nothing"],
+    ),
+    refusal(
+        "an_empty_kernel",
+        &["--kernel", "{dir}/empty"],
+        1,
+        &["empty"],
+    ),
+    refusal(
+        "a_directory_as_kernel",
+        &["--kernel", "{dir}"],
+        1,
+        &["directory"],
+    ),
+    refusal(
+        "a_truncated_kernel",
+        &["--kernel", "{dir}/truncated"],
+        1,
+        &["truncated"],
+    ),
+    refusal("text_as_kernel", &["--kernel", "{dir}/text"], 1, &["text"]),
+    refusal(
+        "a_32_bit_elf_kernel",
+        &["--kernel", "{dir}/elf32"],
+        1,
+        &["elf32", "64"],
+    ),
+    refusal(
+        "a_missing_initrd",
+        &["--kernel", "{kernel}", "--initrd", "{dir}/nothing"],
+        1,
+        &["nothing"],
+    ),
+    refusal(
+        "an_initrd_that_does_not_fit",
+        &[
+            "--kernel",
+            "{kernel}",
+            "--initrd",
+            "{dir}/huge",
+            "--memory",
+            "128M",
+        ],
+        1,
+        &["huge", "--memory"],
+    ),
+    refusal(
+        "an_unknown_option",
+        &["--kernel", "{kernel}", "--colour", "blue"],
+        2,
+        &["--colour"],
+    ),
+    refusal("no_kernel", &[], 2, &["--kernel"]),
+    refusal(
+        "too_little_memory",
+        &["--kernel", "{kernel}", "--memory", "1M"],
+        2,
+        &["memory"],
+    ),
+    refusal(
+        "memory_that_is_no_size",
+        &["--kernel", "{kernel}", "--memory", "lots"],
+        2,
+        &["lots"],
+    ),
+    refusal(
+        "no_cpus",
+        &["--kernel", "{kernel}", "--cpus", "0"],
+        2,
+        &["cpus"],
+    ),
+    refusal(
+        "too_many_cpus",
+        &["--kernel", "{kernel}", "--cpus", "100000"],
+        2,
+        &["cpus"],
+    ),
+    refusal(
+        "a_missing_disk",
+        &["--kernel", "{kernel}", "--disk", "path={dir}/nothing"],
+        1,
+        &["nothing"],
+    ),
+    refusal(
+        "a_directory_as_disk",
+        &["--kernel", "{kernel}", "--disk", "path={dir}"],
+        1,
+        &["directory"],
+    ),
+    refusal(
+        "a_disk_that_is_not_a_multiple_of_512",
+        &["--kernel", "{kernel}", "--disk", "path={dir}/text"],
+        1,
+        &["512"],
+    ),
+    refusal(
+        "a_disk_without_a_path",
+        &["--kernel", "{kernel}", "--disk", "readonly"],
+        2,
+        &["path="],
+    ),
+    refusal(
+        "an_unknown_disk_key",
+        &[
+            "--kernel",
+            "{kernel}",
+            "--disk",
+            "path={dir}/huge,colour=blue",
+        ],
+        2,
+        &["colour"],
+    ),
+    refusal(
+        "a_tap_name_that_is_too_long",
+        &[
+            "--kernel",
+            "{kernel}",
+            "--net",
+            "tap=a-name-longer-than-fifteen",
+        ],
+        1,
+        &["15"],
+    ),
+    refusal(
+        "a_net_that_is_both",
+        &["--kernel", "{kernel}", "--net", "tap=a,switch=b"],
+        2,
+        &["tap", "switch"],
+    ),
+    refusal(
+        "a_socket_path_that_is_too_long",
+        &["--kernel", "{kernel}", "--api-socket", "{long}"],
+        1,
+        &["107"],
+    ),
+    refusal(
+        "a_config_file_that_is_not_json",
+        &["--config", "{dir}/text"],
+        2,
+        &["text"],
+    ),
+    refusal(
+        "a_config_file_with_an_unknown_field",
+        &["--config", "{dir}/unknown.json"],
+        2,
+        &["colour"],
+    ),
+    refusal(
+        "two_consoles_on_stdio",
+        &[
+            "--kernel",
+            "{kernel}",
+            "--console",
+            "stdio",
+            "--virtio-console",
+            "stdio",
+        ],
+        2,
+        &["stdio"],
+    ),
+];
+
+const fn refusal(
+    name: &'static str,
+    arguments: &'static [&'static str],
+    code: i32,
+    says: &'static [&'static str],
+) -> Refusal {
+    Refusal {
+        name,
+        arguments,
+        code,
+        says,
+    }
+}
+
+pub fn trials() -> Vec<Trial> {
+    REFUSALS
+        .iter()
+        .map(|r| trial(format!("refusals::{}", r.name), move || check(r)))
+        .collect()
+}
+
+fn prepare(dir: &Path) -> Result<()> {
+    File::create(dir.join("empty"))?;
+    std::fs::write(dir.join("text"), "this is not a kernel, nor a disk\n")?;
+    let kernel = std::fs::read(image("vmlinuz-6.12")?)?;
+    std::fs::write(
+        dir.join("truncated"),
+        kernel.get(..100_000).context("a small kernel")?,
+    )?;
+    // ELF magic, class 1: 32 bits.
+    let mut elf = File::create(dir.join("elf32"))?;
+    elf.write_all(b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x03\0\x01\0\0\0")?;
+    elf.set_len(4096)?;
+    File::create(dir.join("huge"))?.set_len(200 << 20)?;
+    std::fs::write(
+        dir.join("unknown.json"),
+        r#"{"kernel": "vmlinuz", "colour": "blue"}"#,
+    )?;
+    Ok(())
+}
+
+fn check(refusal: &Refusal) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    prepare(dir.path())?;
+    let before = std::fs::read_dir(dir.path())?.count();
+    let long = dir.path().join("x".repeat(120));
+    let (kernel, initrd) = (
+        image("vmlinuz-6.12")?.display().to_string(),
+        image("initramfs-6.12.cpio")?.display().to_string(),
+    );
+    let arguments = refusal.arguments.iter().map(|argument| {
+        argument
+            .replace("{dir}", &dir.path().display().to_string())
+            .replace("{long}", &long.display().to_string())
+            .replace("{kernel}", &kernel)
+            .replace("{initrd}", &initrd)
+    });
+    let output = Command::new(tern()?)
+        .arg("run")
+        .args(arguments)
+        .current_dir(dir.path())
+        .output()?;
+    let message = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(refusal.code),
+        "{}: {message}",
+        output.status
+    );
+    for part in refusal.says {
+        ensure!(message.contains(part), "{part:?} is not in: {message}");
+    }
+    ensure!(!message.contains("panicked"), "{message}");
+    ensure!(
+        std::fs::read_dir(dir.path())?.count() == before,
+        "files were left behind"
+    );
+    Ok(())
+}
