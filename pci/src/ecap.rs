@@ -1,0 +1,3 @@
+//! Extended capabilities, from offset 0x100 of configuration space, one per file.
+
+pub mod ari;
