@@ -1,3 +1,91 @@
-//! Build, test and run everything: cargo xtask demo | test | kvm | bench | image.
+//! Build, test and run everything: `cargo xtask demo | test | kvm | image`.
+//!
+//! It installs or unpacks what is missing, so that a fresh machine with Rust needs nothing else, and keeps what it
+//! downloads in `~/.cache/tern`.
 
-fn main() {}
+mod apt;
+mod bzimage;
+mod cpio;
+mod image;
+mod kvm;
+mod modules;
+mod packages;
+mod tools;
+mod workspace;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Build, test and run tern"
+)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Run a command where /dev/kvm is usable: here if it performs, otherwise in an emulated host
+    Kvm(kvm::Kvm),
+    /// Make the test guests: kernels and initial file trees
+    Image(ImageArgs),
+}
+
+/// `cargo xtask image`
+#[derive(Debug, Args)]
+struct ImageArgs {
+    /// Only this kernel
+    #[arg(long)]
+    kernel: Option<image::Kernel>,
+    /// Print the paths, one `name=path` per line
+    #[arg(long)]
+    print: bool,
+    /// Print the paths as JSON
+    #[arg(long, conflicts_with = "print")]
+    json: bool,
+    /// Look for later versions of the packages
+    #[arg(long)]
+    update: bool,
+}
+
+impl ImageArgs {
+    fn run(self) -> Result<i32> {
+        let kernels = self
+            .kernel
+            .map_or(image::Kernel::ALL.to_vec(), |kernel| vec![kernel]);
+        let guests = image::guests(&kernels, self.update)?;
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&guests)?);
+        } else if self.print {
+            for (name, guest) in &guests {
+                println!("vmlinuz-{name}={}", guest.vmlinuz.display());
+                println!("vmlinux-{name}={}", guest.vmlinux.display());
+                println!("initramfs-{name}={}", guest.initramfs.display());
+            }
+        } else {
+            for (name, guest) in &guests {
+                println!(
+                    "Linux {name} ({}): {}",
+                    guest.kernel,
+                    guest.initramfs.display()
+                );
+            }
+        }
+        Ok(0)
+    }
+}
+
+fn main() {
+    let done = match Cli::parse().task {
+        Task::Kvm(kvm) => kvm.run(),
+        Task::Image(image) => image.run(),
+    };
+    std::process::exit(done.unwrap_or_else(|error| {
+        eprintln!("xtask: {error:#}");
+        1
+    }));
+}
