@@ -11,5 +11,7 @@
 //! break them: every register can be written raw, and every byte of a ring is reachable.
 
 pub mod access;
+#[cfg(feature = "host")]
+pub mod host;
 pub mod pci;
 pub mod virtio;
