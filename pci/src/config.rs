@@ -108,7 +108,7 @@ pub enum ConfigError {
 }
 
 /// What the bytes of a space are after reset, and what writes do to them. Shared by equal functions.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Masks {
     reset: Vec<u8>,
     writable: Vec<u8>,
@@ -347,6 +347,16 @@ impl ConfigSpace {
     /// The function itself changes the 32-bit register at `at`, whatever its masks.
     pub fn set_dword(&mut self, at: u16, value: u32) {
         store(&mut self.bytes, at.into(), &value.to_le_bytes());
+    }
+
+    /// Changes the 8-bit register at `at` now and for every reset to come.
+    pub fn hardwire_byte(&mut self, at: u16, value: u8) {
+        store(
+            &mut Arc::make_mut(&mut self.masks).reset,
+            at.into(),
+            &[value],
+        );
+        self.set_byte(at, value);
     }
 
     /// The bits of byte `at` that no guest write can change.

@@ -92,5 +92,5 @@ pub fn type0(identity: &Identity, bars: &Bars) -> Block {
 /// Says that the device has more functions than this one.
 pub fn set_multi_function(config: &mut ConfigSpace) {
     let header_type = config.byte(HEADER_TYPE);
-    config.set_byte(HEADER_TYPE, header_type | MULTI_FUNCTION);
+    config.hardwire_byte(HEADER_TYPE, header_type | MULTI_FUNCTION);
 }

@@ -1,12 +1,18 @@
-//! PCI Express topology, configuration space, MSI-X and the virtio-pci transport.
+#![doc = include_str!("../README.md")]
 
 pub mod bar;
 pub mod cap;
 pub mod config;
+pub mod decode;
 pub mod ecap;
+pub mod function;
 pub mod header;
+pub mod host_bridge;
 pub mod msi;
 pub mod msix;
+pub mod root;
+pub mod root_port;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod topology;
+pub mod virtio;

@@ -2,6 +2,12 @@
 
 use std::sync::{Arc, Mutex};
 
+use devices::bus::Effect;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bar::{BarIndex, BarKind};
+use crate::cap::pcie::PortType;
+use crate::function::{BarSlot, ConfigTarget, Decoded, FunctionDoorbell, PciFunction, Resource};
 use crate::msi::{MsiController, MsiMessage, MsiSink};
 
 /// What happened at a [`RecordingSink`].
@@ -64,5 +70,133 @@ impl MsiController for RecordingController {
         let sink = Arc::new(RecordingSink::default());
         self.sinks.lock().unwrap().push(Arc::clone(&sink));
         sink
+    }
+}
+
+/// A function with one 64-bit BAR of 16 KiB that remembers what it was asked, and decodes wherever it was assigned.
+pub(crate) struct Stub {
+    name: String,
+    port_type: PortType,
+    resources: Vec<Resource>,
+    pub(crate) state: Mutex<StubState>,
+}
+
+#[derive(Default)]
+pub(crate) struct StubState {
+    pub(crate) assigned: Vec<(BarSlot, u64)>,
+    pub(crate) writes: Vec<(BarSlot, u64, Vec<u8>)>,
+    pub(crate) config_accesses: Vec<(u16, usize)>,
+    pub(crate) multi_function: bool,
+    pub(crate) resets: u32,
+}
+
+impl Stub {
+    pub(crate) fn new(name: impl Into<String>) -> Arc<Self> {
+        Self::with(
+            name,
+            PortType::RootComplexIntegratedEndpoint,
+            &[(BarKind::Prefetchable64, 0x4000)],
+        )
+    }
+
+    pub(crate) fn with(
+        name: impl Into<String>,
+        port_type: PortType,
+        bars: &[(BarKind, u64)],
+    ) -> Arc<Self> {
+        let resources = bars.iter().enumerate().map(|(i, (kind, size))| Resource {
+            slot: BarSlot::Own(BarIndex::new(i as u8 * 2).unwrap()),
+            kind: *kind,
+            size: *size,
+            align: *size,
+        });
+        Arc::new(Self {
+            name: name.into(),
+            port_type,
+            resources: resources.collect(),
+            state: Mutex::default(),
+        })
+    }
+
+    /// Address of its first range.
+    pub(crate) fn address(&self) -> u64 {
+        self.state.lock().unwrap().assigned[0].1
+    }
+}
+
+impl ConfigTarget for Stub {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        let mut state = self.state.lock().unwrap();
+        state.config_accesses.push((offset, data.len()));
+        data.fill(0x42);
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) -> Effect {
+        let mut state = self.state.lock().unwrap();
+        state.config_accesses.push((offset, data.len()));
+        Effect::None
+    }
+
+    fn set_multi_function(&self) {
+        self.state.lock().unwrap().multi_function = true;
+    }
+}
+
+impl PciFunction for Stub {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn port_type(&self) -> PortType {
+        self.port_type
+    }
+
+    fn resources(&self) -> Vec<Resource> {
+        self.resources.clone()
+    }
+
+    fn assign(&self, slot: BarSlot, address: u64) {
+        let mut state = self.state.lock().unwrap();
+        state.assigned.retain(|(s, _)| *s != slot);
+        state.assigned.push((slot, address));
+    }
+
+    fn decoded(&self) -> Vec<Decoded> {
+        let state = self.state.lock().unwrap();
+        let sizes = |slot| {
+            self.resources
+                .iter()
+                .find(|r| r.slot == slot)
+                .map_or(0, |r| r.size)
+        };
+        let decoded = state.assigned.iter().map(|(slot, address)| Decoded {
+            slot: *slot,
+            range: *address..*address + sizes(*slot),
+        });
+        decoded.collect()
+    }
+
+    fn memory_read(&self, _slot: BarSlot, offset: u64, data: &mut [u8]) {
+        data.fill(offset as u8);
+    }
+
+    fn memory_write(&self, slot: BarSlot, offset: u64, data: &[u8]) -> Effect {
+        let mut state = self.state.lock().unwrap();
+        state.writes.push((slot, offset, data.to_vec()));
+        Effect::None
+    }
+
+    fn doorbells(&self) -> Vec<FunctionDoorbell> {
+        let doorbell = |resource: &Resource| FunctionDoorbell {
+            slot: resource.slot,
+            offset: 0x1000,
+            datamatch: None,
+            event: Arc::new(EventFd::new(0).unwrap()),
+        };
+        self.resources.iter().map(doorbell).collect()
+    }
+
+    fn reset(&self) {
+        self.state.lock().unwrap().resets += 1;
     }
 }

@@ -1,0 +1,426 @@
+//! The virtio-pci transport, modern only: a [`VirtioFunction`] as a PCI Express endpoint.
+//!
+//! One 64-bit prefetchable BAR (BAR 0) holds every structure; see [`layout`]. There is no interrupt pin: without
+//! MSI-X a driver can still poll the ISR status, whose bits are set either way.
+//!
+//! Locks, in the order they are taken: `doors`, then `config` or anything of the function's. `config` is never held
+//! across a call into the function or the MSI-X table, whose own locks come after everything here.
+
+pub mod common;
+pub mod identity;
+pub mod layout;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use devices::bus::Effect;
+use devices::gate::Reasons;
+use devices::virtio::{Interrupt, VirtioFunction};
+
+use crate::bar::{BadBar, Bar, BarIndex, BarKind, Bars};
+use crate::cap;
+use crate::cap::pcie::{self, PortType};
+use crate::cap::virtio::{self as vendor, CfgType, Structure};
+use crate::config::{ConfigBuilder, ConfigError, ConfigSpace};
+use crate::ecap::ari;
+use crate::function::{BarSlot, ConfigTarget, Decoded, FunctionDoorbell, PciFunction, Resource};
+use crate::header::{self, Command};
+use crate::msi::MsiController;
+use crate::msix::{Msix, VectorCount};
+use common::CommonConfig;
+use layout::{Layout, MAX_DEVICE_LEN, NOTIFY_MULTIPLIER, Region};
+
+/// The BAR that holds the virtio structures, MSI-X table and pending bits.
+const BAR: BarIndex = BarIndex::ZERO;
+
+/// How a function is shown on the bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// [`PortType::RootComplexIntegratedEndpoint`] for the root bus, [`PortType::Endpoint`] behind a port.
+    pub port_type: PortType,
+    /// MSI-X vectors; `None` for one per queue and one for configuration changes (E4).
+    pub vectors: Option<u16>,
+}
+
+impl Options {
+    /// For the root bus.
+    pub const ROOT_BUS: Self = Self {
+        port_type: PortType::RootComplexIntegratedEndpoint,
+        vectors: None,
+    };
+    /// For a bus behind a root port.
+    pub const BEHIND_PORT: Self = Self {
+        port_type: PortType::Endpoint,
+        vectors: None,
+    };
+}
+
+/// Why a function cannot be shown on a PCI bus. A mistake of the program, not of a guest.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VirtioPciError {
+    /// The device configuration is too long for its place in the BAR.
+    #[error("device configuration of {0} bytes is longer than {MAX_DEVICE_LEN}")]
+    ConfigTooLong(usize),
+    /// A function has 1 to 2048 vectors.
+    #[error("{0} MSI-X vectors are not 1 to 2048")]
+    Vectors(u32),
+    /// A virtio function is an endpoint.
+    #[error("a virtio function cannot be a port")]
+    Port,
+    /// Configuration space cannot be laid out.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The BAR cannot be declared.
+    #[error(transparent)]
+    Bar(#[from] BadBar),
+}
+
+/// Where the capabilities are in configuration space.
+#[derive(Clone, Copy, Debug)]
+struct Offsets {
+    pcie: u16,
+    msix: u16,
+    pci_cfg: u16,
+}
+
+/// See the [module documentation](self).
+pub struct VirtioPci {
+    function: Arc<VirtioFunction>,
+    port_type: PortType,
+    layout: Layout,
+    bars: Bars,
+    offsets: Offsets,
+    config: Mutex<ConfigSpace>,
+    common: CommonConfig,
+    msix: Arc<Msix>,
+    /// Held while a change of configuration space is carried over to the gate and to MSI-X, so that of two writes
+    /// at once the one that ends up in the register also ends up there.
+    doors: Mutex<()>,
+}
+
+/// The function's interrupts are its MSI-X vectors.
+struct Vectors(Arc<Msix>);
+
+impl Interrupt for Vectors {
+    fn signal(&self, vector: u16) {
+        self.0.signal(vector);
+    }
+}
+
+impl VirtioPci {
+    /// Shows `function` as a PCI Express endpoint, with vectors from `msi`. Closes the function's gate until the
+    /// guest enables bus mastering.
+    pub fn new(
+        function: Arc<VirtioFunction>,
+        msi: &dyn MsiController,
+        options: Options,
+    ) -> Result<Arc<Self>, VirtioPciError> {
+        if matches!(options.port_type, PortType::RootPort { .. }) {
+            return Err(VirtioPciError::Port);
+        }
+        let device_len = function.config_len();
+        if device_len as u64 > MAX_DEVICE_LEN {
+            return Err(VirtioPciError::ConfigTooLong(device_len));
+        }
+        let needed = u32::from(function.num_queues()) + 1;
+        let count = options.vectors.map_or(needed, u32::from);
+        let vectors = u16::try_from(count)
+            .ok()
+            .and_then(VectorCount::new)
+            .ok_or(VirtioPciError::Vectors(count))?;
+        let layout = Layout::new(function.num_queues(), vectors, device_len as u64);
+        let bars = Bars::new(&[Bar {
+            index: BAR,
+            kind: BarKind::Prefetchable64,
+            size: layout.size(),
+        }])?;
+        let identity = identity::identity(function.device_type());
+        let mut builder = ConfigBuilder::new(&header::type0(&identity, &bars));
+        let offsets = capabilities(&mut builder, &layout, vectors, options.port_type)?;
+        let msix = Arc::new(Msix::new(vectors, msi.sink(vectors.get())));
+        function.close(Reasons::BUS_MASTER);
+        function.set_interrupt(Arc::new(Vectors(Arc::clone(&msix))));
+        Ok(Arc::new(Self {
+            port_type: options.port_type,
+            layout,
+            bars,
+            offsets,
+            config: Mutex::new(builder.build()),
+            common: CommonConfig::new(vectors.get()),
+            msix,
+            doors: Mutex::new(()),
+            function,
+        }))
+    }
+
+    /// The virtio function behind it.
+    pub fn function(&self) -> &Arc<VirtioFunction> {
+        &self.function
+    }
+
+    /// Its MSI-X vectors.
+    pub fn msix(&self) -> &Arc<Msix> {
+        &self.msix
+    }
+
+    /// Bus Master Enable and the MSI-X switches take effect, as the registers have them now.
+    fn apply_switches(&self) {
+        let _doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
+        let (command, control) = {
+            let config = self.config();
+            let control = cap::msix::control(&config, self.offsets.msix);
+            (Command::of(&config), control)
+        };
+        // MSI-X first: what the function signals when its gate opens is to find its vectors as they are now.
+        self.msix.set_control(control);
+        if command.contains(Command::BUS_MASTER) {
+            self.function.reopen(Reasons::BUS_MASTER);
+        } else {
+            self.function.close(Reasons::BUS_MASTER);
+        }
+    }
+
+    /// Carries out the access that is set up in the configuration access capability: a read into its data bytes.
+    fn window_read(&self) {
+        let (data_at, _) = vendor::data_span(self.offsets.pci_cfg);
+        let Some(access) = self.window_access() else {
+            return;
+        };
+        let mut bytes = [0; 4];
+        if let Some(part) = bytes.get_mut(..access.len.into()) {
+            self.memory_read(BarSlot::Own(access.bar), access.offset.into(), part);
+        }
+        self.config().set_dword(data_at, u32::from_le_bytes(bytes));
+    }
+
+    /// The same for a write of its data bytes.
+    fn window_write(&self) -> Effect {
+        let (data_at, _) = vendor::data_span(self.offsets.pci_cfg);
+        let Some(access) = self.window_access() else {
+            return Effect::None;
+        };
+        let bytes = self.config().dword(data_at).to_le_bytes();
+        match bytes.get(..access.len.into()) {
+            Some(part) => self.memory_write(BarSlot::Own(access.bar), access.offset.into(), part),
+            None => Effect::None,
+        }
+    }
+
+    fn window_access(&self) -> Option<vendor::Access> {
+        let access = vendor::access(&self.config(), self.offsets.pci_cfg)?;
+        let bar = self.bars.get(access.bar)?;
+        let end = u64::from(access.offset) + u64::from(access.len);
+        (end <= bar.size).then_some(access)
+    }
+
+    fn decoded_by(&self, config: &ConfigSpace) -> Vec<Decoded> {
+        if !Command::of(config).contains(Command::MEMORY) {
+            return Vec::new();
+        }
+        let decoded = self.bars.iter().filter_map(|bar| {
+            Some(Decoded {
+                slot: BarSlot::Own(bar.index),
+                range: self.bars.range(config, bar)?,
+            })
+        });
+        decoded.collect()
+    }
+
+    fn config(&self) -> MutexGuard<'_, ConfigSpace> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Lays out the capability lists.
+fn capabilities(
+    builder: &mut ConfigBuilder,
+    layout: &Layout,
+    vectors: VectorCount,
+    port_type: PortType,
+) -> Result<Offsets, ConfigError> {
+    // Everything in the BAR lies below 4 GiB of it: `Layout` makes at most some hundred KiB.
+    let structure = |region| {
+        let range = layout.range(region);
+        Structure {
+            bar: BAR,
+            offset: range.start as u32,
+            len: (range.end - range.start) as u32,
+        }
+    };
+    let pcie = builder.capability(pcie::ID, &pcie::block(port_type))?;
+    let table = structure(Region::MsixTable).offset;
+    let pba = structure(Region::MsixPba).offset;
+    let msix = cap::msix::block(vectors, BAR, table, pba);
+    let msix = builder.capability(cap::msix::ID, &msix)?;
+    let plain = [
+        (CfgType::Common, Region::Common),
+        (CfgType::Isr, Region::Isr),
+        (CfgType::Device, Region::Device),
+    ];
+    for (cfg_type, region) in plain {
+        // A device without configuration has no capability for it.
+        if structure(region).len != 0 {
+            builder.capability(vendor::ID, &vendor::block(cfg_type, structure(region)))?;
+        }
+    }
+    let notify = vendor::notify_block(structure(Region::Notify), NOTIFY_MULTIPLIER);
+    builder.capability(vendor::ID, &notify)?;
+    let pci_cfg = builder.capability(vendor::ID, &vendor::access_block())?;
+    if port_type == PortType::Endpoint {
+        builder.extended(ari::ID, ari::VERSION, &ari::block(None))?;
+    }
+    Ok(Offsets {
+        pcie,
+        msix,
+        pci_cfg,
+    })
+}
+
+impl ConfigTarget for VirtioPci {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        let touches = |(at, len): (u16, u16)| {
+            offset < at + len && at < offset.saturating_add(data.len() as u16)
+        };
+        if touches(vendor::data_span(self.offsets.pci_cfg)) {
+            self.window_read();
+        }
+        let resetting = self.function.is_resetting();
+        let mut config = self.config();
+        pcie::set_transactions_pending(&mut config, self.offsets.pcie, resetting);
+        config.read(offset, data);
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) -> Effect {
+        let (written, moved) = {
+            let mut config = self.config();
+            let before = self.decoded_by(&config);
+            let written = config.write(offset, data);
+            (written, before != self.decoded_by(&config))
+        };
+        let touches = |(at, len)| written.touches(at, len);
+        let mut effect = match moved {
+            true => Effect::LayoutChanged,
+            false => Effect::None,
+        };
+        let control = cap::msix::control_span(self.offsets.msix);
+        if touches((header::COMMAND, 2)) || touches(control) {
+            self.apply_switches();
+        }
+        if touches(vendor::data_span(self.offsets.pci_cfg)) {
+            effect = effect.and(self.window_write());
+        }
+        if pcie::flr_requested(&written, self.offsets.pcie) {
+            self.reset();
+            effect = Effect::LayoutChanged;
+        }
+        effect
+    }
+
+    fn set_multi_function(&self) {
+        header::set_multi_function(&mut self.config());
+    }
+}
+
+impl PciFunction for VirtioPci {
+    fn name(&self) -> &str {
+        self.function.name()
+    }
+
+    fn port_type(&self) -> PortType {
+        self.port_type
+    }
+
+    fn resources(&self) -> Vec<Resource> {
+        let resource = |bar: &Bar| Resource {
+            slot: BarSlot::Own(bar.index),
+            kind: bar.kind,
+            size: bar.size,
+            align: bar.size,
+        };
+        self.bars.iter().map(resource).collect()
+    }
+
+    fn assign(&self, slot: BarSlot, address: u64) {
+        if let BarSlot::Own(index) = slot {
+            self.bars.assign(&mut self.config(), index, address);
+        }
+    }
+
+    fn decoded(&self) -> Vec<Decoded> {
+        self.decoded_by(&self.config())
+    }
+
+    fn memory_read(&self, slot: BarSlot, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if slot != BarSlot::Own(BAR) {
+            return;
+        }
+        let Some((region, offset)) = self.layout.locate(offset) else {
+            return;
+        };
+        match region {
+            Region::Common => self.common.read(&self.function, offset, data),
+            Region::Isr => {
+                if let Some(first) = data.first_mut() {
+                    *first = self.function.take_isr();
+                }
+            }
+            Region::Device => self.function.read_config(offset as usize, data),
+            Region::Notify => {}
+            Region::MsixTable => self.msix.read_table(offset, data),
+            Region::MsixPba => self.msix.read_pba(offset, data),
+        }
+    }
+
+    fn memory_write(&self, slot: BarSlot, offset: u64, data: &[u8]) -> Effect {
+        if slot != BarSlot::Own(BAR) {
+            return Effect::None;
+        }
+        let Some((region, offset)) = self.layout.locate(offset) else {
+            return Effect::None;
+        };
+        match region {
+            Region::Common => return self.common.write(&self.function, offset, data),
+            Region::Device => self.function.write_config(offset as usize, data),
+            Region::Notify => {
+                if let Some(queue) = Layout::notified_queue(offset) {
+                    self.function.kick(queue);
+                }
+            }
+            Region::MsixTable => self.msix.write_table(offset, data),
+            Region::Isr | Region::MsixPba => {}
+        }
+        Effect::None
+    }
+
+    fn doorbells(&self) -> Vec<FunctionDoorbell> {
+        if !self.function.is_live() {
+            return Vec::new();
+        }
+        let doorbell = |queue| {
+            let info = self.function.queue(queue)?;
+            let event = self.function.kick_event(queue)?;
+            (info.enabled && !info.resetting).then(|| FunctionDoorbell {
+                slot: BarSlot::Own(BAR),
+                offset: Layout::notify_offset(queue),
+                datamatch: None,
+                event: Arc::clone(event),
+            })
+        };
+        (0..self.function.num_queues())
+            .filter_map(doorbell)
+            .collect()
+    }
+
+    /// Also what a function level reset does (E3): virtio state, MSI-X and all of configuration space, at once. What
+    /// the device still has in flight completes unseen; Transactions Pending reads 1 until it has.
+    fn reset(&self) {
+        let _doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
+        self.function.close(Reasons::BUS_MASTER);
+        // The caller reports the layout change, whatever this says.
+        let _ = self.function.request_reset();
+        self.msix.reset();
+        self.common.reset();
+        self.config().reset();
+    }
+}
+

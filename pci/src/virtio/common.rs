@@ -1,0 +1,258 @@
+//! The common configuration: the 64 bytes through which a driver negotiates and sets up queues (D2).
+
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering::SeqCst};
+
+use devices::bus::Effect;
+use devices::virtio::{NO_VECTOR, QueueInfo, VirtioFunction};
+
+/// A register of the common configuration, by its name in the specification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Field {
+    DeviceFeatureSelect,
+    DeviceFeature,
+    DriverFeatureSelect,
+    DriverFeature,
+    ConfigMsixVector,
+    NumQueues,
+    DeviceStatus,
+    ConfigGeneration,
+    QueueSelect,
+    QueueSize,
+    QueueMsixVector,
+    QueueEnable,
+    QueueNotifyOff,
+    QueueDesc,
+    QueueDriver,
+    QueueDevice,
+    QueueNotifConfigData,
+    QueueReset,
+    AdminQueueIndex,
+    AdminQueueNum,
+}
+
+/// Every register: byte offset and width in bytes. Together they fill the structure.
+const FIELDS: [(Field, u64, u64); 20] = [
+    (Field::DeviceFeatureSelect, 0, 4),
+    (Field::DeviceFeature, 4, 4),
+    (Field::DriverFeatureSelect, 8, 4),
+    (Field::DriverFeature, 12, 4),
+    (Field::ConfigMsixVector, 16, 2),
+    (Field::NumQueues, 18, 2),
+    (Field::DeviceStatus, 20, 1),
+    (Field::ConfigGeneration, 21, 1),
+    (Field::QueueSelect, 22, 2),
+    (Field::QueueSize, 24, 2),
+    (Field::QueueMsixVector, 26, 2),
+    (Field::QueueEnable, 28, 2),
+    (Field::QueueNotifyOff, 30, 2),
+    (Field::QueueDesc, 32, 8),
+    (Field::QueueDriver, 40, 8),
+    (Field::QueueDevice, 48, 8),
+    (Field::QueueNotifConfigData, 56, 2),
+    (Field::QueueReset, 58, 2),
+    (Field::AdminQueueIndex, 60, 2),
+    (Field::AdminQueueNum, 62, 2),
+];
+
+/// Which part of a register a write covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Whole,
+    /// Bits 31:0 of a 64-bit register (B-53).
+    Low,
+    /// Bits 63:32 of a 64-bit register (B-53).
+    High,
+}
+
+impl Part {
+    fn merge(self, old: u64, value: u64) -> u64 {
+        match self {
+            Self::Whole => value,
+            Self::Low => old & !0xffff_ffff | value & 0xffff_ffff,
+            Self::High => old & 0xffff_ffff | value << 32,
+        }
+    }
+}
+
+/// The registers that belong to the transport rather than to the function: the three selectors.
+#[derive(Debug, Default)]
+pub struct CommonConfig {
+    device_feature_select: AtomicU32,
+    driver_feature_select: AtomicU32,
+    queue_select: AtomicU16,
+    /// Number of MSI-X vectors; any other vector a driver writes reads back as NO_VECTOR.
+    vectors: u16,
+}
+
+impl CommonConfig {
+    /// The common configuration of a function with `vectors` MSI-X vectors.
+    pub fn new(vectors: u16) -> Self {
+        Self {
+            vectors,
+            ..Self::default()
+        }
+    }
+
+    /// The selectors go back to 0, as at device reset.
+    pub fn reset(&self) {
+        self.device_feature_select.store(0, SeqCst);
+        self.driver_feature_select.store(0, SeqCst);
+        self.queue_select.store(0, SeqCst);
+    }
+
+    /// Reads at byte `offset`. Drivers must read whole registers; other sizes get the bytes that are there, and bytes
+    /// beyond the structure read 0. Reading has no side effect.
+    pub fn read(&self, function: &VirtioFunction, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let end = offset.saturating_add(data.len() as u64);
+        for (field, at, width) in FIELDS {
+            if at >= end || offset >= at + width {
+                continue;
+            }
+            let bytes = self.get(function, field).to_le_bytes();
+            for (i, byte) in (at..at + width).zip(bytes) {
+                let slot = i.checked_sub(offset).and_then(|i| usize::try_from(i).ok());
+                if let Some(to) = slot.and_then(|i| data.get_mut(i)) {
+                    *to = byte;
+                }
+            }
+        }
+    }
+
+    /// Writes at byte `offset`: one whole register, or one half of a 64-bit one. Other writes are ignored.
+    pub fn write(&self, function: &VirtioFunction, offset: u64, data: &[u8]) -> Effect {
+        let len = data.len() as u64;
+        let hit = FIELDS.iter().find_map(|(field, at, width)| {
+            let part = match (*width, len) {
+                (8, 4) if offset == *at => Part::Low,
+                (8, 4) if offset == at + 4 => Part::High,
+                _ if offset == *at && len == *width => Part::Whole,
+                _ => return None,
+            };
+            Some((*field, part))
+        });
+        let Some((field, part)) = hit else {
+            return Effect::None;
+        };
+        let mut bytes = [0; 8];
+        for (to, from) in bytes.iter_mut().zip(data) {
+            *to = *from;
+        }
+        self.set(function, field, part, u64::from_le_bytes(bytes))
+    }
+
+    fn get(&self, function: &VirtioFunction, field: Field) -> u64 {
+        let queue = |value: fn(&QueueInfo) -> u64| {
+            let info = function.queue(self.queue_select.load(SeqCst));
+            info.as_ref().map_or(0, value)
+        };
+        match field {
+            Field::DeviceFeatureSelect => self.device_feature_select.load(SeqCst).into(),
+            Field::DeviceFeature => {
+                let select = self.device_feature_select.load(SeqCst);
+                function.device_features(select).into()
+            }
+            Field::DriverFeatureSelect => self.driver_feature_select.load(SeqCst).into(),
+            Field::DriverFeature => {
+                let select = self.driver_feature_select.load(SeqCst);
+                function.driver_features(select).into()
+            }
+            Field::ConfigMsixVector => function.config_vector().into(),
+            Field::NumQueues => function.num_queues().into(),
+            Field::DeviceStatus => function.status().into(),
+            Field::ConfigGeneration => function.config_generation().into(),
+            Field::QueueSelect => self.queue_select.load(SeqCst).into(),
+            Field::QueueSize => queue(|q| q.registers.size.into()),
+            Field::QueueMsixVector => queue(|q| q.registers.vector.into()),
+            Field::QueueEnable => queue(|q| q.enabled.into()),
+            // A queue's notification register is numbered like the queue.
+            Field::QueueNotifyOff => {
+                let select = self.queue_select.load(SeqCst);
+                function.queue(select).map_or(0, |_| select.into())
+            }
+            Field::QueueDesc => queue(|q| q.registers.descriptor_area),
+            Field::QueueDriver => queue(|q| q.registers.driver_area),
+            Field::QueueDevice => queue(|q| q.registers.device_area),
+            Field::QueueReset => queue(|q| q.resetting.into()),
+            // VIRTIO_F_NOTIF_CONFIG_DATA and VIRTIO_F_ADMIN_VQ are not offered.
+            Field::QueueNotifConfigData | Field::AdminQueueIndex | Field::AdminQueueNum => 0,
+        }
+    }
+
+    fn set(&self, function: &VirtioFunction, field: Field, part: Part, value: u64) -> Effect {
+        let index = self.queue_select.load(SeqCst);
+        match field {
+            Field::DeviceFeatureSelect => self.device_feature_select.store(value as u32, SeqCst),
+            Field::DriverFeatureSelect => self.driver_feature_select.store(value as u32, SeqCst),
+            Field::DriverFeature => {
+                let select = self.driver_feature_select.load(SeqCst);
+                function.set_driver_features(select, value as u32);
+            }
+            Field::ConfigMsixVector => function.set_config_vector(self.vector(value)),
+            Field::DeviceStatus => {
+                if value == 0 {
+                    self.reset();
+                }
+                return function.write_status(value as u8);
+            }
+            Field::QueueSelect => self.queue_select.store(value as u16, SeqCst),
+            Field::QueueSize => function.update_queue(index, |q| q.size = value as u16),
+            Field::QueueMsixVector => {
+                let vector = self.vector(value);
+                function.update_queue(index, |q| q.vector = vector);
+            }
+            Field::QueueEnable if value == 1 => return function.enable_queue(index),
+            Field::QueueDesc => function.update_queue(index, |q| {
+                q.descriptor_area = part.merge(q.descriptor_area, value);
+            }),
+            Field::QueueDriver => function.update_queue(index, |q| {
+                q.driver_area = part.merge(q.driver_area, value);
+            }),
+            Field::QueueDevice => function.update_queue(index, |q| {
+                q.device_area = part.merge(q.device_area, value);
+            }),
+            Field::QueueReset if value == 1 => return function.reset_queue(index),
+            // Drivers must write nothing but 1 to these two.
+            Field::QueueEnable | Field::QueueReset => {}
+            // Read-only.
+            Field::DeviceFeature
+            | Field::NumQueues
+            | Field::ConfigGeneration
+            | Field::QueueNotifyOff
+            | Field::QueueNotifConfigData
+            | Field::AdminQueueIndex
+            | Field::AdminQueueNum => {}
+        }
+        Effect::None
+    }
+
+    /// The vector a driver gets for `value` (E4).
+    fn vector(&self, value: u64) -> u16 {
+        u16::try_from(value)
+            .ok()
+            .filter(|vector| *vector < self.vectors)
+            .unwrap_or(NO_VECTOR)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn d2_the_registers_fill_64_bytes_without_overlap() {
+        let end = FIELDS.iter().fold(0, |next, (field, at, width)| {
+            assert_eq!(*at, next, "{field:?}");
+            at + width
+        });
+        assert_eq!(end, super::super::layout::COMMON_LEN);
+    }
+
+    #[test]
+    fn b53_halves_leave_each_other_alone() {
+        let old = 0x1111_2222_3333_4444;
+        assert_eq!(Part::Low.merge(old, 0xaaaa_bbbb), 0x1111_2222_aaaa_bbbb);
+        assert_eq!(Part::High.merge(old, 0xaaaa_bbbb), 0xaaaa_bbbb_3333_4444);
+        assert_eq!(Part::Whole.merge(old, 5), 5);
+    }
+}
