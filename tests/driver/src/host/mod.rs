@@ -4,11 +4,15 @@
 //! waits, so what a test sees does not depend on timing.
 
 mod loopback;
+mod machine;
 mod memory;
 mod msi;
 mod pump;
 
 pub use loopback::{Controls, Loopback, Shape};
+pub use machine::{
+    ECAM, HostError, HostFunction, MMIO32, MMIO64, Machine, Notifications, Place, Plugged, RAM,
+};
 pub use memory::HostDma;
 pub use msi::{Delivery, MockMsi};
 pub use pump::{pump, run_until_idle};
