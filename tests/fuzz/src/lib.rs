@@ -1,1 +1,23 @@
 //! Fuzz targets for everything that reads outside bytes.
+//!
+//! A target is an ordinary function of bytes. It returns if the code under test kept its promises, and panics if not.
+//! What the bytes mean is up to the target; any bytes are a valid input. [`TARGETS`] lists them all, for the
+//! smoke test (`cargo test -p fuzz`) and for the coverage-guided runs (`cargo run -p fuzz`).
+
+// A target states what must hold, like a test.
+#![allow(clippy::expect_used, clippy::panic)]
+
+mod fixture;
+mod input;
+mod queues;
+
+pub use queues::{queue_device_side, queue_driver_side};
+
+/// A target's name and its function.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// Every target.
+pub const TARGETS: &[Target] = &[
+    ("queue_device_side", queue_device_side),
+    ("queue_driver_side", queue_driver_side),
+];
