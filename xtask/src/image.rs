@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -76,14 +77,41 @@ pub struct GuestImage {
 }
 
 /// Makes the test guests that are missing, with these kernels.
+///
+/// All their files also have links in [`directory`], which is what tests are told.
 pub fn guests(kernels: &[Kernel], update: bool) -> Result<BTreeMap<String, GuestImage>> {
     packages::ensure(&packages::UNPACKERS)?;
     let init = workspace::static_binary("guest", "guest")?;
     let _lock = workspace::lock_cache()?;
-    kernels
-        .iter()
-        .map(|&kernel| Ok((kernel.name().to_owned(), guest(kernel, &init, update)?)))
-        .collect()
+    let made = |&kernel: &Kernel| Ok((kernel.name().to_owned(), guest(kernel, &init, update)?));
+    let guests: BTreeMap<_, _> = kernels.iter().map(made).collect::<Result<_>>()?;
+    for guest in guests.values() {
+        for file in [&guest.vmlinuz, &guest.vmlinux, &guest.initramfs] {
+            link(file, &directory()?)?;
+        }
+    }
+    Ok(guests)
+}
+
+/// One directory with the latest test guests of this source tree: `vmlinuz-6.12`, `initramfs-6.12.cpio` and so on.
+pub fn directory() -> Result<PathBuf> {
+    Ok(workspace::target()?.join("xtask/images"))
+}
+
+/// Puts a link to `file` into `directory`, in place of any that was there.
+fn link(file: &Path, directory: &Path) -> Result<()> {
+    let name = file.file_name().context("a file without a name")?;
+    let link = directory.join(name);
+    if fs::read_link(&link).is_ok_and(|target| target == file) {
+        return Ok(());
+    }
+    fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
+    let partial = workspace::partial(&link);
+    if partial.is_symlink() {
+        fs::remove_file(&partial)?;
+    }
+    symlink(file, &partial).with_context(|| partial.display().to_string())?;
+    fs::rename(&partial, &link).with_context(|| link.display().to_string())
 }
 
 fn guest(kernel: Kernel, init: &Path, update: bool) -> Result<GuestImage> {
@@ -316,6 +344,20 @@ mod tests {
         ] {
             assert!(names.contains(&name), "{name}");
         }
+    }
+
+    #[test]
+    fn links_follow_the_latest_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let links = directory.path().join("links");
+        for content in ["old", "new"] {
+            let file = directory.path().join(content).join("vmlinuz");
+            fs::create_dir(file.parent().unwrap()).unwrap();
+            fs::write(&file, content).unwrap();
+            link(&file, &links).unwrap();
+            assert_eq!(fs::read_to_string(links.join("vmlinuz")).unwrap(), content);
+        }
+        assert_eq!(fs::read_dir(&links).unwrap().count(), 1);
     }
 
     #[test]

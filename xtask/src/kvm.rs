@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::io::IsTerminal;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::Command;
@@ -256,8 +257,12 @@ fn passed_on(name: &OsStr) -> bool {
 
 /// `NAME=VALUE`, or `NAME` with the value it has here, if it has one.
 fn split_variable(variable: &OsStr) -> Option<(OsString, OsString)> {
-    match variable.to_str().and_then(|text| text.split_once('=')) {
-        Some((name, value)) => Some((name.into(), value.into())),
+    let bytes = variable.as_bytes();
+    match bytes.iter().position(|&byte| byte == b'=') {
+        Some(at) => Some((
+            OsStr::from_bytes(&bytes[..at]).into(),
+            OsStr::from_bytes(&bytes[at + 1..]).into(),
+        )),
         None => env::var_os(variable).map(|value| (variable.to_owned(), value)),
     }
 }

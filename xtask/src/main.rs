@@ -1,4 +1,4 @@
-//! Build, test and run everything: `cargo xtask demo | test | kvm | image`.
+//! Build, test and run everything: `cargo xtask demo | test | kvm | image | fuzz`.
 //!
 //! It installs or unpacks what is missing, so that a fresh machine with Rust needs nothing else, and keeps what it
 //! downloads in `~/.cache/tern`.
@@ -6,10 +6,13 @@
 mod apt;
 mod bzimage;
 mod cpio;
+mod demo;
+mod fuzz;
 mod image;
 mod kvm;
 mod modules;
 mod packages;
+mod test;
 mod tools;
 mod workspace;
 
@@ -33,6 +36,12 @@ enum Task {
     Kvm(kvm::Kvm),
     /// Make the test guests: kernels and initial file trees
     Image(ImageArgs),
+    /// Build tern, boot a guest under it, and show what it does
+    Demo(demo::Demo),
+    /// Run the tests: native, fuzzing for a bounded time, and end to end with real guests
+    Test(test::Test),
+    /// Fuzz everything that reads outside bytes, guided by coverage
+    Fuzz(fuzz::Fuzz),
 }
 
 /// `cargo xtask image`
@@ -58,9 +67,11 @@ impl ImageArgs {
             .kernel
             .map_or(image::Kernel::ALL.to_vec(), |kernel| vec![kernel]);
         let guests = image::guests(&kernels, self.update)?;
+        let directory = image::directory()?;
         if self.json {
             println!("{}", serde_json::to_string_pretty(&guests)?);
         } else if self.print {
+            println!("directory={}", directory.display());
             for (name, guest) in &guests {
                 println!("vmlinuz-{name}={}", guest.vmlinuz.display());
                 println!("vmlinux-{name}={}", guest.vmlinux.display());
@@ -83,6 +94,9 @@ fn main() {
     let done = match Cli::parse().task {
         Task::Kvm(kvm) => kvm.run(),
         Task::Image(image) => image.run(),
+        Task::Demo(demo) => demo.run(),
+        Task::Test(test) => test.run(),
+        Task::Fuzz(fuzz) => fuzz.run(),
     };
     std::process::exit(done.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");

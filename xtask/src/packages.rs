@@ -32,6 +32,23 @@ pub const UNPACKERS: [Program; 2] = [
         package: "zstd",
     },
 ];
+/// Links the fuzzing runtime, which is C++.
+pub const FUZZ: Program = Program {
+    name: "g++",
+    package: "g++",
+};
+/// What the end-to-end tests use to look at tern from the outside.
+pub const END_TO_END: [Program; 2] = [
+    Program {
+        name: "ip",
+        package: "iproute2",
+    },
+    Program {
+        name: "curl",
+        package: "curl",
+    },
+];
+
 /// Installs those of `programs` that are missing, or says what to run.
 pub fn ensure(programs: &[Program]) -> Result<()> {
     let missing: Vec<&str> = programs

@@ -60,6 +60,14 @@ pub fn cargo() -> Command {
     command
 }
 
+/// Builds a binary of the workspace as it is released, and returns its path.
+pub fn release_binary(package: &str, binary: &str) -> Result<PathBuf> {
+    let mut command = cargo();
+    command.args(["build", "--release", "--package", package, "--bin", binary]);
+    tools::visible(&mut command).with_context(|| format!("building {binary}"))?;
+    Ok(target()?.join("release").join(binary))
+}
+
 /// Builds a binary without dynamic libraries, for an initial file tree that has none, and returns its path.
 pub fn static_binary(package: &str, binary: &str) -> Result<PathBuf> {
     // A directory of its own: other flags in the same one would rebuild everything on every change of mind.
