@@ -343,3 +343,5 @@ impl BusDevice for Window {
     }
 }
 
+#[cfg(test)]
+mod tests;

@@ -132,7 +132,8 @@ impl RootPort {
         let reachable = {
             let config = self.lock();
             let device_0 = devfn.device() == DeviceNumber::default();
-            config.byte(at::SECONDARY) == bus.0
+            bus != BusNumber(0)
+                && config.byte(at::SECONDARY) == bus.0
                 && !in_reset(&config)
                 && (device_0 || pcie::ari_forwarding(&config, self.pcie))
         };
@@ -246,3 +247,5 @@ fn address_bits(address: u64) -> u16 {
     (address >> 16) as u16 & WINDOW_BITS as u16
 }
 
+#[cfg(test)]
+mod tests;

@@ -1,8 +1,14 @@
 //! What the tests of this crate share.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use devices::bus::Effect;
+use devices::memory::{GuestRam, RamRange, View};
+use devices::virtio::{
+    DeviceType, Head, Io, Progress, RingError, Source, VirtioDevice, VirtioFunction,
+};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bar::{BarIndex, BarKind};
@@ -198,5 +204,87 @@ impl PciFunction for Stub {
 
     fn reset(&self) {
         self.state.lock().unwrap().resets += 1;
+    }
+}
+
+/// A device with queues of 8 entries that takes every chain and gives none back before [`Held::release`] is set.
+pub(crate) struct Held {
+    queues: usize,
+    config: Vec<u8>,
+    release: Arc<AtomicBool>,
+    heads: Vec<(u16, Head)>,
+}
+
+impl Held {
+    /// A function with such a device, 1 MiB of RAM, and the switch that makes it complete its requests.
+    pub(crate) fn function(
+        queues: usize,
+        config: &[u8],
+    ) -> (Arc<VirtioFunction>, View, Arc<AtomicBool>) {
+        let ram = GuestRam::new(&[RamRange {
+            start: GuestAddress(0),
+            len: 1 << 20,
+        }]);
+        let view = ram.unwrap().view().unwrap();
+        let release = Arc::new(AtomicBool::new(false));
+        let device = Self {
+            queues,
+            config: config.to_vec(),
+            release: Arc::clone(&release),
+            heads: Vec::new(),
+        };
+        let function = VirtioFunction::new("held", Box::new(device), view.clone()).unwrap();
+        (function, view, release)
+    }
+}
+
+impl VirtioDevice for Held {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Block
+    }
+
+    fn features(&self) -> u64 {
+        1 << 9
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![8; self.queues]
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        self.config[offset..offset + data.len()].copy_from_slice(data);
+    }
+
+    fn activate(&mut self, _features: u64) {}
+
+    fn reset(&mut self) {
+        self.heads.clear();
+    }
+
+    fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError> {
+        while let Some(chain) = io.pop(queue)? {
+            self.heads.push((queue, chain.head()));
+        }
+        Ok(Progress::Exhausted)
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        Vec::new()
+    }
+
+    /// Token 0: completes everything if that was allowed. Token 1: the configuration changed.
+    fn on_event(&mut self, token: u16, io: &mut Io<'_>) -> Result<(), RingError> {
+        if token == 1 {
+            io.config_changed();
+        } else if self.release.load(Ordering::SeqCst) {
+            for (queue, head) in self.heads.drain(..) {
+                io.push(queue, head, 0)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -10,6 +10,7 @@ pub mod common;
 pub mod identity;
 pub mod layout;
 
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::Effect;
@@ -91,18 +92,25 @@ pub struct VirtioPci {
     offsets: Offsets,
     config: Mutex<ConfigSpace>,
     common: CommonConfig,
-    msix: Arc<Msix>,
+    vectors: Arc<Vectors>,
     /// Held while a change of configuration space is carried over to the gate and to MSI-X, so that of two writes
     /// at once the one that ends up in the register also ends up there.
     doors: Mutex<()>,
 }
 
-/// The function's interrupts are its MSI-X vectors.
-struct Vectors(Arc<Msix>);
+/// The function's interrupts: its MSI-X vectors.
+struct Vectors {
+    msix: Msix,
+    /// A function level reset waits for requests in flight: their completion is nobody's business any more, even if
+    /// the guest has programmed new vectors meanwhile.
+    muted: AtomicBool,
+}
 
 impl Interrupt for Vectors {
     fn signal(&self, vector: u16) {
-        self.0.signal(vector);
+        if !self.muted.load(SeqCst) {
+            self.msix.signal(vector);
+        }
     }
 }
 
@@ -136,17 +144,21 @@ impl VirtioPci {
         let identity = identity::identity(function.device_type());
         let mut builder = ConfigBuilder::new(&header::type0(&identity, &bars));
         let offsets = capabilities(&mut builder, &layout, vectors, options.port_type)?;
-        let msix = Arc::new(Msix::new(vectors, msi.sink(vectors.get())));
+        let common = CommonConfig::new(vectors.get());
+        let vectors = Arc::new(Vectors {
+            msix: Msix::new(vectors, msi.sink(vectors.get())),
+            muted: AtomicBool::new(false),
+        });
         function.close(Reasons::BUS_MASTER);
-        function.set_interrupt(Arc::new(Vectors(Arc::clone(&msix))));
+        function.set_interrupt(Arc::clone(&vectors) as _);
         Ok(Arc::new(Self {
             port_type: options.port_type,
             layout,
             bars,
             offsets,
             config: Mutex::new(builder.build()),
-            common: CommonConfig::new(vectors.get()),
-            msix,
+            common,
+            vectors,
             doors: Mutex::new(()),
             function,
         }))
@@ -158,8 +170,18 @@ impl VirtioPci {
     }
 
     /// Its MSI-X vectors.
-    pub fn msix(&self) -> &Arc<Msix> {
-        &self.msix
+    pub fn msix(&self) -> &Msix {
+        &self.vectors.msix
+    }
+
+    /// Ends the silence after a function level reset once nothing of before is in flight. A driver cannot get the
+    /// device going again without passing here, since until then it accepts no device status.
+    fn unmute(&self) {
+        if self.vectors.muted.load(SeqCst) {
+            let _doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
+            let still = self.function.is_resetting();
+            self.vectors.muted.store(still, SeqCst);
+        }
     }
 
     /// Bus Master Enable and the MSI-X switches take effect, as the registers have them now.
@@ -171,7 +193,7 @@ impl VirtioPci {
             (Command::of(&config), control)
         };
         // MSI-X first: what the function signals when its gate opens is to find its vectors as they are now.
-        self.msix.set_control(control);
+        self.msix().set_control(control);
         if command.contains(Command::BUS_MASTER) {
             self.function.reopen(Reasons::BUS_MASTER);
         } else {
@@ -366,8 +388,8 @@ impl PciFunction for VirtioPci {
             }
             Region::Device => self.function.read_config(offset as usize, data),
             Region::Notify => {}
-            Region::MsixTable => self.msix.read_table(offset, data),
-            Region::MsixPba => self.msix.read_pba(offset, data),
+            Region::MsixTable => self.msix().read_table(offset, data),
+            Region::MsixPba => self.msix().read_pba(offset, data),
         }
     }
 
@@ -379,14 +401,17 @@ impl PciFunction for VirtioPci {
             return Effect::None;
         };
         match region {
-            Region::Common => return self.common.write(&self.function, offset, data),
+            Region::Common => {
+                self.unmute();
+                return self.common.write(&self.function, offset, data);
+            }
             Region::Device => self.function.write_config(offset as usize, data),
             Region::Notify => {
                 if let Some(queue) = Layout::notified_queue(offset) {
                     self.function.kick(queue);
                 }
             }
-            Region::MsixTable => self.msix.write_table(offset, data),
+            Region::MsixTable => self.msix().write_table(offset, data),
             Region::Isr | Region::MsixPba => {}
         }
         Effect::None
@@ -416,11 +441,16 @@ impl PciFunction for VirtioPci {
     fn reset(&self) {
         let _doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
         self.function.close(Reasons::BUS_MASTER);
+        self.vectors.muted.store(true, SeqCst);
         // The caller reports the layout change, whatever this says.
         let _ = self.function.request_reset();
-        self.msix.reset();
+        let still = self.function.is_resetting();
+        self.vectors.muted.store(still, SeqCst);
+        self.msix().reset();
         self.common.reset();
         self.config().reset();
     }
 }
 
+#[cfg(test)]
+mod tests;
