@@ -177,7 +177,9 @@ impl PciRoot {
 
     /// The doorbells that should exist now: those of live functions, at addresses that reach them.
     ///
-    /// To be compared with the previous answer whenever a write returned [`Effect::LayoutChanged`].
+    /// To be compared with the previous answer whenever a write returned [`Effect::LayoutChanged`]: ask and compare
+    /// under one lock, so that of two vCPUs the one that comes last sees the later answer. A function whose reset
+    /// waits for requests in flight keeps its doorbells until the next change; its gate is closed meanwhile.
     pub fn doorbells(&self) -> Vec<Doorbell> {
         let table = self.decode.load();
         let mut doorbells = Vec::new();
