@@ -549,8 +549,9 @@ fn the_access_window_ignores_what_breaks_its_rules() {
         (0, 0xffff_fffe, 2),
     ] {
         let data = window(&rig, bar, offset, len);
-        assert_eq!(rig.set_config::<2>(data, 0), Effect::None);
+        assert_eq!(rig.set_config::<2>(data, 0x5a), Effect::None);
         assert_eq!(rig.get::<2>(select), 1, "{bar} {offset:#x} {len}");
+        assert_eq!(rig.config::<2>(data), 0x5a, "{bar} {offset:#x} {len}");
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use devices::gate::Reasons;
 use devices::virtio::VirtioFunction;
 use proptest::prelude::*;
 
@@ -330,4 +331,42 @@ fn the_machine_of_these_tests_has_what_it_should() {
         .map(|(pci, _)| pci.resources()[0].kind)
         .collect();
     assert_eq!(kinds, [BarKind::Prefetchable64; 4]);
+}
+
+/// Four vCPUs and an I/O thread at once: it ends, and then gate and MSI-X agree with the registers.
+#[test]
+fn concurrent_writes_leave_switches_and_registers_in_agreement() {
+    let machine = machine();
+    let place = machine.places[1];
+    let (pci, virtio) = &machine.functions[0];
+    std::thread::scope(|threads| {
+        for vcpu in 0..4u8 {
+            let machine = &machine;
+            threads.spawn(move || {
+                let ecam = machine.root.ecam();
+                for round in 0..400u16 {
+                    let bits = (round as u8).wrapping_mul(vcpu + 3);
+                    let command = [bits & 6, 0];
+                    let _ = ecam.write(ecam_offset(place, 0x04), &command);
+                    let _ = ecam.write(ecam_offset(place, MSIX_CONTROL), &[0, bits << 6]);
+                    let _ = ecam.write(ecam_offset(place, 0x11), &[bits & 0xc0]);
+                    match round % 16 {
+                        0 => machine.run(&Step::Start(0)),
+                        7 if vcpu == 0 => {
+                            let _ = ecam.write(ecam_offset(place, 0x49), &[0x80]);
+                        }
+                        _ => machine.run(&Step::Read(0, 0x2000, 8)),
+                    }
+                }
+            });
+        }
+        threads.spawn(|| (0..1000).for_each(|_| machine.run(&Step::Work(0))));
+    });
+    let master = machine.dword(place, 0x04) & 4 != 0;
+    assert_eq!(virtio.reasons().contains(Reasons::BUS_MASTER), !master);
+    let control = machine.dword(place, MSIX_CONTROL - 2) >> 16;
+    assert_eq!(pci.msix().save().control.enabled, control & 0x8000 != 0);
+    for address in machine.expected_ranges(0).iter().map(|r| r.start) {
+        assert_eq!(machine.found_at(address), machine.expected_at(address));
+    }
 }
