@@ -6,6 +6,7 @@
 //! | [`memory`] | guest RAM, and the view through which each function reaches it |
 //! | [`gate`] | the one predicate that says whether a function may touch its rings |
 //! | [`virtio`] | the virtio core: status, features, queues; and the contract a device fulfils |
+//! | [`rng`] | virtio-rng: the host's entropy |
 //! | [`io`] | the I/O thread that turns kicks and backend events into work |
 //!
 //! Everything here can be driven from a plain test, without a guest, a bus or a hypervisor.
@@ -14,4 +15,7 @@ pub mod bus;
 pub mod gate;
 pub mod io;
 pub mod memory;
+pub mod rng;
+#[cfg(test)]
+mod testing;
 pub mod virtio;

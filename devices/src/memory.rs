@@ -17,7 +17,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice, WithBitmapSlice};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder,
+    GuestRegionMmap, MmapRegion, VolatileSlice, mmap::MmapRegionBuilder,
 };
 
 /// Bytes in one page of the dirty bitmaps; also the granularity of KVM's dirty log.
@@ -234,6 +234,12 @@ impl Bitmap for ViewBitmap {
         RefSlice::new(self, offset)
     }
 }
+
+/// Contiguous guest memory as a [`View`] lends it, for scatter-gather I/O.
+///
+/// Writing through its raw pointer bypasses the dirty bitmap: afterwards, mark what was written with
+/// `slice.bitmap().mark_dirty(0, n)`.
+pub type GuestSlice<'v> = VolatileSlice<'v, RefSlice<'v, ViewBitmap>>;
 
 /// Guest RAM as one device function sees it. Cheap to clone; clones mark the same bitmap.
 ///

@@ -1,9 +1,8 @@
 //! A descriptor chain, taken from the ring as a whole and checked before a device sees it.
 
-use vm_memory::bitmap::BitmapSlice;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
-use crate::memory::View;
+use crate::memory::{GuestSlice, View};
 
 /// Index of the descriptor a chain starts with; names the chain in the used ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -92,6 +91,11 @@ impl Chain {
         self.head
     }
 
+    /// Number of guest buffers it is made of: what it costs to hold on to it.
+    pub fn buffer_count(&self) -> usize {
+        self.buffers.len()
+    }
+
     /// Bytes the device may read.
     pub fn readable_len(&self) -> u64 {
         total(self.readable())
@@ -143,20 +147,19 @@ impl Chain {
         view: &'v View,
         offset: u64,
         len: u64,
-    ) -> Result<Vec<VolatileSlice<'v, impl BitmapSlice + use<'v>>>, GuestMemoryError> {
+    ) -> Result<Vec<GuestSlice<'v>>, GuestMemoryError> {
         slices(view, self.readable(), offset, len)
     }
 
     /// The device-writable bytes `offset..offset + len` as slices of guest memory, for scatter-gather I/O.
     ///
-    /// Writing through the raw pointers of the slices bypasses the dirty bitmap: mark what was written with
-    /// `slice.bitmap().mark_dirty(0, n)`.
+    /// What is written through raw pointers must be marked: see [`GuestSlice`].
     pub fn writable_slices<'v>(
         &self,
         view: &'v View,
         offset: u64,
         len: u64,
-    ) -> Result<Vec<VolatileSlice<'v, impl BitmapSlice + use<'v>>>, GuestMemoryError> {
+    ) -> Result<Vec<GuestSlice<'v>>, GuestMemoryError> {
         slices(view, self.writable(), offset, len)
     }
 }
@@ -191,7 +194,7 @@ fn slices<'v>(
     buffers: &[Buffer],
     offset: u64,
     len: u64,
-) -> Result<Vec<VolatileSlice<'v, impl BitmapSlice + use<'v>>>, GuestMemoryError> {
+) -> Result<Vec<GuestSlice<'v>>, GuestMemoryError> {
     let mut out = Vec::new();
     for (start, len) in pieces(buffers, offset, len) {
         for slice in GuestMemoryBackend::get_slices(&**view, start, len) {

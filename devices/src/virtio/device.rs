@@ -84,10 +84,17 @@ pub struct Io<'a> {
     pub(super) config_changed: bool,
 }
 
-impl Io<'_> {
+impl<'a> Io<'a> {
     /// The function's view of guest memory.
-    pub fn memory(&self) -> &View {
+    pub fn memory(&self) -> &'a View {
         self.view
+    }
+
+    /// The size the driver chose for `queue`: the most chains it can have made available at once.
+    pub fn queue_size(&self, queue: u16) -> u16 {
+        self.queues
+            .get(usize::from(queue))
+            .map_or(0, |ring| ring.registers().size)
     }
 
     /// Fetches the next chain of `queue`. `None` if there is none or the gate is closed.
