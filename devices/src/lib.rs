@@ -7,11 +7,13 @@
 //! | [`gate`] | the one predicate that says whether a function may touch its rings |
 //! | [`virtio`] | the virtio core: status, features, queues; and the contract a device fulfils |
 //! | [`rng`] | virtio-rng: the host's entropy |
+//! | [`console`] | virtio-console: one port on the terminal or a file |
 //! | [`io`] | the I/O thread that turns kicks and backend events into work |
 //!
 //! Everything here can be driven from a plain test, without a guest, a bus or a hypervisor.
 
 pub mod bus;
+pub mod console;
 pub mod gate;
 pub mod io;
 pub mod memory;
