@@ -6,12 +6,14 @@
 //! | [`memory`] | guest RAM, and the view through which each function reaches it |
 //! | [`gate`] | the one predicate that says whether a function may touch its rings |
 //! | [`virtio`] | the virtio core: status, features, queues; and the contract a device fulfils |
+//! | [`block`] | virtio-block: a raw image file or block device as a disk |
 //! | [`rng`] | virtio-rng: the host's entropy |
 //! | [`console`] | virtio-console: one port on the terminal or a file |
 //! | [`io`] | the I/O thread that turns kicks and backend events into work |
 //!
 //! Everything here can be driven from a plain test, without a guest, a bus or a hypervisor.
 
+pub mod block;
 pub mod bus;
 pub mod console;
 pub mod gate;
