@@ -7,6 +7,7 @@
 //! | [`gate`] | the one predicate that says whether a function may touch its rings |
 //! | [`virtio`] | the virtio core: status, features, queues; and the contract a device fulfils |
 //! | [`block`] | virtio-block: a raw image file or block device as a disk |
+//! | [`net`] | virtio-net: on a host tap, or on a switch that connects functions |
 //! | [`rng`] | virtio-rng: the host's entropy |
 //! | [`console`] | virtio-console: one port on the terminal or a file |
 //! | [`io`] | the I/O thread that turns kicks and backend events into work |
@@ -19,6 +20,7 @@ pub mod console;
 pub mod gate;
 pub mod io;
 pub mod memory;
+pub mod net;
 pub mod rng;
 #[cfg(test)]
 mod testing;

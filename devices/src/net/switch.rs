@@ -1,0 +1,434 @@
+//! A learning Ethernet switch in this process. Its ports are plugged into functions; nothing of it needs privilege.
+//!
+//! A sender copies its frame from guest memory into the inbox of each receiving port, and the receiver copies it
+//! from there: no function ever touches another one. Locks are taken in the order function, table, inbox, and a
+//! receiver takes only the last of them.
+//!
+//! Everything is bounded: frames and bytes that wait in an inbox, addresses learned from a port, ports. What does not
+//! fit is dropped and counted, as on a wire.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::link::{Counters, HEADER_LEN, Link, Stats, frame_len};
+use super::{MacAddress, offload};
+use crate::memory::View;
+use crate::virtio::Chain;
+
+/// The most ports of one switch.
+const MAX_PORTS: usize = 1024;
+/// Frames that may wait for a port.
+const MAX_FRAMES: usize = 1024;
+/// Bytes that may wait for a port.
+const MAX_BYTES: usize = 2 << 20;
+/// Addresses that may be learned from one port, besides its own. The oldest makes room.
+const MAX_LEARNED: usize = 256;
+/// Bytes of empty buffers kept for the next frames of a port.
+const SPARE_BYTES: usize = 1 << 20;
+
+/// Why a port could not be added.
+#[derive(Debug, thiserror::Error)]
+pub enum SwitchError {
+    /// Two ports with one address.
+    #[error("MAC address {0} is already on this switch; give each device its own")]
+    Duplicate(MacAddress),
+    /// Too many ports.
+    #[error("a switch has at most {MAX_PORTS} ports")]
+    Full,
+    /// The kernel refused a descriptor.
+    #[error("cannot add a port to the switch")]
+    Event(#[source] std::io::Error),
+}
+
+/// What a port is made of.
+#[derive(Clone, Debug)]
+pub struct PortConfig {
+    /// Shown by [`Switch::ports`].
+    pub name: String,
+    /// The address of the device that is plugged in. It belongs to this port: no other can take it over by sending
+    /// from it.
+    pub mac: MacAddress,
+    /// Drop frames the device sends from any other address.
+    pub check_source: bool,
+}
+
+/// One port, as it is now.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PortInfo {
+    /// From [`PortConfig::name`].
+    pub name: String,
+    /// From [`PortConfig::mac`].
+    pub mac: MacAddress,
+    /// A driver is there to receive.
+    pub up: bool,
+    /// Frames that wait for the driver.
+    pub waiting: usize,
+    /// Addresses learned from it.
+    pub learned: usize,
+    /// What went through.
+    pub stats: Stats,
+}
+
+/// A switch. Clones are the same switch; it lives as long as any clone or port.
+#[derive(Clone, Default)]
+pub struct Switch {
+    table: Arc<RwLock<Table>>,
+}
+
+#[derive(Default)]
+struct Table {
+    /// By port number; a hole is a port that was unplugged.
+    ports: Vec<Option<Port>>,
+    stations: HashMap<MacAddress, Station>,
+}
+
+/// Where an address is.
+#[derive(Clone, Copy)]
+struct Station {
+    port: usize,
+    /// It is the port's own and stays there.
+    fixed: bool,
+}
+
+struct Port {
+    shared: Arc<Shared>,
+    /// Addresses learned from this port, oldest first. Some may have moved to another port since.
+    learned: VecDeque<MacAddress>,
+}
+
+/// What senders and the receiver of a port share.
+struct Shared {
+    config: PortConfig,
+    event: EventFd,
+    counters: Arc<Counters>,
+    inbox: Mutex<Inbox>,
+}
+
+#[derive(Default)]
+struct Inbox {
+    up: bool,
+    frames: VecDeque<Vec<u8>>,
+    bytes: usize,
+    /// Buffers to be used again, and their capacity in bytes.
+    spare: Vec<Vec<u8>>,
+    spare_bytes: usize,
+}
+
+impl Shared {
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts the frame in `buffer` into the inbox, and some other buffer in its place. True if the receiver must be
+    /// woken.
+    fn accept(&self, buffer: &mut Vec<u8>) -> bool {
+        let mut inbox = self.inbox();
+        if !inbox.up {
+            return false;
+        }
+        if inbox.frames.len() >= MAX_FRAMES || inbox.bytes + buffer.len() > MAX_BYTES {
+            self.counters.overflow();
+            return false;
+        }
+        let first = inbox.frames.is_empty();
+        let spare = inbox.spare.pop().unwrap_or_default();
+        inbox.spare_bytes -= spare.capacity().min(inbox.spare_bytes);
+        inbox.bytes += buffer.len();
+        inbox.frames.push_back(std::mem::replace(buffer, spare));
+        first
+    }
+}
+
+impl Inbox {
+    fn recycle(&mut self, buffers: &mut Vec<Vec<u8>>) {
+        for buffer in buffers.drain(..) {
+            if self.spare_bytes + buffer.capacity() <= SPARE_BYTES {
+                self.spare_bytes += buffer.capacity();
+                self.spare.push(buffer);
+            }
+        }
+    }
+}
+
+impl Table {
+    fn port(&self, index: usize) -> Option<&Arc<Shared>> {
+        self.ports.get(index)?.as_ref().map(|port| &port.shared)
+    }
+
+    /// True if a frame from `source` on `port` teaches nothing new.
+    fn knows(&self, source: MacAddress, port: usize) -> bool {
+        self.stations
+            .get(&source)
+            .is_some_and(|station| station.port == port || station.fixed)
+    }
+
+    fn learn(&mut self, source: MacAddress, index: usize) {
+        let Some(Some(port)) = self.ports.get_mut(index) else {
+            return;
+        };
+        let full = port.learned.len() >= MAX_LEARNED;
+        if let Some(oldest) = full.then(|| port.learned.pop_front()).flatten()
+            && self
+                .stations
+                .get(&oldest)
+                .is_some_and(|s| s.port == index && !s.fixed)
+        {
+            self.stations.remove(&oldest);
+        }
+        port.learned.push_back(source);
+        let station = Station {
+            port: index,
+            fixed: false,
+        };
+        self.stations.insert(source, station);
+    }
+}
+
+impl Switch {
+    /// A switch without ports.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a port. It is down until a driver is ready, and goes when it is dropped.
+    pub fn port(&self, config: PortConfig) -> Result<SwitchPort, SwitchError> {
+        let mac = config.mac;
+        let shared = Arc::new(Shared {
+            config,
+            event: EventFd::new(EFD_NONBLOCK).map_err(SwitchError::Event)?,
+            counters: Arc::default(),
+            inbox: Mutex::default(),
+        });
+        let mut table = self.write();
+        if table.stations.get(&mac).is_some_and(|s| s.fixed) {
+            return Err(SwitchError::Duplicate(mac));
+        }
+        let index = table.ports.iter().position(Option::is_none);
+        let index = index.unwrap_or(table.ports.len());
+        if index >= MAX_PORTS {
+            return Err(SwitchError::Full);
+        }
+        let port = Some(Port {
+            shared: Arc::clone(&shared),
+            learned: VecDeque::new(),
+        });
+        match table.ports.get_mut(index) {
+            Some(hole) => *hole = port,
+            None => table.ports.push(port),
+        }
+        let station = Station {
+            port: index,
+            fixed: true,
+        };
+        table.stations.insert(mac, station);
+        drop(table);
+        Ok(SwitchPort {
+            switch: self.clone(),
+            index,
+            shared,
+            features: 0,
+            outgoing: Vec::new(),
+            to_wake: Vec::new(),
+            incoming: VecDeque::new(),
+            consumed: Vec::new(),
+        })
+    }
+
+    /// All ports, in the order of their numbers.
+    pub fn ports(&self) -> Vec<PortInfo> {
+        let table = self.read();
+        let mut ports = Vec::new();
+        for (index, port) in table.ports.iter().enumerate() {
+            let Some(port) = port else {
+                continue;
+            };
+            let stations = table.stations.values();
+            let (up, waiting) = {
+                let inbox = port.shared.inbox();
+                (inbox.up, inbox.frames.len())
+            };
+            ports.push(PortInfo {
+                name: port.shared.config.name.clone(),
+                mac: port.shared.config.mac,
+                up,
+                waiting,
+                learned: stations.filter(|s| s.port == index && !s.fixed).count(),
+                stats: port.shared.counters.snapshot(),
+            });
+        }
+        ports
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Table> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Table> {
+        self.table.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A port of a [`Switch`], to plug a network device in.
+pub struct SwitchPort {
+    switch: Switch,
+    index: usize,
+    shared: Arc<Shared>,
+    /// What the driver accepted.
+    features: u64,
+    /// The frame that is being sent. Kept for its capacity.
+    outgoing: Vec<u8>,
+    /// Ports that got frames since the last flush and did not have any before.
+    to_wake: Vec<Arc<Shared>>,
+    /// Frames taken from the inbox and not yet consumed.
+    incoming: VecDeque<Vec<u8>>,
+    /// Buffers to be given back with the next look into the inbox.
+    consumed: Vec<Vec<u8>>,
+}
+
+impl SwitchPort {
+    /// Sends the admitted frame in `outgoing` to whom it concerns.
+    fn forward(&mut self, source: MacAddress, destination: MacAddress) {
+        if !self.switch.read().knows(source, self.index) {
+            self.switch.write().learn(source, self.index);
+        }
+        let table = self.switch.read();
+        let station = table.stations.get(&destination);
+        if let Some(station) = station.filter(|_| !destination.is_group()) {
+            // A frame to a station on the sender's own side has already reached it.
+            let port = table
+                .port(station.port)
+                .filter(|_| station.port != self.index);
+            if let Some(port) = port
+                && port.accept(&mut self.outgoing)
+            {
+                self.to_wake.push(Arc::clone(port));
+            }
+            return;
+        }
+        let mut copy = Vec::new();
+        for (index, port) in table.ports.iter().enumerate() {
+            let Some(port) = port.as_ref().filter(|_| index != self.index) else {
+                continue;
+            };
+            copy.clear();
+            copy.extend_from_slice(&self.outgoing);
+            if port.shared.accept(&mut copy) {
+                self.to_wake.push(Arc::clone(&port.shared));
+            }
+        }
+    }
+
+    /// Takes everything out of the inbox. False if there was nothing.
+    fn collect(&mut self) -> bool {
+        let mut inbox = self.shared.inbox();
+        inbox.recycle(&mut self.consumed);
+        std::mem::swap(&mut self.incoming, &mut inbox.frames);
+        inbox.bytes = 0;
+        drop(inbox);
+        if self.incoming.is_empty() {
+            return false;
+        }
+        let features = self.features;
+        if !self
+            .incoming
+            .iter()
+            .all(|frame| offload::fits(frame, features))
+        {
+            let frames = self.incoming.drain(..);
+            self.incoming = frames
+                .flat_map(|frame| offload::adapt(frame, features))
+                .collect();
+        }
+        true
+    }
+}
+
+impl Link for SwitchPort {
+    fn event_fd(&self) -> RawFd {
+        self.shared.event.as_raw_fd()
+    }
+
+    fn offloads(&self) -> u64 {
+        offload::ALL
+    }
+
+    fn up(&mut self, features: u64) {
+        self.features = features;
+        self.shared.inbox().up = true;
+    }
+
+    fn down(&mut self) {
+        self.features = 0;
+        self.incoming.clear();
+        self.consumed = Vec::new();
+        *self.shared.inbox() = Inbox::default();
+    }
+
+    fn send(&mut self, view: &View, chain: &Chain) {
+        let counters = &self.shared.counters;
+        let Some(len) = frame_len(chain) else {
+            return counters.malformed();
+        };
+        self.outgoing.resize(HEADER_LEN + len, 0);
+        if chain.read(view, 0, &mut self.outgoing).is_err()
+            || !offload::admit(&mut self.outgoing, self.features)
+        {
+            return counters.malformed();
+        }
+        let address = |at: usize| {
+            let octets = self.outgoing.get(HEADER_LEN + at..HEADER_LEN + at + 6);
+            octets.and_then(|o| o.try_into().ok()).map(MacAddress::new)
+        };
+        let (Some(destination), Some(source)) = (address(0), address(6)) else {
+            return counters.malformed();
+        };
+        if source.is_group() {
+            return counters.malformed();
+        }
+        let config = &self.shared.config;
+        if config.check_source && source != config.mac {
+            return counters.spoofed();
+        }
+        counters.sent(len);
+        self.forward(source, destination);
+    }
+
+    fn flush(&mut self) {
+        for port in self.to_wake.drain(..) {
+            // Watched edge-triggered and never read: each write is an event.
+            let _ = port.event.write(1);
+        }
+    }
+
+    fn peek(&mut self) -> Option<&mut [u8]> {
+        while self.incoming.is_empty() {
+            if !self.collect() {
+                return None;
+            }
+        }
+        self.incoming.front_mut().map(Vec::as_mut_slice)
+    }
+
+    fn consume(&mut self) {
+        self.consumed.extend(self.incoming.pop_front());
+    }
+
+    fn counters(&self) -> &Arc<Counters> {
+        &self.shared.counters
+    }
+}
+
+impl Drop for SwitchPort {
+    fn drop(&mut self) {
+        let mut table = self.switch.write();
+        if let Some(port) = table.ports.get_mut(self.index) {
+            *port = None;
+        }
+        let index = self.index;
+        table.stations.retain(|_, station| station.port != index);
+    }
+}

@@ -1,0 +1,295 @@
+//! A tap interface of the host.
+
+#![allow(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+
+use super::link::{Counters, FRAME_MAX, FRAME_MIN, HEADER_LEN, Link, frame_len};
+use super::offload;
+use crate::memory::View;
+use crate::virtio::Chain;
+
+const TUN: &str = "/dev/net/tun";
+/// The most buffers the kernel takes in one call (IOV_MAX).
+const IOV_MAX: usize = 1024;
+
+/// Why a tap could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// Interface names have 1 to 15 bytes, without `/` or white space.
+    #[error("{0:?} is no interface name; use 1 to 15 characters without spaces and slashes")]
+    Name(String),
+    /// The kernel has no tap driver, or the container hides it.
+    #[error("this host has no /dev/net/tun; load it with `modprobe tun`")]
+    NoDriver,
+    /// Neither root nor the owner of the interface.
+    #[error(
+        "no permission to use tap {0}; as root, run `ip tuntap add dev {0} mode tap user $USER`, then try again"
+    )]
+    Permission(String),
+    /// Another process has it.
+    #[error("tap {0} is in use by another process; stop that one or use another tap")]
+    Busy(String),
+    /// There is an interface of that name and it is no tap, or one with several queues.
+    #[error("interface {0} is not a tap with a single queue; use another name")]
+    NotATap(String),
+    /// Anything else.
+    #[error("cannot open tap {name}")]
+    Other {
+        /// The interface.
+        name: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A tap interface. One that did not exist is created, and vanishes when this is dropped.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+    name: String,
+    features: u64,
+    /// One frame that was read and not consumed, in its first `waiting` bytes.
+    frame: Vec<u8>,
+    waiting: usize,
+    counters: Arc<Counters>,
+}
+
+impl Tap {
+    /// Attaches to the tap `name`, or creates it.
+    pub fn open(name: &str) -> Result<Self, TapError> {
+        let legal = |b: u8| b.is_ascii_graphic() && b != b'/' && b != b':';
+        // A '%' would make the kernel choose a name.
+        if name.is_empty()
+            || name.len() >= libc::IFNAMSIZ
+            || name.contains('%')
+            || !name.bytes().all(legal)
+        {
+            return Err(TapError::Name(name.into()));
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(TUN)
+            .map_err(|error| open_error(name, error))?;
+        // SAFETY: all of `ifreq` is integers and unions of integers, for which zeroes are valid.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *to = from as libc::c_char;
+        }
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        request.ifr_ifru.ifru_flags = flags as libc::c_short;
+        // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })
+            .map_err(|error| attach_error(name, error))?;
+        let len = HEADER_LEN as libc::c_int;
+        // SAFETY: TUNSETVNETHDRSZ reads one int.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) })
+            .map_err(|error| attach_error(name, error))?;
+        let mut tap = Self {
+            file,
+            name: name.into(),
+            features: 0,
+            frame: Vec::new(),
+            waiting: 0,
+            counters: Arc::default(),
+        };
+        tap.down();
+        Ok(tap)
+    }
+
+    /// The interface's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn set_offload(&self, features: u64) {
+        let flags = libc::c_ulong::from(offload::tun_flags(features));
+        // SAFETY: TUNSETOFFLOAD takes its argument by value.
+        let outcome =
+            check(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD, flags) });
+        if let Err(error) = outcome {
+            tracing::warn!(tap = %self.name, %error, "tap refused the offloads of its driver");
+        }
+    }
+
+    /// Reads frames until one is usable.
+    fn read(&mut self) -> Option<usize> {
+        loop {
+            match self.file.read(&mut self.frame) {
+                Ok(n) if n >= HEADER_LEN + FRAME_MIN => return Some(n),
+                Ok(0) => return None,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        tracing::debug!(tap = %self.name, %error, "cannot read from tap");
+                    }
+                    return None;
+                }
+            }
+        }
+    }
+}
+
+fn check(outcome: libc::c_int) -> io::Result<()> {
+    if outcome < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn open_error(name: &str, source: io::Error) -> TapError {
+    match source.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TapError::NoDriver,
+        Some(libc::EACCES | libc::EPERM) => TapError::Permission(name.into()),
+        _ => TapError::Other {
+            name: name.into(),
+            source,
+        },
+    }
+}
+
+fn attach_error(name: &str, source: io::Error) -> TapError {
+    match source.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM) => TapError::Permission(name.into()),
+        Some(libc::EBUSY) => TapError::Busy(name.into()),
+        Some(libc::EINVAL) => TapError::NotATap(name.into()),
+        _ => TapError::Other {
+            name: name.into(),
+            source,
+        },
+    }
+}
+
+impl Link for Tap {
+    fn event_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    fn offloads(&self) -> u64 {
+        offload::ALL
+    }
+
+    fn up(&mut self, features: u64) {
+        self.features = features;
+        self.set_offload(features);
+    }
+
+    fn down(&mut self) {
+        self.features = 0;
+        self.waiting = 0;
+        self.set_offload(0);
+    }
+
+    fn send(&mut self, view: &View, chain: &Chain) {
+        let Some(len) = frame_len(chain) else {
+            return self.counters.malformed();
+        };
+        let total = (HEADER_LEN + len) as u64;
+        let slices = match chain.readable_slices(view, 0, total) {
+            Ok(slices) if slices.len() <= IOV_MAX => slices,
+            _ => return self.counters.malformed(),
+        };
+        let guards: Vec<_> = slices.iter().map(|slice| slice.ptr_guard()).collect();
+        let iovecs: Vec<_> = guards
+            .iter()
+            .map(|guard| libc::iovec {
+                iov_base: guard.as_ptr().cast_mut().cast(),
+                iov_len: guard.len(),
+            })
+            .collect();
+        loop {
+            // SAFETY: the vectors point into guest memory that `slices` keeps mapped for the length of this call;
+            // the kernel only reads from them, and their count is at most IOV_MAX.
+            let written = unsafe {
+                libc::writev(
+                    self.file.as_raw_fd(),
+                    iovecs.as_ptr(),
+                    iovecs.len() as libc::c_int,
+                )
+            };
+            if written >= 0 {
+                return self.counters.sent(len);
+            }
+            // A header that makes no sense, an interface that is down, a full queue: the frame is lost, as on a wire.
+            if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+                return self.counters.refused();
+            }
+        }
+    }
+
+    fn flush(&mut self) {}
+
+    fn peek(&mut self) -> Option<&mut [u8]> {
+        if self.waiting == 0 {
+            self.frame.resize(HEADER_LEN + FRAME_MAX, 0);
+            self.waiting = self.read()?;
+            if !offload::accepts_checksum(self.features) {
+                // The kernel may still say that it checked the sum, which such a driver must not be told.
+                self.frame.iter_mut().take(HEADER_LEN).for_each(|b| *b = 0);
+            }
+        }
+        self.frame.get_mut(..self.waiting)
+    }
+
+    fn consume(&mut self) {
+        self.waiting = 0;
+    }
+
+    fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_the_kernel_would_not_take_are_refused() {
+        for name in ["", "a-name-too-long-", "a b", "a/b", "tap%d", "é", "a:b"] {
+            let outcome = Tap::open(name);
+            assert!(
+                matches!(outcome, Err(TapError::Name(n)) if n == name),
+                "{name:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn system_errors_name_their_cure() {
+        let from = |code| io::Error::from_raw_os_error(code);
+        assert!(matches!(
+            open_error("t", from(libc::ENOENT)),
+            TapError::NoDriver
+        ));
+        assert!(matches!(
+            open_error("t", from(libc::EACCES)),
+            TapError::Permission(_)
+        ));
+        assert!(matches!(
+            attach_error("t", from(libc::EPERM)),
+            TapError::Permission(_)
+        ));
+        assert!(matches!(
+            attach_error("t", from(libc::EBUSY)),
+            TapError::Busy(_)
+        ));
+        assert!(matches!(
+            attach_error("t", from(libc::EINVAL)),
+            TapError::NotATap(_)
+        ));
+        assert!(matches!(
+            attach_error("t", from(libc::EIO)),
+            TapError::Other { .. }
+        ));
+    }
+}
