@@ -1,1 +1,15 @@
 //! The tern virtual machine monitor.
+
+pub mod acpi;
+pub mod boot;
+pub mod chipset;
+pub mod cli;
+pub mod config;
+pub mod console;
+pub mod exit;
+pub mod kvm;
+pub mod layout;
+pub mod machine;
+pub mod serial;
+pub mod signals;
+pub mod vcpu;

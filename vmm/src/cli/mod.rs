@@ -1,0 +1,87 @@
+//! The command line of `tern`.
+
+pub mod run;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::console::terminal;
+use crate::exit;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "tern",
+    version,
+    about = "A small KVM virtual machine monitor",
+    max_term_width = 100
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Boot a Linux guest and run it until it ends
+    Run(Box<run::Run>),
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    logging();
+    let result = match cli.command {
+        Command::Run(command) => command.run(),
+    };
+    terminal::restore();
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("tern: {}", chain(error.as_ref()));
+            let usage = error.downcast_ref::<crate::config::ConfigError>().is_some();
+            ExitCode::from(if usage { exit::USAGE } else { exit::SETUP })
+        }
+    }
+}
+
+/// An error and its sources on one line; a source its error already repeats is left out.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        source = error.source();
+    }
+    text
+}
+
+/// Logs go to standard error; `TERN_LOG` chooses, as in `TERN_LOG=debug` or `TERN_LOG=vmm=trace`.
+fn logging() {
+    let Ok(filter) = std::env::var("TERN_LOG") else {
+        let _ = tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::WARN)
+            .with_writer(std::io::stderr)
+            .without_time()
+            .try_init();
+        return;
+    };
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
+        .with_writer(std::io::stderr)
+        .try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}

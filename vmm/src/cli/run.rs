@@ -1,0 +1,133 @@
+//! `tern run`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::config::check::console_file;
+use crate::config::{Config, Disk, Net};
+use crate::console::Target;
+use crate::console::output::Output;
+use crate::exit;
+use crate::machine::{Machine, run};
+use crate::signals::Signals;
+
+const EXAMPLES: &str = "\
+Examples:
+  tern run --kernel vmlinuz --initrd initrd.img
+  tern run --kernel vmlinuz --initrd initrd.img --cpus 2 --memory 1G \\
+           --disk path=root.img --net tap=tap0 --cmdline 'console=ttyS0 root=/dev/vda1'
+  tern run --config guest.json --api-socket /run/guest.sock
+
+The console is raw on a terminal: every key goes to the guest, Ctrl-C too. Ctrl-A x ends the guest.";
+
+/// Boot a Linux guest and run it until it ends.
+#[derive(Debug, Args)]
+#[command(after_help = format!("{EXAMPLES}\n\n{}", exit::TABLE))]
+pub struct Run {
+    /// Kernel: a bzImage as distributions ship it (vmlinuz), or an ELF vmlinux
+    #[arg(long, value_name = "PATH")]
+    kernel: Option<PathBuf>,
+
+    /// Initial RAM disk
+    #[arg(long, value_name = "PATH")]
+    initrd: Option<PathBuf>,
+
+    /// Kernel command line [default: "console=ttyS0 panic=-1"]
+    #[arg(long, value_name = "STR", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+
+    /// Number of vCPUs, 1 to 254 [default: 1]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+
+    /// Memory, 64M to 256G [default: 256M]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<String>,
+
+    /// Disk from a raw image or block device; may be repeated:
+    /// path=PATH[,readonly][,serial=ID][,queues=N][,bus=root|port]
+    #[arg(long, value_name = "DISK")]
+    disk: Vec<Disk>,
+
+    /// Network interface; may be repeated: tap=NAME|switch=NAME[,mac=MAC][,bus=root|port].
+    /// Interfaces on a switch of the same name are connected with each other inside this process
+    #[arg(long, value_name = "NET")]
+    net: Vec<Net>,
+
+    /// Give the guest an entropy device [default]
+    #[arg(long, conflicts_with = "no_rng")]
+    rng: bool,
+
+    /// Give the guest no entropy device
+    #[arg(long)]
+    no_rng: bool,
+
+    /// Serial console (ttyS0): stdio, file=PATH or none [default: stdio]
+    #[arg(long, value_name = "TARGET")]
+    console: Option<Target>,
+
+    /// Virtio console (hvc0): stdio, file=PATH or none [default: none]
+    #[arg(long, value_name = "TARGET")]
+    virtio_console: Option<Target>,
+
+    /// Unix socket of the control API
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
+
+    /// Read the configuration from a JSON file; options given here win, disks and interfaces are added
+    #[arg(long, value_name = "FILE.json")]
+    config: Option<PathBuf>,
+
+    /// Run even where KVM only interprets guest code and is a thousand times too slow
+    #[arg(long)]
+    force: bool,
+}
+
+impl Run {
+    fn config(&mut self) -> Config {
+        Config {
+            kernel: self.kernel.take(),
+            initrd: self.initrd.take(),
+            cmdline: self.cmdline.take(),
+            cpus: self.cpus,
+            memory: self.memory.take(),
+            disks: std::mem::take(&mut self.disk),
+            nets: std::mem::take(&mut self.net),
+            rng: match (self.rng, self.no_rng) {
+                (true, _) => Some(true),
+                (_, true) => Some(false),
+                (false, false) => None,
+            },
+            console: self.console.take(),
+            virtio_console: self.virtio_console.take(),
+            api_socket: self.api_socket.take(),
+        }
+    }
+
+    /// Runs the guest; returns the exit status.
+    pub fn run(mut self) -> anyhow::Result<u8> {
+        // First of all: threads inherit the mask.
+        let mut signals = Signals::block()?;
+        let base = match &self.config {
+            Some(path) => Config::from_file(path)?,
+            None => Config::default(),
+        };
+        let config = base.overlaid(self.config()).resolve()?;
+        let stdin = config.console == Target::Stdio;
+        let output = match (&config.console, console_file(&config.console)?) {
+            (Target::Stdio, _) => Some(Output::spawn(std::io::stdout())?),
+            (_, Some(file)) => Some(Output::spawn(file)?),
+            (_, None) => None,
+        };
+        let machine = Machine::build(config, output.as_ref(), self.force)?;
+        let outcome = run::run(&machine, &mut signals, stdin)?;
+        drop(machine);
+        drop(output);
+        let status = outcome.status();
+        if status != exit::POWER_OFF {
+            eprintln!("tern: {outcome}");
+        }
+        Ok(status)
+    }
+}

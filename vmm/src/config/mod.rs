@@ -1,0 +1,274 @@
+//! What a machine is made of: the JSON file of `--config`, the command line over it, and the checks before anything
+//! starts.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`options`] | one disk, one network interface: their text and JSON forms |
+//! | [`check`] | asks the host whether everything named exists and may be used |
+
+pub mod check;
+pub mod options;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::console::Target;
+use crate::layout;
+pub use options::{Disk, Mac, Net, NetBackend, Slot};
+
+/// Memory of a guest that asks for none in particular.
+pub const DEFAULT_MEMORY: u64 = 256 * layout::MIB;
+/// Command line of a guest that asks for none in particular.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
+/// The most vCPUs: local APIC ids of 8 bits, of which 255 means all.
+pub const MAX_CPUS: u8 = 254;
+/// The most virtio devices: one bus has 32 places, one of which is the host bridge's.
+const MAX_DEVICES: usize = 31;
+
+/// The configuration file, and the command line in the same form. Everything is optional; unknown keys are errors.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// bzImage (`vmlinuz`) or ELF (`vmlinux`) kernel.
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line; [`DEFAULT_CMDLINE`] if absent.
+    pub cmdline: Option<String>,
+    /// Number of vCPUs; 1 if absent.
+    pub cpus: Option<u32>,
+    /// Memory, as in `256M`; [`DEFAULT_MEMORY`] if absent.
+    pub memory: Option<String>,
+    /// Disks, in the order the guest sees them.
+    pub disks: Vec<Disk>,
+    /// Network interfaces, in the order the guest sees them.
+    pub nets: Vec<Net>,
+    /// An entropy device; there is one if absent.
+    pub rng: Option<bool>,
+    /// The serial console; stdio if absent.
+    pub console: Option<Target>,
+    /// A virtio console; there is none if absent.
+    pub virtio_console: Option<Target>,
+    /// Unix socket of the control API.
+    pub api_socket: Option<PathBuf>,
+}
+
+/// A checked configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// What to boot.
+    pub boot: crate::boot::load::Sources,
+    /// Number of vCPUs, 1 to [`MAX_CPUS`].
+    pub cpus: u8,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Disks.
+    pub disks: Vec<Disk>,
+    /// Network interfaces.
+    pub nets: Vec<Net>,
+    /// An entropy device.
+    pub rng: bool,
+    /// The serial console.
+    pub console: Target,
+    /// The virtio console.
+    pub virtio_console: Option<Target>,
+    /// Unix socket of the control API.
+    pub api_socket: Option<PathBuf>,
+}
+
+/// Why a configuration cannot be meant. Exit status 2.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("--config {path}: {reason}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the host says.
+        reason: String,
+    },
+    /// The file is not what it should be.
+    #[error("--config {path}: {source}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// No kernel.
+    #[error("no kernel; give one with --kernel PATH, or \"kernel\" in the file of --config")]
+    NoKernel,
+    /// A number or size out of range or malformed.
+    #[error("{option}: {reason}")]
+    Value {
+        /// The option.
+        option: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Two options that exclude each other.
+    #[error("{first} and {second} contradict each other: {reason}")]
+    Contradiction {
+        /// One.
+        first: String,
+        /// The other.
+        second: String,
+        /// Why they cannot both be.
+        reason: &'static str,
+    },
+}
+
+impl Config {
+    /// Reads a configuration file.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read(path).map_err(|e| ConfigError::Read {
+            path: path.to_owned(),
+            reason: crate::boot::load::explain(&e),
+        })?;
+        serde_json::from_slice(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source,
+        })
+    }
+
+    /// `self`, where `over` does not say otherwise. Disks and interfaces of `over` come after those of `self`.
+    pub fn overlaid(self, over: Self) -> Self {
+        let mut disks = self.disks;
+        disks.extend(over.disks);
+        let mut nets = self.nets;
+        nets.extend(over.nets);
+        Self {
+            kernel: over.kernel.or(self.kernel),
+            initrd: over.initrd.or(self.initrd),
+            cmdline: over.cmdline.or(self.cmdline),
+            cpus: over.cpus.or(self.cpus),
+            memory: over.memory.or(self.memory),
+            disks,
+            nets,
+            rng: over.rng.or(self.rng),
+            console: over.console.or(self.console),
+            virtio_console: over.virtio_console.or(self.virtio_console),
+            api_socket: over.api_socket.or(self.api_socket),
+        }
+    }
+
+    /// Fills in the defaults and checks everything that can be checked without asking the host.
+    pub fn resolve(self) -> Result<Machine, ConfigError> {
+        let value = |option, reason: String| ConfigError::Value { option, reason };
+        let cpus = self.cpus.unwrap_or(1);
+        let cpus = u8::try_from(cpus)
+            .ok()
+            .filter(|n| (1..=MAX_CPUS).contains(n))
+            .ok_or_else(|| {
+                value(
+                    "--cpus",
+                    format!("{cpus} is out of range; a guest has between 1 and {MAX_CPUS} vCPUs"),
+                )
+            })?;
+        let memory = match &self.memory {
+            None => DEFAULT_MEMORY,
+            Some(text) => {
+                layout::parse_memory_size(text).map_err(|e| value("--memory", e.to_string()))?
+            }
+        };
+        let machine = Machine {
+            boot: crate::boot::load::Sources {
+                kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
+                initrd: self.initrd,
+                cmdline: self.cmdline.unwrap_or_else(|| DEFAULT_CMDLINE.to_owned()),
+            },
+            cpus,
+            memory,
+            disks: self.disks,
+            nets: self.nets,
+            rng: self.rng.unwrap_or(true),
+            console: self.console.unwrap_or_default(),
+            virtio_console: self.virtio_console.filter(|t| *t != Target::None),
+            api_socket: self.api_socket,
+        };
+        machine.check_contradictions()?;
+        Ok(machine)
+    }
+}
+
+impl Machine {
+    /// Number of virtio devices.
+    pub fn device_count(&self) -> usize {
+        self.disks.len()
+            + self.nets.len()
+            + usize::from(self.rng)
+            + usize::from(self.virtio_console.is_some())
+    }
+
+    fn check_contradictions(&self) -> Result<(), ConfigError> {
+        let contradiction = |first: String, second: String, reason| ConfigError::Contradiction {
+            first,
+            second,
+            reason,
+        };
+        if self.device_count() > MAX_DEVICES {
+            return Err(ConfigError::Value {
+                option: "--disk and --net",
+                reason: format!(
+                    "{} devices are too many; a guest has at most {MAX_DEVICES}",
+                    self.device_count()
+                ),
+            });
+        }
+        match &self.virtio_console {
+            Some(Target::Stdio) if self.console == Target::Stdio => {
+                return Err(contradiction(
+                    "--console stdio".to_owned(),
+                    "--virtio-console stdio".to_owned(),
+                    "there is one standard input; give one of them file=PATH or none",
+                ));
+            }
+            Some(Target::File(path)) if self.console == Target::File(path.clone()) => {
+                return Err(contradiction(
+                    format!("--console file={}", path.display()),
+                    format!("--virtio-console file={}", path.display()),
+                    "each needs a file of its own",
+                ));
+            }
+            _ => {}
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            for other in self.disks.iter().skip(index + 1) {
+                if disk.path == other.path && !(disk.readonly && other.readonly) {
+                    return Err(contradiction(
+                        format!("--disk {disk}"),
+                        format!("--disk {other}"),
+                        "a file that is written belongs to one disk; make both readonly or give each its own",
+                    ));
+                }
+            }
+        }
+        for (index, net) in self.nets.iter().enumerate() {
+            for other in self.nets.iter().skip(index + 1) {
+                let same_tap = matches!(
+                    (&net.backend, &other.backend),
+                    (NetBackend::Tap(a), NetBackend::Tap(b)) if a == b
+                );
+                if same_tap {
+                    return Err(contradiction(
+                        format!("--net {net}"),
+                        format!("--net {other}"),
+                        "a tap device belongs to one interface",
+                    ));
+                }
+                if net.mac.is_some() && net.mac == other.mac {
+                    return Err(contradiction(
+                        format!("--net {net}"),
+                        format!("--net {other}"),
+                        "two interfaces cannot have one MAC address",
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,364 @@
+//! Disks and network interfaces as the command line and the configuration file write them.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// Longest serial number of a virtio disk in bytes (virtio 1.4, 5.2.6).
+const SERIAL_MAX: usize = 20;
+/// Longest name of a network interface in bytes, as Linux has it.
+const IFNAME_MAX: usize = 15;
+/// The most queues of a disk.
+const MAX_QUEUES: u16 = 64;
+
+/// Where a device sits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Slot {
+    /// On the root bus.
+    #[default]
+    Root,
+    /// Behind a root port of its own.
+    Port,
+}
+
+impl FromStr for Slot {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "root" => Ok(Self::Root),
+            "port" => Ok(Self::Port),
+            _ => Err(format!("bus={text} is unknown; write bus=root or bus=port")),
+        }
+    }
+}
+
+/// A disk: `path=PATH[,readonly][,serial=ID][,queues=N][,bus=root|port]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// A raw image file or a block device.
+    pub path: PathBuf,
+    /// The guest cannot write.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Serial number shown to the guest; at most 20 bytes of ASCII.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// Number of request queues.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub queues: u16,
+    /// Where it sits.
+    #[serde(default)]
+    pub bus: Slot,
+}
+
+fn one() -> u16 {
+    1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_one(n: &u16) -> bool {
+    *n == 1
+}
+
+impl Disk {
+    /// Checks what text and JSON cannot express.
+    pub fn validate(&self) -> Result<(), String> {
+        if self.path.as_os_str().is_empty() {
+            return Err("path= is empty; write path=PATH".to_owned());
+        }
+        if !(1..=MAX_QUEUES).contains(&self.queues) {
+            return Err(format!(
+                "queues={} is out of range; a disk has between 1 and {MAX_QUEUES} queues",
+                self.queues
+            ));
+        }
+        match &self.serial {
+            Some(serial)
+                if serial.is_empty() || serial.len() > SERIAL_MAX || !printable(serial) =>
+            {
+                Err(format!(
+                    "serial={serial} is not possible; it takes 1 to {SERIAL_MAX} printable ASCII characters"
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn printable(text: &str) -> bool {
+    text.bytes().all(|b| (0x20..0x7f).contains(&b))
+}
+
+impl FromStr for Disk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut disk = Self {
+            path: PathBuf::new(),
+            readonly: false,
+            serial: None,
+            queues: 1,
+            bus: Slot::Root,
+        };
+        for (key, value) in fields(text)? {
+            match (key, value) {
+                ("path", Some(value)) => disk.path = value.into(),
+                ("readonly", None) => disk.readonly = true,
+                ("serial", Some(value)) => disk.serial = Some(value.to_owned()),
+                ("queues", Some(value)) => {
+                    disk.queues = value
+                        .parse()
+                        .map_err(|_| format!("queues={value} is not a number"))?;
+                }
+                ("bus", Some(value)) => disk.bus = value.parse()?,
+                _ => {
+                    return Err(unknown(
+                        key,
+                        value,
+                        "path=PATH[,readonly][,serial=ID][,queues=N][,bus=root|port]",
+                    ));
+                }
+            }
+        }
+        disk.validate()?;
+        Ok(disk)
+    }
+}
+
+impl fmt::Display for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "path={}", self.path.display())?;
+        if self.readonly {
+            f.write_str(",readonly")?;
+        }
+        if let Some(serial) = &self.serial {
+            write!(f, ",serial={serial}")?;
+        }
+        if self.queues != 1 {
+            write!(f, ",queues={}", self.queues)?;
+        }
+        if self.bus == Slot::Port {
+            f.write_str(",bus=port")?;
+        }
+        Ok(())
+    }
+}
+
+/// What a network interface is connected to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetBackend {
+    /// A tap device of the host.
+    Tap(String),
+    /// The switch of that name inside this process.
+    Switch(String),
+}
+
+/// A network interface: `tap=NAME|switch=NAME[,mac=MAC][,bus=root|port]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "RawNet", into = "RawNet")]
+pub struct Net {
+    /// What it is connected to.
+    pub backend: NetBackend,
+    /// Its address; one is made up if absent.
+    pub mac: Option<Mac>,
+    /// Where it sits.
+    pub bus: Slot,
+}
+
+/// The JSON form of [`Net`]: `tap` or `switch` as a key.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawNet {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tap: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    switch: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mac: Option<Mac>,
+    #[serde(default)]
+    bus: Slot,
+}
+
+impl TryFrom<RawNet> for Net {
+    type Error = String;
+
+    fn try_from(raw: RawNet) -> Result<Self, String> {
+        let backend = match (raw.tap, raw.switch) {
+            (Some(tap), None) if interface_name(&tap) => NetBackend::Tap(tap),
+            (Some(tap), None) => {
+                return Err(format!(
+                    "tap={tap} is not the name of an interface: 1 to {IFNAME_MAX} bytes, no slash, no space"
+                ));
+            }
+            (None, Some(switch)) if !switch.is_empty() => NetBackend::Switch(switch),
+            (None, Some(_)) => return Err("switch= is empty; write switch=NAME".to_owned()),
+            (Some(tap), Some(switch)) => {
+                return Err(format!(
+                    "tap={tap} and switch={switch} contradict each other: an interface has one peer"
+                ));
+            }
+            (None, None) => {
+                return Err("neither tap=NAME nor switch=NAME; write one of them".to_owned());
+            }
+        };
+        Ok(Self {
+            backend,
+            mac: raw.mac,
+            bus: raw.bus,
+        })
+    }
+}
+
+impl From<Net> for RawNet {
+    fn from(net: Net) -> Self {
+        let (tap, switch) = match net.backend {
+            NetBackend::Tap(name) => (Some(name), None),
+            NetBackend::Switch(name) => (None, Some(name)),
+        };
+        Self {
+            tap,
+            switch,
+            mac: net.mac,
+            bus: net.bus,
+        }
+    }
+}
+
+fn interface_name(name: &str) -> bool {
+    (1..=IFNAME_MAX).contains(&name.len())
+        && name != "."
+        && name != ".."
+        && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/')
+}
+
+impl FromStr for Net {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut raw = RawNet {
+            tap: None,
+            switch: None,
+            mac: None,
+            bus: Slot::Root,
+        };
+        for (key, value) in fields(text)? {
+            match (key, value) {
+                ("tap", Some(value)) => raw.tap = Some(value.to_owned()),
+                ("switch", Some(value)) => raw.switch = Some(value.to_owned()),
+                ("mac", Some(value)) => raw.mac = Some(value.parse()?),
+                ("bus", Some(value)) => raw.bus = value.parse()?,
+                _ => {
+                    return Err(unknown(
+                        key,
+                        value,
+                        "tap=NAME|switch=NAME[,mac=MAC][,bus=root|port]",
+                    ));
+                }
+            }
+        }
+        raw.try_into()
+    }
+}
+
+impl fmt::Display for Net {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.backend {
+            NetBackend::Tap(name) => write!(f, "tap={name}")?,
+            NetBackend::Switch(name) => write!(f, "switch={name}")?,
+        }
+        if let Some(mac) = self.mac {
+            write!(f, ",mac={mac}")?;
+        }
+        if self.bus == Slot::Port {
+            f.write_str(",bus=port")?;
+        }
+        Ok(())
+    }
+}
+
+/// A unicast MAC address, written `52:54:00:12:34:56`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Mac(pub [u8; 6]);
+
+impl FromStr for Mac {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let malformed =
+            || format!("mac={text} is not a MAC address; write it as 52:54:00:12:34:56");
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts
+                .next()
+                .filter(|p| p.len() == 2)
+                .ok_or_else(malformed)?;
+            let digits = part.bytes().all(|b| b.is_ascii_hexdigit());
+            *byte = u8::from_str_radix(part, 16)
+                .ok()
+                .filter(|_| digits)
+                .ok_or_else(malformed)?;
+        }
+        if parts.next().is_some() {
+            return Err(malformed());
+        }
+        let [first, ..] = bytes;
+        if first & 1 != 0 || bytes == [0; 6] {
+            return Err(format!(
+                "mac={text} is not the address of one interface; its first byte must be even, and not all may be 0"
+            ));
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl TryFrom<String> for Mac {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Mac> for String {
+    fn from(mac: Mac) -> Self {
+        mac.to_string()
+    }
+}
+
+/// Splits `key=value,flag,...`. A key may occur once.
+fn fields(text: &str) -> Result<Vec<(&str, Option<&str>)>, String> {
+    let mut found: Vec<(&str, Option<&str>)> = Vec::new();
+    for part in text.split(',') {
+        let (key, value) = match part.split_once('=') {
+            Some((key, value)) => (key, Some(value)),
+            None => (part, None),
+        };
+        if found.iter().any(|(other, _)| *other == key) {
+            return Err(format!("{key} is given twice"));
+        }
+        found.push((key, value));
+    }
+    Ok(found)
+}
+
+fn unknown(key: &str, value: Option<&str>, form: &str) -> String {
+    match value {
+        Some(value) => format!("'{key}={value}' is not understood; write {form}"),
+        None => format!("'{key}' is not understood; write {form}"),
+    }
+}

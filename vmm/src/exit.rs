@@ -1,0 +1,114 @@
+//! How a run of a guest ends, and what the process tells its parent about it.
+
+use std::fmt;
+
+/// The guest powered itself off.
+pub const POWER_OFF: u8 = 0;
+/// The host could not set the guest up: a missing file, a forbidden device, a refused allocation.
+pub const SETUP: u8 = 1;
+/// The command line or the configuration file is wrong.
+pub const USAGE: u8 = 2;
+/// The guest asked for a reset, or crashed so hard that the processor reset itself (triple fault).
+pub const RESET: u8 = 3;
+/// The guest's kernel panicked and said so through the panic device.
+pub const PANIC: u8 = 4;
+/// KVM could not go on running a vCPU.
+pub const KVM_FAILURE: u8 = 5;
+/// The guest was ended from outside: the escape sequence of the console, or a forced shutdown over the API.
+pub const STOPPED: u8 = 6;
+
+/// The table of exit statuses, as `tern run --help` prints it.
+pub const TABLE: &str = "\
+Exit status:
+  0      the guest powered itself off
+  1      the host could not set the guest up (missing file, forbidden device, unusable /dev/kvm, ...)
+  2      the command line or the configuration file is wrong
+  3      the guest asked for a reset, or triple-faulted
+  4      the guest's kernel panicked and reported it through the panic device (Linux: module pvpanic-mmio;
+         a guest without it that reboots on panic, as with panic=-1, ends with 3)
+  5      KVM could not go on running a vCPU
+  6      the guest was ended from outside: Ctrl-A x on the console, or a forced shutdown over the API
+  128+N  the process was ended by signal N";
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// See [`POWER_OFF`].
+    PowerOff,
+    /// See [`RESET`]; true if the processor reset itself.
+    Reset {
+        /// The vCPU hit a triple fault: no guest software asked for this.
+        triple_fault: bool,
+    },
+    /// See [`PANIC`].
+    Panic,
+    /// See [`KVM_FAILURE`]: what KVM said, with the registers of the vCPU.
+    KvmFailure(String),
+    /// See [`STOPPED`]: who ended it.
+    Stopped(&'static str),
+    /// A signal ended the process.
+    Signal(i32),
+}
+
+impl Outcome {
+    /// The exit status of the process.
+    pub fn status(&self) -> u8 {
+        match self {
+            Self::PowerOff => POWER_OFF,
+            Self::Reset { .. } => RESET,
+            Self::Panic => PANIC,
+            Self::KvmFailure(_) => KVM_FAILURE,
+            Self::Stopped(_) => STOPPED,
+            Self::Signal(number) => u8::try_from(128 + number).unwrap_or(u8::MAX),
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => f.write_str("the guest powered off"),
+            Self::Reset {
+                triple_fault: false,
+            } => f.write_str("the guest asked for a reset"),
+            Self::Reset { triple_fault: true } => {
+                f.write_str("the guest triple-faulted, which resets the processor")
+            }
+            Self::Panic => f.write_str("the guest's kernel panicked"),
+            Self::KvmFailure(what) => f.write_str(what),
+            Self::Stopped(who) => write!(f, "the guest was ended by {who}"),
+            Self::Signal(number) => write!(f, "ended by signal {number}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_outcome_has_a_status_of_its_own() {
+        let outcomes = [
+            Outcome::PowerOff,
+            Outcome::Reset {
+                triple_fault: false,
+            },
+            Outcome::Panic,
+            Outcome::KvmFailure(String::new()),
+            Outcome::Stopped("x"),
+            Outcome::Signal(15),
+        ];
+        let mut all: Vec<u8> = outcomes.iter().map(Outcome::status).collect();
+        all.extend([SETUP, USAGE]);
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all, [0, 1, 2, 3, 4, 5, 6, 143]);
+    }
+
+    #[test]
+    fn the_table_names_every_status() {
+        for status in [POWER_OFF, SETUP, USAGE, RESET, PANIC, KVM_FAILURE, STOPPED] {
+            assert!(TABLE.contains(&format!("\n  {status}  ")), "{status}");
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Keeps the registered ioeventfds equal to the set that should exist.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use pci::root::Doorbell;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{KvmError, failed};
+
+/// The ioeventfds of one VM.
+pub struct Doorbells {
+    vm: Arc<VmFd>,
+    registered: Mutex<HashMap<Place, Arc<EventFd>>>,
+}
+
+/// Where a doorbell is: guest physical address, and the 16 bits that must be written there, if it matters.
+type Place = (u64, Option<u16>);
+
+impl Doorbells {
+    /// None registered yet.
+    pub fn new(vm: Arc<VmFd>) -> Self {
+        Self {
+            vm,
+            registered: Mutex::default(),
+        }
+    }
+
+    /// Makes the registered set equal to what `desired` answers.
+    ///
+    /// `desired` is called with the lock held, so that of two vCPUs that change the layout at once the later one
+    /// registers what both have done.
+    pub fn reconcile(&self, desired: impl FnOnce() -> Vec<Doorbell>) -> Result<(), KvmError> {
+        let mut registered = self
+            .registered
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let desired: HashMap<Place, Arc<EventFd>> = desired()
+            .into_iter()
+            .map(|d| ((d.address, d.datamatch), d.event))
+            .collect();
+        let stale: Vec<Place> = registered
+            .iter()
+            .filter(|(place, event)| {
+                desired
+                    .get(*place)
+                    .is_none_or(|now| !Arc::ptr_eq(now, event))
+            })
+            .map(|(place, _)| *place)
+            .collect();
+        for place in stale {
+            if let Some(event) = registered.remove(&place) {
+                self.unregister(place, &event)?;
+            }
+        }
+        for (place, event) in desired {
+            if let Entry::Vacant(slot) = registered.entry(place) {
+                self.register(place, &event)?;
+                slot.insert(event);
+            }
+        }
+        Ok(())
+    }
+
+    fn register(&self, place: Place, event: &EventFd) -> Result<(), KvmError> {
+        let (address, datamatch) = place;
+        let address = IoEventAddress::Mmio(address);
+        match datamatch {
+            Some(value) => self.vm.register_ioevent(event, &address, value),
+            None => self.vm.register_ioevent(event, &address, NoDatamatch),
+        }
+        .map_err(failed("register a doorbell"))
+    }
+
+    fn unregister(&self, place: Place, event: &EventFd) -> Result<(), KvmError> {
+        let (address, datamatch) = place;
+        let address = IoEventAddress::Mmio(address);
+        match datamatch {
+            Some(value) => self.vm.unregister_ioevent(event, &address, value),
+            None => self.vm.unregister_ioevent(event, &address, NoDatamatch),
+        }
+        .map_err(failed("unregister a doorbell"))
+    }
+}

@@ -1,0 +1,187 @@
+//! Everything that talks to KVM.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`cpu`] | one vCPU: features, model-specific registers, interrupt pins, first registers |
+//! | [`cpuid`] | which processor the guest sees |
+//! | [`doorbells`] | keeps the registered ioeventfds equal to the set that should exist |
+//! | [`msi`] | interrupt routes and irqfds behind the vectors of PCI functions |
+//! | [`speed`] | whether this KVM runs guest code or only interprets it |
+
+pub mod cpu;
+pub mod cpuid;
+pub mod doorbells;
+pub mod msi;
+pub mod speed;
+
+use std::io;
+use std::sync::Arc;
+
+use devices::memory::GuestRam;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::layout;
+
+/// The version of the interface every KVM since Linux 2.6.22 has.
+pub const API_VERSION: i32 = 12;
+
+/// What a guest cannot do without.
+pub const REQUIRED: [(Cap, &str); 10] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::SetIdentityMapAddr, "KVM_CAP_SET_IDENTITY_MAP_ADDR"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
+
+/// Why KVM cannot be used. Each message says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// There is no device node.
+    #[error(
+        "/dev/kvm does not exist; load the module kvm_intel or kvm_amd, and enable virtualization in the firmware \
+         (in a virtual machine: nested virtualization on its host)"
+    )]
+    Absent,
+    /// The device node may not be opened.
+    #[error(
+        "/dev/kvm may not be opened; add this account to the group that owns it: `usermod -aG kvm $USER`"
+    )]
+    Forbidden,
+    /// Opening failed otherwise.
+    #[error("/dev/kvm cannot be opened: {0}")]
+    Open(io::Error),
+    /// Something else answers there.
+    #[error("/dev/kvm speaks version {0} of the interface; version 12 is needed")]
+    ApiVersion(i32),
+    /// A capability is missing.
+    #[error("/dev/kvm lacks {0}; update the host's kernel to Linux 5.10 or later")]
+    Capability(&'static str),
+    /// It is too slow to be of use.
+    #[error(
+        "/dev/kvm opens but only interprets guest code, at {0} million instructions a second: a kernel would take \
+         minutes to boot. Run where the processor's virtualization is available (see `tern doctor`), or pass --force"
+    )]
+    Interprets(f64),
+    /// An operation failed.
+    #[error("KVM: cannot {what}: {source}")]
+    Operation {
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// Turns the error of an ioctl into one that says what was tried.
+pub(crate) fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
+    move |e| KvmError::Operation {
+        what,
+        source: e.into(),
+    }
+}
+
+/// Opens `/dev/kvm` and checks what the whole machine relies on.
+pub fn open() -> Result<Kvm, KvmError> {
+    let kvm = Kvm::new().map_err(|e| {
+        let error = io::Error::from(e);
+        match error.kind() {
+            io::ErrorKind::NotFound => KvmError::Absent,
+            io::ErrorKind::PermissionDenied => KvmError::Forbidden,
+            _ => KvmError::Open(error),
+        }
+    })?;
+    let version = kvm.get_api_version();
+    if version != API_VERSION {
+        return Err(KvmError::ApiVersion(version));
+    }
+    match REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+        Some((_, name)) => Err(KvmError::Capability(name)),
+        None => Ok(kvm),
+    }
+}
+
+/// One virtual machine of KVM: memory and interrupt controllers, without vCPUs yet.
+#[derive(Debug)]
+pub struct Vm {
+    kvm: Kvm,
+    fd: Arc<VmFd>,
+    /// The memory KVM maps; it must outlive the VM.
+    _ram: Arc<GuestRam>,
+}
+
+impl Vm {
+    /// Creates a VM with interrupt controllers and `ram`.
+    pub fn new(kvm: Kvm, ram: &Arc<GuestRam>) -> Result<Self, KvmError> {
+        let fd = kvm.create_vm().map_err(failed("create a VM"))?;
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(failed("set the identity map address"))?;
+        fd.set_tss_address(layout::KVM_TSS as usize)
+            .map_err(failed("set the TSS address"))?;
+        fd.create_irq_chip()
+            .map_err(failed("create the interrupt controllers"))?;
+        let vm = Self {
+            kvm,
+            fd: Arc::new(fd),
+            _ram: Arc::clone(ram),
+        };
+        vm.map_memory(ram)?;
+        Ok(vm)
+    }
+
+    #[allow(unsafe_code)]
+    fn map_memory(&self, ram: &GuestRam) -> Result<(), KvmError> {
+        for (slot, (range, host)) in (0u32..).zip(ram.host_addresses()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: range.start.0,
+                memory_size: range.len as u64,
+                userspace_addr: host as u64,
+            };
+            // SAFETY: the region is a live mapping of `range.len` bytes, and `self` keeps its owner alive.
+            unsafe { self.fd.set_user_memory_region(region) }
+                .map_err(failed("map guest memory"))?;
+        }
+        Ok(())
+    }
+
+    /// The VM's descriptor.
+    pub fn fd(&self) -> &Arc<VmFd> {
+        &self.fd
+    }
+
+    /// The system descriptor.
+    pub fn kvm(&self) -> &Kvm {
+        &self.kvm
+    }
+
+    /// Creates vCPU `id`.
+    pub fn create_vcpu(&self, id: u8) -> Result<VcpuFd, KvmError> {
+        self.fd
+            .create_vcpu(u64::from(id))
+            .map_err(failed("create a vCPU"))
+    }
+
+    /// An event that raises interrupt line `gsi` (edge) whenever it is signalled.
+    pub fn interrupt_line(&self, gsi: u32) -> Result<EventFd, KvmError> {
+        let event = event("create an interrupt event")?;
+        self.fd
+            .register_irqfd(&event, gsi)
+            .map_err(failed("connect an interrupt line"))?;
+        Ok(event)
+    }
+}
+
+/// A non-blocking event.
+pub(crate) fn event(what: &'static str) -> Result<EventFd, KvmError> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+        .map_err(|source| KvmError::Operation { what, source })
+}

@@ -1,0 +1,159 @@
+//! The main loop: carries input to the console, and waits for the guest's end or a signal.
+
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Machine;
+use crate::console::escape::{self, Command, Escape};
+use crate::console::terminal::RawMode;
+use crate::exit::Outcome;
+use crate::signals::{Signal, Signals};
+
+/// Bytes read from standard input at a time.
+const CHUNK: usize = 256;
+/// How soon input is offered again to a port that took none and will not say when it can: one in loopback mode.
+const RETRY: Duration = Duration::from_millis(20);
+
+/// Input on its way from standard input to the serial port.
+struct Input {
+    /// Read and not yet taken by the port.
+    pending: Vec<u8>,
+    /// Standard input can be read on.
+    open: bool,
+    /// On a terminal: finds the escape sequences.
+    escape: Option<Escape>,
+}
+
+/// Runs the machine until it ends, and says how.
+///
+/// `stdin` connects standard input to the serial port; if that is a terminal it is put into raw mode until the return.
+pub fn run(machine: &Machine, signals: &mut Signals, stdin: bool) -> io::Result<Outcome> {
+    let mut raw = if stdin { RawMode::enter()? } else { None };
+    let terminal = raw.is_some();
+    if terminal {
+        notice("tern: Ctrl-A x ends the guest, Ctrl-A h shows help\n");
+    }
+    let mut input = Input {
+        pending: Vec::new(),
+        open: stdin,
+        escape: terminal.then(Escape::default),
+    };
+    if let Err(error) = machine.resume() {
+        tracing::debug!(%error, "the guest ended before it began");
+    }
+    loop {
+        let ready = wait(machine, signals, &input)?;
+        if ready.ended {
+            break;
+        }
+        while let Some(signal) = signals.take() {
+            match signal {
+                Signal::End(number) => machine.finish(Outcome::Signal(number)),
+                // A shell may have changed the mode of the terminal in between.
+                Signal::Continued if terminal => raw = RawMode::enter()?.or(raw),
+                Signal::Continued => {}
+            }
+        }
+        if ready.stdin {
+            input.read(machine);
+        }
+        if ready.hungry {
+            let _ = machine.serial.hungry().read();
+        }
+        input.offer(machine);
+    }
+    drop(raw);
+    Ok(machine
+        .outcome()
+        .unwrap_or(Outcome::Stopped("the end of the process")))
+}
+
+/// Which of the things waited for happened.
+#[derive(Default)]
+struct Ready {
+    ended: bool,
+    hungry: bool,
+    stdin: bool,
+}
+
+fn wait(machine: &Machine, signals: &Signals, input: &Input) -> io::Result<Ready> {
+    let stdin = io::stdin();
+    let mut fds = vec![
+        PollFd::from_borrowed_fd(borrow(machine.control.ended()), PollFlags::IN),
+        PollFd::from_borrowed_fd(borrow(machine.serial.hungry()), PollFlags::IN),
+        PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
+    ];
+    if input.wants_more() {
+        fds.push(PollFd::from_borrowed_fd(stdin.as_fd(), PollFlags::IN));
+    }
+    let retry = Timespec {
+        tv_sec: 0,
+        tv_nsec: RETRY.subsec_nanos().into(),
+    };
+    let timeout = (!input.pending.is_empty()).then_some(&retry);
+    match poll(&mut fds, timeout) {
+        Ok(_) => {}
+        Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
+        Err(e) => return Err(e.into()),
+    }
+    let ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
+    Ok(Ready {
+        ended: ready(0),
+        hungry: ready(1),
+        stdin: ready(3),
+    })
+}
+
+#[allow(unsafe_code)]
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open as long as `event` lives, which the lifetime of the result says.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+impl Input {
+    /// More is read only when everything before it was taken: a guest that does not read holds the sender back.
+    fn wants_more(&self) -> bool {
+        self.open && self.pending.is_empty()
+    }
+
+    fn read(&mut self, machine: &Machine) {
+        let mut chunk = [0; CHUNK];
+        let count = match rustix::io::read(rustix::stdio::stdin(), &mut chunk) {
+            Ok(count) => count,
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => return,
+            // The terminal went away, or another process group has it now.
+            Err(_) => 0,
+        };
+        if count == 0 {
+            self.open = false;
+            return;
+        }
+        let typed = chunk.get(..count).unwrap_or_default();
+        let Some(escape) = &mut self.escape else {
+            self.pending.extend_from_slice(typed);
+            return;
+        };
+        for command in escape.feed(typed, &mut self.pending) {
+            match command {
+                Command::Quit => machine.finish(Outcome::Stopped("Ctrl-A x on the console")),
+                Command::Help => notice(escape::HELP),
+            }
+        }
+    }
+
+    fn offer(&mut self, machine: &Machine) {
+        if !self.pending.is_empty() {
+            let taken = machine.serial.offer(&self.pending);
+            self.pending.drain(..taken.min(self.pending.len()));
+        }
+    }
+}
+
+/// For the person at the terminal. That it cannot be shown is no reason to end a guest.
+fn notice(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
+}
