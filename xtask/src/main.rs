@@ -1,9 +1,10 @@
-//! Build, test and run everything: `cargo xtask demo | test | kvm | image | fuzz`.
+//! Build, test and run everything: `cargo xtask demo | test | kvm | image | fuzz | bench`.
 //!
 //! It installs or unpacks what is missing, so that a fresh machine with Rust needs nothing else, and keeps what it
 //! downloads in `~/.cache/tern`.
 
 mod apt;
+mod bench;
 mod bzimage;
 mod cpio;
 mod demo;
@@ -42,6 +43,8 @@ enum Task {
     Test(test::Test),
     /// Fuzz everything that reads outside bytes, guided by coverage
     Fuzz(fuzz::Fuzz),
+    /// Measure, as ratios to other monitors whose binaries are given
+    Bench(bench::Bench),
 }
 
 /// `cargo xtask image`
@@ -97,6 +100,7 @@ fn main() {
         Task::Demo(demo) => demo.run(),
         Task::Test(test) => test.run(),
         Task::Fuzz(fuzz) => fuzz.run(),
+        Task::Bench(bench) => bench.run(),
     };
     std::process::exit(done.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");
