@@ -265,6 +265,34 @@ impl Driver {
         Some((id as u16, len))
     }
 
+    /// True if the device wants to hear of the chain that was added last.
+    pub fn kick_wanted(&self, queue: u16, event_index: bool) -> bool {
+        let ring = &self.rings[usize::from(queue)];
+        if event_index {
+            let at = ring.used + 4 + 8 * u64::from(ring.size);
+            let event: u16 = self.view.read_obj(GuestAddress(at)).unwrap();
+            event == ring.avail_idx.wrapping_sub(1)
+        } else {
+            let flags: u16 = self.view.read_obj(GuestAddress(ring.used)).unwrap();
+            flags & 1 == 0
+        }
+    }
+
+    /// Sets `used_event`: the driver wants an interrupt once the used index passes it.
+    pub fn set_used_event(&self, queue: u16, index: u16) {
+        let ring = &self.rings[usize::from(queue)];
+        let at = ring.avail + 4 + 2 * u64::from(ring.size);
+        self.view.write_obj(index, GuestAddress(at)).unwrap();
+    }
+
+    /// Sets the available ring's flags.
+    pub fn set_avail_flags(&self, queue: u16, flags: u16) {
+        let ring = &self.rings[usize::from(queue)];
+        self.view
+            .write_obj(flags, GuestAddress(ring.avail))
+            .unwrap();
+    }
+
     /// Kicks `queue` and takes one turn as the I/O thread.
     pub fn kick(&self, queue: u16) {
         self.function.kick(queue);

@@ -399,7 +399,7 @@ impl VirtioFunction {
         let (device, mut io) = core.io();
         let outcome = device.on_event(token, &mut io);
         let (more, changed) = (io.more, io.config_changed);
-        core.config_pending |= changed;
+        core.note_config(changed);
         if more {
             (0..self.num_queues()).for_each(|q| self.kick(q));
         }
@@ -408,7 +408,9 @@ impl VirtioFunction {
 
     fn work(&self, core: &mut Core, index: u16) -> Result<(), RingError> {
         let slot = usize::from(index);
-        if !core.queues.get(slot).is_some_and(Virtqueue::is_enabled) {
+        // A queue that waits for its reset has chains nobody may fetch; they must not count as work.
+        let usable = |queue: &Virtqueue| queue.is_enabled() && !queue.is_resetting();
+        if !core.queues.get(slot).is_some_and(usable) {
             return Ok(());
         }
         loop {
@@ -418,7 +420,7 @@ impl VirtioFunction {
             let (device, mut io) = core.io();
             let progress = device.process(index, &mut io)?;
             let (more, changed) = (io.more, io.config_changed);
-            core.config_pending |= changed;
+            core.note_config(changed);
             if more {
                 self.kick(index);
                 return Ok(());
@@ -441,6 +443,17 @@ impl VirtioFunction {
             self.needs_reset(core, index, &error);
         }
         for slot in 0..core.queues.len() {
+            let Some(queue) = core.queues.get_mut(slot) else {
+                continue;
+            };
+            // A source emptied the ring: without a kick its device would not learn of the next chain.
+            if queue.is_starved() {
+                match queue.enable_kicks(&core.view) {
+                    Ok(false) => {}
+                    Ok(true) => self.kick(slot as u16),
+                    Err(error) => self.needs_reset(core, slot as u16, &error),
+                }
+            }
             let Some(queue) = core.queues.get_mut(slot) else {
                 continue;
             };
@@ -490,7 +503,6 @@ impl VirtioFunction {
 
     fn announce_config(&self, core: &mut Core) {
         core.config_pending = false;
-        core.config_generation = core.config_generation.wrapping_add(1);
         core.isr |= ISR_CONFIG;
         let vector = core.config_vector;
         self.send(core, vector);
@@ -537,6 +549,15 @@ impl Core {
 
     fn event_index(&self) -> bool {
         self.status.contains(Status::FEATURES_OK) && self.driver_features & feature::EVENT_IDX != 0
+    }
+
+    /// Notes that the device changed its configuration. The generation moves at once, so that a driver that is
+    /// reading sees it; the interrupt may have to wait for the gate.
+    fn note_config(&mut self, changed: bool) {
+        if changed {
+            self.config_pending = true;
+            self.config_generation = self.config_generation.wrapping_add(1);
+        }
     }
 
     /// Splits the core into the device and what it may touch.

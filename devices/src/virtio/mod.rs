@@ -14,6 +14,9 @@ mod device;
 mod function;
 mod queue;
 
+#[cfg(test)]
+mod tests;
+
 pub use chain::{Chain, ChainError, Head};
 pub use device::{Io, Progress, Source, VirtioDevice};
 pub use function::{Interrupt, QueueInfo, VirtioFunction};

@@ -72,6 +72,8 @@ pub struct Virtqueue {
     in_flight: u32,
     /// Chains were used since the driver was last notified.
     unsignalled: bool,
+    /// The device found the ring empty, and the driver was not yet asked for a kick.
+    starved: bool,
 }
 
 impl Virtqueue {
@@ -83,6 +85,7 @@ impl Virtqueue {
             resetting: false,
             in_flight: 0,
             unsignalled: false,
+            starved: false,
         }
     }
 
@@ -193,7 +196,10 @@ impl Virtqueue {
                 self.in_flight += 1;
                 Ok(Some(chain))
             }
-            None => Ok(None),
+            None => {
+                self.starved = true;
+                Ok(None)
+            }
         }
     }
 
@@ -219,14 +225,21 @@ impl Virtqueue {
 
     /// Tells the driver not to kick while the ring is being worked on.
     pub(super) fn disable_kicks(&mut self, view: &View) -> Result<(), RingError> {
+        self.starved = false;
         match &mut self.ring {
             Some(ring) => ring.disable_notification(&**view).map_err(RingError::Used),
             None => Ok(()),
         }
     }
 
+    /// True if the device found the ring empty since kicks were last asked for, or declined.
+    pub(super) fn is_starved(&self) -> bool {
+        self.starved && !self.resetting
+    }
+
     /// Asks for a kick when the next chain is made available. True if one already is.
     pub(super) fn enable_kicks(&mut self, view: &View) -> Result<bool, RingError> {
+        self.starved = false;
         match &mut self.ring {
             Some(ring) => ring.enable_notification(&**view).map_err(RingError::Used),
             None => Ok(false),
