@@ -50,8 +50,10 @@ pub const HIGH_RAM: u64 = 4 * GIB;
 
 /// PCI memory window below 4 GiB.
 pub const PCI_MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
-/// PCI configuration space: 1 MiB for each of 256 buses.
+/// Room for PCI configuration space: 1 MiB for each of 256 buses, of which a machine uses the first few.
 pub const PCI_ECAM: Range<u64> = 0xe000_0000..0xf000_0000;
+/// Most PCI buses.
+pub const PCI_MAX_BUSES: u16 = 256;
 /// Length of the PCI memory window above RAM.
 pub const PCI_MMIO64_LEN: u64 = 64 * GIB;
 
@@ -86,6 +88,12 @@ pub fn ram_ranges(bytes: u64) -> Vec<RamRange> {
 /// Where RAM below 4 GiB ends in a guest with `bytes` of memory.
 pub fn low_ram_end(bytes: u64) -> u64 {
     bytes.min(LOW_RAM_END)
+}
+
+/// PCI configuration space of a guest with `buses` buses, 1 to [`PCI_MAX_BUSES`].
+pub fn pci_ecam(buses: u16) -> Range<u64> {
+    let buses = buses.clamp(1, PCI_MAX_BUSES);
+    PCI_ECAM.start..PCI_ECAM.start + u64::from(buses) * MIB
 }
 
 /// The PCI memory window above RAM in a guest with `bytes` of memory.

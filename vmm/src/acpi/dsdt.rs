@@ -90,7 +90,7 @@ fn host_bridge(platform: &Platform) -> Raw {
         None,
     );
     let crs = resources(vec![
-        &AddressSpace::new_bus_number(0u16, 255u16),
+        &AddressSpace::new_bus_number(0u16, u16::from(platform.last_bus())),
         &low,
         &high,
     ]);

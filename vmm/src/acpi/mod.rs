@@ -24,8 +24,17 @@ const OEM_REVISION: u32 = 1;
 pub struct Platform {
     /// Number of processors; their local APIC ids are 0 upwards.
     pub cpus: u8,
+    /// Number of PCI buses, 1 to 256.
+    pub buses: u16,
     /// PCI memory window above 4 GiB.
     pub mmio64: Range<u64>,
+}
+
+impl Platform {
+    /// The number of the last PCI bus.
+    fn last_bus(&self) -> u8 {
+        self.buses.clamp(1, layout::PCI_MAX_BUSES).wrapping_sub(1) as u8
+    }
 }
 
 /// Why there are no tables.
@@ -44,7 +53,7 @@ pub fn build(platform: &Platform) -> Result<Vec<u8>, AcpiError> {
     let dsdt = append(&mut area, &dsdt::dsdt(platform));
     let fadt = append(&mut area, &tables::fadt(base + dsdt));
     let madt = append(&mut area, &tables::madt(platform));
-    let mcfg = append(&mut area, &tables::mcfg());
+    let mcfg = append(&mut area, &tables::mcfg(platform));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     for table in [fadt, madt, mcfg] {
         xsdt.add_entry(base + table);

@@ -56,9 +56,9 @@ pub(super) fn madt(platform: &Platform) -> MADT {
     madt
 }
 
-/// One segment group with all buses. Also returned as bytes to the tests.
-pub(super) fn mcfg() -> impl Aml {
+/// One segment group with the buses there are.
+pub(super) fn mcfg(platform: &Platform) -> impl Aml {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    mcfg.add_ecam(layout::PCI_ECAM.start, 0, 0, 255);
+    mcfg.add_ecam(layout::PCI_ECAM.start, 0, 0, platform.last_bus());
     mcfg
 }

@@ -3,6 +3,7 @@ use super::*;
 fn platform(cpus: u8) -> Platform {
     Platform {
         cpus,
+        buses: 3,
         mmio64: layout::pci_mmio64(4 * layout::GIB),
     }
 }
@@ -71,12 +72,12 @@ fn the_madt_lists_every_processor() {
 }
 
 #[test]
-fn the_mcfg_names_the_window_and_all_buses() {
+fn the_mcfg_names_the_window_and_the_buses() {
     let area = build(&platform(1)).unwrap();
     let all = tables(&area);
     let mcfg = all.iter().find(|(name, _)| name == "MCFG").unwrap().1;
     assert_eq!(u64_at(mcfg, 44), layout::PCI_ECAM.start);
-    assert_eq!(mcfg[52..56], [0, 0, 0, 255]);
+    assert_eq!(mcfg[52..56], [0, 0, 0, 2]);
 }
 
 #[test]

@@ -3,13 +3,17 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use rustix::pipe::PipeFlags;
 
 use crate::config::check::console_file;
 use crate::config::{Config, Disk, Net};
 use crate::console::Target;
 use crate::console::output::Output;
 use crate::exit;
+use crate::machine::functions::Backends;
+use crate::machine::run::Sink;
 use crate::machine::{Machine, run};
+
 use crate::signals::Signals;
 
 const EXAMPLES: &str = "\
@@ -114,14 +118,24 @@ impl Run {
             None => Config::default(),
         };
         let config = base.overlaid(self.config()).resolve()?;
-        let stdin = config.console == Target::Stdio;
         let output = match (&config.console, console_file(&config.console)?) {
             (Target::Stdio, _) => Some(Output::spawn(std::io::stdout())?),
             (_, Some(file)) => Some(Output::spawn(file)?),
             (_, None) => None,
         };
-        let machine = Machine::build(config, output.as_ref(), self.force)?;
-        let outcome = run::run(&machine, &mut signals, stdin)?;
+        // A virtio console on standard input gets it through a pipe, so that the escape sequences still work.
+        let (input, sink) = match (&config.console, &config.virtio_console) {
+            (Target::Stdio, _) => (None, Some(Sink::Serial)),
+            (_, Some(Target::Stdio)) => {
+                let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+                rustix::io::ioctl_fionbio(&write, true)?;
+                (Some(read), Some(Sink::Pipe(write)))
+            }
+            _ => (None, None),
+        };
+        let backends = Backends::open(&config, input)?;
+        let machine = Machine::build(config, backends, output.as_ref(), self.force)?;
+        let outcome = run::run(&machine, &mut signals, sink)?;
         drop(machine);
         drop(output);
         let status = outcome.status();

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::console::Target;
 use crate::layout;
-pub use options::{Disk, Mac, Net, NetBackend, Slot};
+pub use options::{Disk, Net, NetBackend, Slot};
 
 /// Memory of a guest that asks for none in particular.
 pub const DEFAULT_MEMORY: u64 = 256 * layout::MIB;
@@ -199,6 +199,16 @@ impl Machine {
             + self.nets.len()
             + usize::from(self.rng)
             + usize::from(self.virtio_console.is_some())
+    }
+
+    /// Number of PCI buses: the root bus and one behind each root port.
+    ///
+    /// The configuration space window covers no more than these, because Linux probes 32 places on every bus it
+    /// covers, whether or not there is one.
+    pub fn bus_count(&self) -> u16 {
+        let slots = self.disks.iter().map(|d| d.bus);
+        let slots = slots.chain(self.nets.iter().map(|n| n.bus));
+        1 + slots.filter(|slot| *slot == Slot::Port).count() as u16
     }
 
     fn check_contradictions(&self) -> Result<(), ConfigError> {

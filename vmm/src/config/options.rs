@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use devices::net::MacAddress;
 use serde::{Deserialize, Serialize};
 
 /// Longest serial number of a virtio disk in bytes (virtio 1.4, 5.2.6).
@@ -166,7 +167,7 @@ pub struct Net {
     /// What it is connected to.
     pub backend: NetBackend,
     /// Its address; one is made up if absent.
-    pub mac: Option<Mac>,
+    pub mac: Option<MacAddress>,
     /// Where it sits.
     pub bus: Slot,
 }
@@ -180,7 +181,7 @@ struct RawNet {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     switch: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    mac: Option<Mac>,
+    mac: Option<MacAddress>,
     #[serde(default)]
     bus: Slot,
 }
@@ -251,7 +252,9 @@ impl FromStr for Net {
             match (key, value) {
                 ("tap", Some(value)) => raw.tap = Some(value.to_owned()),
                 ("switch", Some(value)) => raw.switch = Some(value.to_owned()),
-                ("mac", Some(value)) => raw.mac = Some(value.parse()?),
+                ("mac", Some(value)) => {
+                    raw.mac = Some(value.parse().map_err(|e| format!("mac={value}: {e}"))?)
+                }
                 ("bus", Some(value)) => raw.bus = value.parse()?,
                 _ => {
                     return Err(unknown(
@@ -279,64 +282,6 @@ impl fmt::Display for Net {
             f.write_str(",bus=port")?;
         }
         Ok(())
-    }
-}
-
-/// A unicast MAC address, written `52:54:00:12:34:56`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Mac(pub [u8; 6]);
-
-impl FromStr for Mac {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let malformed =
-            || format!("mac={text} is not a MAC address; write it as 52:54:00:12:34:56");
-        let mut bytes = [0; 6];
-        let mut parts = text.split(':');
-        for byte in &mut bytes {
-            let part = parts
-                .next()
-                .filter(|p| p.len() == 2)
-                .ok_or_else(malformed)?;
-            let digits = part.bytes().all(|b| b.is_ascii_hexdigit());
-            *byte = u8::from_str_radix(part, 16)
-                .ok()
-                .filter(|_| digits)
-                .ok_or_else(malformed)?;
-        }
-        if parts.next().is_some() {
-            return Err(malformed());
-        }
-        let [first, ..] = bytes;
-        if first & 1 != 0 || bytes == [0; 6] {
-            return Err(format!(
-                "mac={text} is not the address of one interface; its first byte must be even, and not all may be 0"
-            ));
-        }
-        Ok(Self(bytes))
-    }
-}
-
-impl fmt::Display for Mac {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-impl TryFrom<String> for Mac {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<Mac> for String {
-    fn from(mac: Mac) -> Self {
-        mac.to_string()
     }
 }
 

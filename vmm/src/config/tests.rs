@@ -187,8 +187,8 @@ fn malformed_interfaces_are_refused_with_the_part() {
         ("switch=a,mac=1", "mac=1"),
         ("switch=a,mac=52:54:00:00:00:0g", "mac="),
         ("switch=a,mac=52:54:00:00:00:+1", "mac="),
-        ("switch=a,mac=53:54:00:00:00:01", "first byte must be even"),
-        ("switch=a,mac=00:00:00:00:00:00", "not all may be 0"),
+        ("switch=a,mac=53:54:00:00:00:01", "mac=53:54:00:00:00:01"),
+        ("switch=a,mac=00:00:00:00:00:00", "mac=00:00:00:00:00:00"),
         ("switch=a,mac=52:54:00:00:00:01:02", "mac="),
     ] {
         let message = text.parse::<Net>().unwrap_err();
@@ -201,7 +201,6 @@ proptest! {
     fn no_text_panics(text in "\\PC{0,40}") {
         let _ = text.parse::<Disk>();
         let _ = text.parse::<Net>();
-        let _ = text.parse::<Mac>();
         let _ = serde_json::from_str::<Config>(&text);
     }
 }

@@ -1,43 +1,194 @@
 //! The virtio functions a configuration asks for, each shown on the PCI bus and served by the I/O thread.
+//!
+//! [`Backends::open`] claims what the host must give (files, taps) before anything of the guest exists; then
+//! [`Functions::plug`] puts a function around each.
 
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use devices::block::{Block, BlockConfig, BlockError};
+use devices::console::Console;
+use devices::io::{IoThread, IoThreadError};
 use devices::memory::{GuestRam, MemoryError};
-use devices::virtio::VirtioFunction;
+use devices::net::{MacAddress, Net, PortConfig, Switch, SwitchError, Tap, TapError};
+use devices::rng::Rng;
+use devices::virtio::{VirtioDevice, VirtioFunction};
+use pci::function::SingleFunction;
 use pci::msi::MsiController;
-use pci::root::PciRoot;
+use pci::root::{AddError, PciRoot};
+use pci::topology::Bdf;
+use pci::virtio::{Options, VirtioPci, VirtioPciError};
 
-use crate::config::Machine;
-use crate::config::check::OpenDisk;
+use crate::config::check::{HostError, console_file};
+use crate::config::{Machine, NetBackend, Slot};
+use crate::console::Target;
 
 /// Why a function could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum FunctionError {
+    /// A disk.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// A tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// A switch.
+    #[error(transparent)]
+    Switch(#[from] SwitchError),
+    /// A console's file.
+    #[error(transparent)]
+    Host(#[from] HostError),
     /// No view of guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The function cannot be shown on the bus.
+    #[error(transparent)]
+    Pci(#[from] VirtioPciError),
+    /// The bus has no place for it.
+    #[error(transparent)]
+    Add(#[from] AddError),
+    /// The I/O thread.
+    #[error(transparent)]
+    Io(#[from] IoThreadError),
+    /// A descriptor or thread.
+    #[error("the host refused a descriptor or a thread")]
+    Resource(#[from] std::io::Error),
+}
+
+/// A device that is not part of a machine yet.
+struct Backend {
+    name: String,
+    slot: Slot,
+    device: Box<dyn VirtioDevice>,
+}
+
+/// The devices of a configuration, with everything the host gives them.
+#[derive(Default)]
+pub struct Backends {
+    list: Vec<Backend>,
+}
+
+impl Backends {
+    /// Opens what `config` names. `stdin` is the virtio console's input if it is on standard input.
+    pub fn open(config: &Machine, stdin: Option<OwnedFd>) -> Result<Self, FunctionError> {
+        let mut backends = Self::default();
+        for (index, disk) in config.disks.iter().enumerate() {
+            let device = Block::open(&BlockConfig {
+                path: disk.path.clone(),
+                read_only: disk.readonly,
+                serial: disk.serial.clone().unwrap_or_default(),
+                queues: disk.queues,
+            })?;
+            backends.add(format!("disk{index}"), disk.bus, device);
+        }
+        let seed = RandomState::new().build_hasher().finish();
+        let mut switches = BTreeMap::<&str, Switch>::new();
+        for (index, net) in config.nets.iter().enumerate() {
+            let name = format!("net{index}");
+            let mac = net
+                .mac
+                .unwrap_or_else(|| MacAddress::derive(seed, index as u16));
+            let device = match &net.backend {
+                NetBackend::Tap(tap) => Net::new(mac, Tap::open(tap)?),
+                NetBackend::Switch(switch) => {
+                    let switch = switches.entry(switch).or_default();
+                    let port = switch.port(PortConfig {
+                        name: name.clone(),
+                        mac,
+                        check_source: false,
+                    })?;
+                    Net::new(mac, port)
+                }
+            };
+            backends.add(name, net.bus, device);
+        }
+        if config.rng {
+            backends.add("rng".to_owned(), Slot::Root, Rng::new());
+        }
+        if let Some(target) = &config.virtio_console {
+            let output: Box<dyn Write + Send> = match (target, console_file(target)?) {
+                (_, Some(file)) => Box::new(file),
+                (Target::Stdio, None) => Box::new(std::io::stdout()),
+                (_, None) => Box::new(std::io::sink()),
+            };
+            let console = Console::new(stdin, output)?;
+            backends.add("console".to_owned(), Slot::Root, console);
+        }
+        Ok(backends)
+    }
+
+    fn add(&mut self, name: String, slot: Slot, device: impl VirtioDevice + 'static) {
+        self.list.push(Backend {
+            name,
+            slot,
+            device: Box::new(device),
+        });
+    }
+}
+
+/// A function and its place.
+pub struct Function {
+    /// The function.
+    pub virtio: Arc<VirtioFunction>,
+    /// Its place on the root bus, or that of the port it is behind.
+    pub place: Bdf,
+    /// Whether it is behind a port.
+    pub slot: Slot,
 }
 
 /// The functions of a machine.
 #[derive(Default)]
 pub struct Functions {
-    all: Vec<Arc<VirtioFunction>>,
+    all: Vec<Function>,
+    /// Serves the functions; there is none without functions.
+    _io: Option<IoThread>,
 }
 
 impl Functions {
-    /// Builds what `config` asks for and plugs it into `pci`.
-    pub fn build(
-        _config: &Machine,
-        _disks: Vec<OpenDisk>,
-        _ram: &Arc<GuestRam>,
-        _pci: &Arc<PciRoot>,
-        _msi: &dyn MsiController,
+    /// Puts a function around each of `backends` and plugs it into `pci`.
+    pub fn plug(
+        backends: Backends,
+        ram: &Arc<GuestRam>,
+        pci: &Arc<PciRoot>,
+        msi: &dyn MsiController,
     ) -> Result<Self, FunctionError> {
-        Ok(Self::default())
+        if backends.list.is_empty() {
+            return Ok(Self::default());
+        }
+        let io = IoThread::spawn("io")?;
+        let mut all = Vec::with_capacity(backends.list.len());
+        for Backend { name, slot, device } in backends.list {
+            let virtio = VirtioFunction::new(name, device, ram.view()?)?;
+            let place = match slot {
+                Slot::Root => {
+                    let function = VirtioPci::new(Arc::clone(&virtio), msi, Options::ROOT_BUS)?;
+                    pci.add_endpoint(function)?
+                }
+                Slot::Port => {
+                    let function = VirtioPci::new(Arc::clone(&virtio), msi, Options::BEHIND_PORT)?;
+                    pci.add_root_port(Arc::new(SingleFunction(function)))?
+                }
+            };
+            io.attach(&virtio)?;
+            all.push(Function {
+                virtio,
+                place,
+                slot,
+            });
+        }
+        Ok(Self { all, _io: Some(io) })
     }
 
-    /// All functions, in the order of their places on the bus.
+    /// All functions with their places, in the order of the configuration.
+    pub fn list(&self) -> &[Function] {
+        &self.all
+    }
+
+    /// All functions, in the order of the configuration.
     pub fn all(&self) -> impl Iterator<Item = &Arc<VirtioFunction>> {
-        self.all.iter()
+        self.all.iter().map(|function| &function.virtio)
     }
 }

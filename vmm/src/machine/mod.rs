@@ -17,7 +17,7 @@ use std::time::Duration;
 use devices::bus::{Bus, BusError};
 use devices::gate::Reasons;
 use devices::memory::{GuestRam, MemoryError};
-use pci::root::PciRoot;
+use pci::root::{AssignError, PciRoot};
 use pci::topology::{LayoutError, PciLayout};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -27,14 +27,14 @@ use crate::boot::load::{self, LoadError};
 use crate::boot::long_mode;
 use crate::chipset;
 use crate::config;
-use crate::config::check::{self, HostError};
+use crate::config::check::HostError;
 use crate::console::output::Output;
 use crate::exit::Outcome;
 use crate::kvm::{self, KvmError, Vm, cpu, cpuid, doorbells::Doorbells, msi::KvmMsi, speed};
 use crate::layout;
 use crate::serial::SerialPort;
 use crate::vcpu::{self, Control, ControlError, RunState, Wiring, kick};
-use functions::{FunctionError, Functions};
+use functions::{Backends, FunctionError, Functions};
 
 /// How long a pause waits for what devices have in flight.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -66,6 +66,9 @@ pub enum BuildError {
     /// The PCI address map contradicts itself.
     #[error(transparent)]
     Pci(#[from] LayoutError),
+    /// The PCI functions do not fit into it.
+    #[error(transparent)]
+    Assign(#[from] AssignError),
     /// Guest memory could not be written.
     #[error("cannot write to guest memory: {0}")]
     Write(#[from] vm_memory::GuestMemoryError),
@@ -101,16 +104,16 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds a machine, paused at the kernel's entry.
+    /// Builds a machine around devices that are open already, paused at the kernel's entry.
     ///
     /// `output` takes the serial console's output. `force` accepts a KVM that only interprets.
     pub fn build(
         config: config::Machine,
+        backends: Backends,
         output: Option<&Output>,
         force: bool,
     ) -> Result<Arc<Self>, BuildError> {
         kick::install()?;
-        let disks = check::disks(&config)?;
         let kvm = kvm::open()?;
         let supported = cpu::supported_cpuid(&kvm)?;
         check_limits(
@@ -139,6 +142,7 @@ impl Machine {
         let mmio64 = layout::pci_mmio64(config.memory);
         let tables = acpi::build(&acpi::Platform {
             cpus: config.cpus,
+            buses: config.bus_count(),
             mmio64: mmio64.clone(),
         })?;
         memory.write_slice(&tables, GuestAddress(layout::ACPI.start))?;
@@ -155,13 +159,14 @@ impl Machine {
         let power_button = vm.interrupt_line(chipset::POWER_BUTTON_IRQ)?;
 
         let pci = PciRoot::new(PciLayout {
-            ecam: layout::PCI_ECAM,
+            ecam: layout::pci_ecam(config.bus_count()),
             mmio32: layout::PCI_MMIO32,
             mmio64,
         })?;
         let msi = KvmMsi::new(Arc::clone(vm.fd()));
-        let functions = Functions::build(&config, disks, &ram, &pci, &msi)?;
-        mmio.insert(layout::PCI_ECAM, pci.ecam())?;
+        let functions = Functions::plug(backends, &ram, &pci, &msi)?;
+        pci.assign_resources()?;
+        mmio.insert(pci.layout().ecam.clone(), pci.ecam())?;
         for (range, device) in pci.mmio_windows() {
             mmio.insert(range, device)?;
         }

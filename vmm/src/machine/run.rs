@@ -1,7 +1,7 @@
 //! The main loop: carries input to the console, and waits for the guest's end or a signal.
 
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -18,8 +18,18 @@ const CHUNK: usize = 256;
 /// How soon input is offered again to a port that took none and will not say when it can: one in loopback mode.
 const RETRY: Duration = Duration::from_millis(20);
 
-/// Input on its way from standard input to the serial port.
+/// Where standard input goes.
+#[derive(Debug)]
+pub enum Sink {
+    /// To the serial port.
+    Serial,
+    /// Into a non-blocking pipe, from which a virtio console reads.
+    Pipe(OwnedFd),
+}
+
+/// Input on its way from standard input to a console.
 struct Input {
+    sink: Option<Sink>,
     /// Read and not yet taken by the port.
     pending: Vec<u8>,
     /// Standard input can be read on.
@@ -30,16 +40,21 @@ struct Input {
 
 /// Runs the machine until it ends, and says how.
 ///
-/// `stdin` connects standard input to the serial port; if that is a terminal it is put into raw mode until the return.
-pub fn run(machine: &Machine, signals: &mut Signals, stdin: bool) -> io::Result<Outcome> {
-    let mut raw = if stdin { RawMode::enter()? } else { None };
+/// Standard input goes to `sink`; if it is a terminal it is put into raw mode until the return. Without a sink it is
+/// left alone.
+pub fn run(machine: &Machine, signals: &mut Signals, sink: Option<Sink>) -> io::Result<Outcome> {
+    let mut raw = match sink {
+        Some(_) => RawMode::enter()?,
+        None => None,
+    };
     let terminal = raw.is_some();
     if terminal {
         notice("tern: Ctrl-A x ends the guest, Ctrl-A h shows help\n");
     }
     let mut input = Input {
         pending: Vec::new(),
-        open: stdin,
+        open: sink.is_some(),
+        sink,
         escape: terminal.then(Escape::default),
     };
     if let Err(error) = machine.resume() {
@@ -130,6 +145,9 @@ impl Input {
         };
         if count == 0 {
             self.open = false;
+            if let Some(Sink::Pipe(_)) = self.sink {
+                self.sink = None;
+            }
             return;
         }
         let typed = chunk.get(..count).unwrap_or_default();
@@ -146,10 +164,20 @@ impl Input {
     }
 
     fn offer(&mut self, machine: &Machine) {
-        if !self.pending.is_empty() {
-            let taken = machine.serial.offer(&self.pending);
-            self.pending.drain(..taken.min(self.pending.len()));
+        if self.pending.is_empty() {
+            return;
         }
+        let taken = match &self.sink {
+            Some(Sink::Serial) => machine.serial.offer(&self.pending),
+            Some(Sink::Pipe(pipe)) => match rustix::io::write(pipe, &self.pending) {
+                Ok(taken) => taken,
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => 0,
+                // Nobody reads any more.
+                Err(_) => self.pending.len(),
+            },
+            None => self.pending.len(),
+        };
+        self.pending.drain(..taken.min(self.pending.len()));
     }
 }
 
