@@ -89,6 +89,11 @@ impl Bars {
         })
     }
 
+    /// The same BARs with BAR 0 at byte `base` instead: of configuration space, or of the block that holds them.
+    pub(crate) fn moved_to(self, base: u16) -> Self {
+        Self { base, ..self }
+    }
+
     /// The BARs, in the order they were declared.
     pub fn iter(&self) -> impl Iterator<Item = &Bar> {
         self.bars.iter()

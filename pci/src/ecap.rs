@@ -1,3 +1,4 @@
 //! Extended capabilities, from offset 0x100 of configuration space, one per file.
 
 pub mod ari;
+pub mod sriov;
