@@ -290,6 +290,11 @@ pub struct SwitchPort {
 }
 
 impl SwitchPort {
+    #[cfg(test)]
+    pub(super) fn shared_event(&self) -> EventFd {
+        self.shared.event.try_clone().unwrap()
+    }
+
     /// Sends the admitted frame in `outgoing` to whom it concerns.
     fn forward(&mut self, source: MacAddress, destination: MacAddress) {
         if !self.switch.read().knows(source, self.index) {

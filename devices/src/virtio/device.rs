@@ -119,7 +119,7 @@ impl<'a> Io<'a> {
         Ok(chain)
     }
 
-    /// Puts back the chain that was fetched last from `queue`.
+    /// Puts back the chain that was fetched last from `queue`. Several are put back in the reverse order.
     pub fn unpop(&mut self, queue: u16, chain: Chain) {
         drop(chain);
         if let Some(ring) = self.queues.get_mut(usize::from(queue)) {

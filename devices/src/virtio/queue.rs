@@ -72,8 +72,9 @@ pub struct Virtqueue {
     in_flight: u32,
     /// Chains were used since the driver was last notified.
     unsignalled: bool,
-    /// The device found the ring empty, and the driver was not yet asked for a kick.
-    starved: bool,
+    /// The device found the ring empty at this available index, and the driver was not yet asked for a kick. What
+    /// was put back since then does not count as news.
+    starved: Option<u16>,
 }
 
 impl Virtqueue {
@@ -85,7 +86,7 @@ impl Virtqueue {
             resetting: false,
             in_flight: 0,
             unsignalled: false,
-            starved: false,
+            starved: None,
         }
     }
 
@@ -194,10 +195,11 @@ impl Virtqueue {
             Some(descriptors) => {
                 let chain = Chain::parse(view, descriptors)?;
                 self.in_flight += 1;
+                self.starved = None;
                 Ok(Some(chain))
             }
             None => {
-                self.starved = true;
+                self.starved = Some(ring.next_avail());
                 Ok(None)
             }
         }
@@ -225,7 +227,7 @@ impl Virtqueue {
 
     /// Tells the driver not to kick while the ring is being worked on.
     pub(super) fn disable_kicks(&mut self, view: &View) -> Result<(), RingError> {
-        self.starved = false;
+        self.starved = None;
         match &mut self.ring {
             Some(ring) => ring.disable_notification(&**view).map_err(RingError::Used),
             None => Ok(()),
@@ -234,16 +236,21 @@ impl Virtqueue {
 
     /// True if the device found the ring empty since kicks were last asked for, or declined.
     pub(super) fn is_starved(&self) -> bool {
-        self.starved && !self.resetting
+        self.starved.is_some() && !self.resetting
     }
 
-    /// Asks for a kick when the next chain is made available. True if one already is.
+    /// Asks for a kick when the next chain is made available. True if one already is: one the device has not seen,
+    /// since those it saw and put back are waiting for more.
     pub(super) fn enable_kicks(&mut self, view: &View) -> Result<bool, RingError> {
-        self.starved = false;
-        match &mut self.ring {
-            Some(ring) => ring.enable_notification(&**view).map_err(RingError::Used),
-            None => Ok(false),
-        }
+        let seen = self.starved.take();
+        let Some(ring) = &mut self.ring else {
+            return Ok(false);
+        };
+        let next = ring.next_avail();
+        ring.set_next_avail(seen.unwrap_or(next));
+        let outcome = ring.enable_notification(&**view);
+        ring.set_next_avail(next);
+        outcome.map_err(RingError::Used)
     }
 
     /// True if chains were used since the last call and the driver wants to hear of it.

@@ -33,6 +33,8 @@ struct Control {
     /// Work on queue 1 when the source says so.
     feed: bool,
     change_config: bool,
+    /// Take the chains of queue 0 only when there are as many.
+    together: usize,
     popped: u32,
     resets: u32,
     activated: Option<u64>,
@@ -83,6 +85,22 @@ impl VirtioDevice for Probe {
             return Ok(Progress::Waiting);
         }
         let mut control = self.control();
+        let mut gathered = Vec::new();
+        while gathered.len() < control.together {
+            let Some(chain) = io.pop(queue)? else {
+                while let Some(chain) = gathered.pop() {
+                    io.unpop(queue, chain);
+                }
+                return Ok(Progress::Exhausted);
+            };
+            gathered.push(chain);
+        }
+        for chain in gathered {
+            io.push(queue, chain.head(), 0)?;
+        }
+        if control.together != 0 {
+            return Ok(Progress::Waiting);
+        }
         while let Some(chain) = io.pop(queue)? {
             control.popped += 1;
             if control.hold {
@@ -125,6 +143,18 @@ fn live(wanted: u64) -> (Probe, Driver) {
 
 fn one() -> [Buf; 2] {
     [Buf::Out(vec![1; 8]), Buf::In(8)]
+}
+
+/// Fails if `work` does not come to an end.
+fn in_time(work: impl FnOnce() + Send + 'static) {
+    let (done, finished) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        work();
+        // The test may have given up.
+        let _ = done.send(());
+    });
+    let outcome = finished.recv_timeout(crate::testing::PATIENCE);
+    assert!(outcome.is_ok(), "it spins");
 }
 
 // Status and features ----------------------------------------------------------------------------------------------
@@ -256,16 +286,7 @@ fn a_kick_of_a_queue_that_waits_for_its_reset_does_nothing() {
     let _ = driver.function.reset_queue(0);
     driver.add(0, &one());
     let function = Arc::clone(&driver.function);
-    let (done, finished) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        function.service(0);
-        // The test may have given up.
-        let _ = done.send(());
-    });
-    assert!(
-        finished.recv_timeout(Duration::from_secs(5)).is_ok(),
-        "the kick spins"
-    );
+    in_time(move || function.service(0));
     assert_eq!(probe.control().popped, 1);
 }
 
@@ -456,6 +477,32 @@ fn a_source_that_empties_a_ring_asks_for_a_kick() {
             driver.kick_wanted(1, event_index),
             "event index: {event_index}"
         );
+    }
+}
+
+#[test]
+fn a_device_that_needs_more_chains_hears_of_the_next() {
+    for event_index in [false, true] {
+        let wanted = if event_index { feature::EVENT_IDX } else { 0 };
+        let (probe, mut driver) = live(wanted);
+        probe.control().together = 3;
+        for _ in 0..2 {
+            driver.add(0, &one());
+            assert!(
+                driver.kick_wanted(0, event_index),
+                "event index: {event_index}"
+            );
+            let function = Arc::clone(&driver.function);
+            in_time(move || function.service(0));
+            assert_eq!(driver.used(0), None);
+        }
+        driver.add(0, &one());
+        assert!(
+            driver.kick_wanted(0, event_index),
+            "event index: {event_index}"
+        );
+        driver.kick(0);
+        assert_eq!(std::iter::from_fn(|| driver.used(0)).count(), 3);
     }
 }
 
