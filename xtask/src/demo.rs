@@ -46,7 +46,7 @@ impl Demo {
         let scenario = if self.shell {
             "tern.shell"
         } else {
-            "tern.demo"
+            "tern.run=demo:disks=1:networks=2"
         };
         option(
             "--cmdline",

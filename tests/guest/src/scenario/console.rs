@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, WaitOptions};
+use rustix::termios::{Winsize, tcsetwinsize};
 
 use super::Found;
 use crate::cmdline::Request;
@@ -66,6 +67,15 @@ pub fn shell(_: &Request) -> Result<Found> {
         let opened = File::options().read(true).write(true).open(&terminal);
         opened.context(terminal.display()).map(Stdio::from)
     };
+    // A serial line does not know how large the screen behind it is.
+    let size = Winsize {
+        ws_row: 24,
+        ws_col: 80,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    tcsetwinsize(File::open(&terminal).context(terminal.display())?, size)
+        .context("window size")?;
     let mut command = Command::new("/bin/sh");
     // Its first argument with a dash in front would make it read profiles; there are none.
     command

@@ -1,4 +1,4 @@
-//! `demo`: a short tour of the machine, for people.
+//! `demo`: a short tour of the machine, for people. With `disks=` and `networks=` it fails if it finds fewer.
 
 use std::fs;
 use std::process::Command;
@@ -6,17 +6,22 @@ use std::process::Command;
 use super::{Found, boot, entropy, net, pci};
 use crate::cmdline::Request;
 use crate::scenario::block::Disk;
-use crate::{Context, Failure, Result};
+use crate::{Context, Failure, Result, check};
 
 const MOUNT_POINT: &str = "/mnt";
 const GREETING: &str = "Terns fly from pole to pole.\n";
 
-pub fn run(_: &Request) -> Result<Found> {
+pub fn run(request: &Request) -> Result<Found> {
     machine()?;
     devices()?;
     let disks = disk()?;
     let networks = network()?;
     random_numbers();
+    for (key, found) in [("disks", disks), ("networks", networks)] {
+        check(found >= request.number(key, 0)?, || {
+            format!("found only {found} {key}")
+        })?;
+    }
     println!("\n  That was Linux under tern. Powering off.\n");
     Ok(Found::default()
         .with("disks", disks)
@@ -73,7 +78,7 @@ fn disk() -> Result<usize> {
     busybox(&["mount", "-t", "ext4", &device, MOUNT_POINT])?;
     let read = fs::read_to_string(&file).context(&file)?;
     busybox(&["umount", MOUNT_POINT])?;
-    crate::check(read == GREETING, || format!("{file} contains {read:?}"))?;
+    check(read == GREETING, || format!("{file} contains {read:?}"))?;
     println!(
         "    made a file system, wrote a file, mounted it again, and read: {}",
         read.trim_end()

@@ -72,7 +72,7 @@ const SCENARIOS: [(&str, &[&str], Run); 20] = [
     ("hvc-echo", &["dev"], console::hvc_echo),
     ("shell", &[], console::shell),
     ("memory-touch", &["mib"], memory::touch),
-    ("demo", &[], demo::run),
+    ("demo", &["disks", "networks"], demo::run),
 ];
 
 /// Runs one scenario.
