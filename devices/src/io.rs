@@ -187,3 +187,89 @@ impl MutEventSubscriber for FunctionEvents {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::{Block, BlockConfig};
+    use crate::net::{MacAddress, Net, PortConfig, Switch};
+    use crate::rng::Rng;
+    use crate::testing::{Buf, Driver, PATIENCE};
+    use std::time::Instant;
+
+    /// Waits for the next used chain without taking turns: that is the thread's work here.
+    fn served(driver: &mut Driver, queue: u16) -> (u16, u32) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(used) = driver.used(queue) {
+                return used;
+            }
+            assert!(Instant::now() < deadline, "queue {queue} is not served");
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn kicks_are_served() {
+        let thread = IoThread::spawn("io").unwrap();
+        let mut driver = Driver::live(Rng::new(), 0);
+        thread.attach(&driver.function).unwrap();
+        for _ in 0..100 {
+            driver.add(0, &[Buf::In(8)]);
+            driver.function.kick(0);
+            assert_eq!(served(&mut driver, 0).1, 8);
+        }
+    }
+
+    #[test]
+    fn completions_of_a_disk_are_served_again_and_again() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let thread = IoThread::spawn("io").unwrap();
+        let block = Block::open(&BlockConfig::new(file.path())).unwrap();
+        let mut driver = Driver::live(block, u64::MAX);
+        thread.attach(&driver.function).unwrap();
+        for round in 0..500 {
+            for _ in 0..round % 5 + 1 {
+                driver.add(0, &[Buf::Out(vec![0; 16]), Buf::In(512), Buf::In(1)]);
+            }
+            driver.function.kick(0);
+            for _ in 0..round % 5 + 1 {
+                assert_eq!(served(&mut driver, 0).1, 513);
+            }
+        }
+    }
+
+    #[test]
+    fn frames_cross_between_functions_of_two_threads() {
+        let switch = Switch::new();
+        let threads = ["a", "b"].map(|name| IoThread::spawn(name).unwrap());
+        let mut drivers = [1u8, 2].map(|n| {
+            let mac = MacAddress::new([2, 0, 0, 0, 0, n]);
+            let port = PortConfig {
+                name: String::new(),
+                mac,
+                check_source: true,
+            };
+            Driver::live(Net::new(mac, switch.port(port).unwrap()), 0)
+        });
+        for (thread, driver) in threads.iter().zip(&drivers) {
+            thread.attach(&driver.function).unwrap();
+        }
+        let [a, b] = &mut drivers;
+        let mut frame = vec![0; 12];
+        frame.extend([2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x88, 0xb5]);
+        for _ in 0..500 {
+            for _ in 0..3 {
+                b.add(0, &[Buf::In(100)]);
+                a.add(1, &[Buf::Out(frame.clone())]);
+            }
+            b.function.kick(0);
+            a.function.kick(1);
+            for _ in 0..3 {
+                served(a, 1);
+                assert_eq!(served(b, 0).1, 26);
+            }
+        }
+    }
+}

@@ -25,3 +25,8 @@ pub mod rng;
 #[cfg(test)]
 mod testing;
 pub mod virtio;
+
+/// Compiles the usage example of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -292,4 +292,89 @@ mod tests {
             TapError::Other { .. }
         ));
     }
+
+    /// Runs `work` where it may create interfaces that nobody else sees. False without the privilege.
+    fn in_a_network_of_its_own(work: fn()) -> bool {
+        // SAFETY: the call affects this thread alone, which runs nothing else.
+        let isolate = || unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
+        let thread = std::thread::spawn(move || {
+            let isolated = isolate() && std::path::Path::new(TUN).exists();
+            if isolated {
+                work();
+            }
+            isolated
+        });
+        thread.join().unwrap()
+    }
+
+    /// A raw socket on interface `name`, which it brings up.
+    fn packet_socket(name: &str) -> File {
+        use std::os::fd::{FromRawFd, OwnedFd};
+        let protocol = 0x88b5u16.to_be();
+        // SAFETY: plain system calls; `request` and `address` are valid for their lengths, and the new descriptor
+        // is owned by nobody else.
+        unsafe {
+            let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+            let fd = libc::socket(libc::AF_PACKET, kind, i32::from(protocol));
+            assert!(fd >= 0, "{}", io::Error::last_os_error());
+            let socket = OwnedFd::from_raw_fd(fd);
+            let mut request: libc::ifreq = std::mem::zeroed();
+            for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+                *to = from as libc::c_char;
+            }
+            assert_eq!(libc::ioctl(fd, libc::SIOCGIFINDEX, &raw mut request), 0);
+            let mut address: libc::sockaddr_ll = std::mem::zeroed();
+            address.sll_family = libc::AF_PACKET as u16;
+            address.sll_protocol = protocol;
+            address.sll_ifindex = request.ifr_ifru.ifru_ifindex;
+            request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+            assert_eq!(libc::ioctl(fd, libc::SIOCSIFFLAGS, &raw mut request), 0);
+            let len = size_of_val(&address) as libc::socklen_t;
+            assert_eq!(libc::bind(fd, (&raw const address).cast(), len), 0);
+            socket.into()
+        }
+    }
+
+    #[test]
+    fn frames_cross_to_the_host_and_back() {
+        use crate::net::link::NUM_BUFFERS;
+        use crate::net::{MacAddress, Net};
+        use crate::testing::{Buf, Driver};
+        use std::io::Write;
+
+        fn cross() {
+            let tap = Tap::open("tern-test").unwrap();
+            assert!(matches!(Tap::open("tern-test"), Err(TapError::Busy(_))));
+            assert!(matches!(Tap::open("lo"), Err(TapError::NotATap(_))));
+            let mut host = packet_socket("tern-test");
+            let mac = MacAddress::new([2, 0, 0, 0, 0, 1]);
+            let mut driver = Driver::live(Net::new(mac, tap), u64::MAX);
+            let mut frame = vec![0xff; 6];
+            frame.extend(mac.octets());
+            frame.extend([0x88, 0xb5]);
+            frame.extend([7; 50]);
+            let header = Buf::Out(vec![0; HEADER_LEN]);
+            driver.request(1, &[header, Buf::Out(frame.clone())]);
+            let mut got = [0; 2000];
+            let n = host.read(&mut got).unwrap();
+            assert_eq!(got[..n], frame);
+
+            frame[6] = 6;
+            host.write_all(&frame).unwrap();
+            // The host's own chatter comes in too; ours is among it.
+            let offered: Vec<_> = (0..100).map(|_| driver.add(0, &[Buf::In(2000)])).collect();
+            driver.kick(0);
+            driver.until("the frame", |d| {
+                let Some((head, len)) = d.used(0) else {
+                    return false;
+                };
+                let buffer = offered.iter().find(|b| b.head == head).unwrap();
+                let got = d.written(buffer);
+                got[HEADER_LEN..len as usize] == frame && got[NUM_BUFFERS] == [1, 0]
+            });
+        }
+        if !in_a_network_of_its_own(cross) {
+            eprintln!("not run: no privilege to create a tap");
+        }
+    }
 }

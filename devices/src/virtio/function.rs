@@ -442,7 +442,9 @@ impl VirtioFunction {
         if let Err(error) = outcome {
             self.needs_reset(core, index, &error);
         }
-        for slot in 0..core.queues.len() {
+        // Without bus mastering, neither rings nor messages: whoever opens the gate comes back for them.
+        let reachable = !core.gate.reasons().contains(Reasons::BUS_MASTER);
+        for slot in (0..core.queues.len()).filter(|_| reachable) {
             let Some(queue) = core.queues.get_mut(slot) else {
                 continue;
             };
