@@ -12,6 +12,7 @@ pub mod layout;
 
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use devices::bus::Effect;
 use devices::gate::Reasons;
@@ -32,6 +33,10 @@ use layout::{Layout, MAX_DEVICE_LEN, NOTIFY_MULTIPLIER, Region};
 
 /// The BAR that holds the virtio structures, MSI-X table and pending bits.
 const BAR: BarIndex = BarIndex::ZERO;
+
+/// How long a write that clears Bus Master Enable waits for what is in flight, so that nothing reaches memory after
+/// it (E10). A backend that takes longer is broken, and must not hold up its vCPU as well.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How a function is shown on the bus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,7 +189,8 @@ impl VirtioPci {
         }
     }
 
-    /// Bus Master Enable and the MSI-X switches take effect, as the registers have them now.
+    /// Bus Master Enable and the MSI-X switches take effect, as the registers have them now. Returns when nothing is
+    /// in flight any more, if bus mastering is off.
     fn apply_switches(&self) {
         let _doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
         let (command, control) = {
@@ -196,8 +202,14 @@ impl VirtioPci {
         self.msix().set_control(control);
         if command.contains(Command::BUS_MASTER) {
             self.function.reopen(Reasons::BUS_MASTER);
-        } else {
-            self.function.close(Reasons::BUS_MASTER);
+        } else if !self
+            .function
+            .close_and_drain(Reasons::BUS_MASTER, DRAIN_PATIENCE)
+        {
+            tracing::warn!(
+                function = self.function.name(),
+                "still in flight without bus mastering"
+            );
         }
     }
 
