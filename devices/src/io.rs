@@ -176,7 +176,7 @@ impl MutEventSubscriber for FunctionEvents {
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
         use std::os::fd::AsRawFd;
-        for index in 0..self.function.num_queues() {
+        for index in 0..self.function.total_queues() {
             if let Some(fd) = self.function.kick_event(index).map(|e| e.as_raw_fd()) {
                 self.watch(ops, fd, EventSet::IN, Meaning::Kick(index));
             }

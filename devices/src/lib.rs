@@ -6,6 +6,7 @@
 //! | [`memory`] | guest RAM, and the view through which each function reaches it |
 //! | [`gate`] | the one predicate that says whether a function may touch its rings |
 //! | [`virtio`] | the virtio core: status, features, queues; and the contract a device fulfils |
+//! | [`admin`] | device groups: an owner, its members, and administration commands |
 //! | [`block`] | virtio-block: a raw image file or block device as a disk |
 //! | [`net`] | virtio-net: on a host tap, or on a switch that connects functions |
 //! | [`rng`] | virtio-rng: the host's entropy |
@@ -14,6 +15,7 @@
 //!
 //! Everything here can be driven from a plain test, without a guest, a bus or a hypervisor.
 
+pub mod admin;
 pub mod block;
 pub mod bus;
 pub mod console;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::admin::queue::QUEUE_SIZE;
 use crate::memory::{GuestRam, RamRange, View};
 use crate::virtio::{Interrupt, VirtioDevice, VirtioFunction, feature};
 
@@ -110,10 +111,17 @@ impl Driver {
     pub fn new(device: impl VirtioDevice + 'static) -> Self {
         let ram = ram();
         let function = VirtioFunction::new("test", Box::new(device), ram.view().unwrap()).unwrap();
+        Self::of(function, &ram)
+    }
+
+    /// A driver for `function`, whose memory is `ram`.
+    pub fn of(function: Arc<VirtioFunction>, ram: &Arc<GuestRam>) -> Self {
         let interrupts = Arc::new(Recorder::default());
         function.set_interrupt(Arc::clone(&interrupts) as _);
-        let rings = (0..function.num_queues())
-            .map(|i| Ring::new(i, function.queue(i).unwrap().max_size))
+        // The administration virtqueue cannot be seen before it was negotiated.
+        let size = |i| function.queue(i).map_or(QUEUE_SIZE, |q| q.max_size);
+        let rings = (0..function.total_queues())
+            .map(|i| Ring::new(i, size(i)))
             .collect();
         Self {
             function,
@@ -301,7 +309,7 @@ impl Driver {
 
     /// One turn as the I/O thread: pending kicks, then every source.
     pub fn turn(&self) {
-        for index in 0..self.function.num_queues() {
+        for index in 0..self.function.total_queues() {
             if self.was_kicked(index) {
                 self.function.service(index);
             }

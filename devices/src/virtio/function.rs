@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::device::{Io, Progress, Source, VirtioDevice};
 use super::queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
 use super::{DeviceType, Status, feature};
+use crate::admin::{self, AdminQueue, Member, Owner};
 use crate::bus::Effect;
 use crate::gate::{Gate, Reasons};
 use crate::memory::View;
@@ -53,12 +54,17 @@ pub struct VirtioFunction {
     interrupt: OnceLock<Arc<dyn Interrupt>>,
     device_type: DeviceType,
     config_len: usize,
+    /// Queues of the device; the administration virtqueue of an owner comes after them.
+    device_queues: u16,
+    owner: Option<Arc<Owner>>,
 }
 
 struct Core {
     device: Box<dyn VirtioDevice>,
     view: View,
     queues: Vec<Virtqueue>,
+    /// Of an owner: what serves its administration virtqueue, the last of `queues`.
+    admin: Option<AdminQueue>,
     gate: Gate,
     status: Status,
     driver_features: u64,
@@ -77,23 +83,43 @@ impl VirtioFunction {
         device: Box<dyn VirtioDevice>,
         view: View,
     ) -> std::io::Result<Arc<Self>> {
-        let queues: Vec<_> = device
-            .queue_sizes()
-            .into_iter()
-            .map(Virtqueue::new)
-            .collect();
+        Self::build(name.into(), device, view, None)
+    }
+
+    /// The same for a device that owns others. It has an administration virtqueue after those of the device, and
+    /// offers VIRTIO_F_ADMIN_VQ and VIRTIO_F_SR_IOV.
+    pub fn new_owner(
+        name: impl Into<String>,
+        device: Box<dyn VirtioDevice>,
+        view: View,
+        owner: Arc<Owner>,
+    ) -> std::io::Result<Arc<Self>> {
+        Self::build(name.into(), device, view, Some(owner))
+    }
+
+    fn build(
+        name: String,
+        device: Box<dyn VirtioDevice>,
+        view: View,
+        owner: Option<Arc<Owner>>,
+    ) -> std::io::Result<Arc<Self>> {
+        let mut sizes = device.queue_sizes();
+        let device_queues = sizes.len() as u16;
+        sizes.extend(owner.as_ref().map(|_| admin::queue::QUEUE_SIZE));
+        let queues: Vec<_> = sizes.into_iter().map(Virtqueue::new).collect();
         let kicks = queues
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
             .collect::<std::io::Result<_>>()?;
         Ok(Arc::new(Self {
-            name: name.into(),
+            name,
             device_type: device.device_type(),
             config_len: device.config().len(),
             core: Mutex::new(Core {
                 device,
                 view,
                 queues,
+                admin: owner.clone().map(AdminQueue::new),
                 gate: Gate::closed_for(Reasons::NO_DRIVER),
                 status: Status::empty(),
                 driver_features: 0,
@@ -105,6 +131,8 @@ impl VirtioFunction {
             drained: Condvar::new(),
             kicks,
             interrupt: OnceLock::new(),
+            device_queues,
+            owner,
         }))
     }
 
@@ -122,6 +150,11 @@ impl VirtioFunction {
     /// The device type.
     pub fn device_type(&self) -> DeviceType {
         self.device_type
+    }
+
+    /// The owner it is, if it is one.
+    pub fn owner(&self) -> Option<&Arc<Owner>> {
+        self.owner.as_ref()
     }
 
     // Feature negotiation ------------------------------------------------------------------------------------------
@@ -210,29 +243,46 @@ impl VirtioFunction {
 
     // Queues -------------------------------------------------------------------------------------------------------
 
-    /// Number of virtqueues.
+    /// `num_queues`: virtqueues, without the administration virtqueue (B-9).
     pub fn num_queues(&self) -> u16 {
+        self.device_queues
+    }
+
+    /// `admin_queue_index`: the first administration virtqueue, or 0 if there is none (B-9).
+    pub fn admin_queue_index(&self) -> u16 {
+        self.owner.as_ref().map_or(0, |_| self.device_queues)
+    }
+
+    /// `admin_queue_num`: the number of administration virtqueues (B-9).
+    pub fn admin_queue_num(&self) -> u16 {
+        self.total_queues() - self.device_queues
+    }
+
+    /// All virtqueues, numbered from 0: those of the device and the administration virtqueue.
+    pub fn total_queues(&self) -> u16 {
         self.kicks.len() as u16
     }
 
-    /// What the driver sees of queue `index`, or `None` if there is no such queue.
+    /// What the driver sees of queue `index`, or `None` if there is no such queue. The administration virtqueue is
+    /// there for a driver that accepted VIRTIO_F_ADMIN_VQ.
     pub fn queue(&self, index: u16) -> Option<QueueInfo> {
-        self.lock()
-            .queues
-            .get(usize::from(index))
-            .map(|q| QueueInfo {
-                registers: *q.registers(),
-                max_size: q.max_size(),
-                enabled: q.is_enabled(),
-                resetting: q.is_resetting(),
-            })
+        let core = self.lock();
+        let queue = core.queues.get(usize::from(index));
+        queue.filter(|_| !core.hides(index)).map(|q| QueueInfo {
+            registers: *q.registers(),
+            max_size: q.max_size(),
+            enabled: q.is_enabled(),
+            resetting: q.is_resetting(),
+        })
     }
 
     /// Lets the driver change the registers of queue `index`. While the queue is enabled only the vector changes;
     /// a size that is not a power of two within the maximum is ignored, as is an index out of range.
     pub fn update_queue(&self, index: u16, change: impl FnOnce(&mut QueueRegisters)) {
         let mut core = self.lock();
-        let Some(queue) = core.queues.get_mut(usize::from(index)) else {
+        let hidden = core.hides(index);
+        let queue = core.queues.get_mut(usize::from(index));
+        let Some(queue) = queue.filter(|_| !hidden) else {
             return;
         };
         let mut new = *queue.registers();
@@ -255,7 +305,9 @@ impl VirtioFunction {
         let mut core = self.lock();
         let core = &mut *core;
         let event_index = core.event_index();
-        let Some(queue) = core.queues.get_mut(usize::from(index)) else {
+        let hidden = core.hides(index);
+        let queue = core.queues.get_mut(usize::from(index));
+        let Some(queue) = queue.filter(|_| !hidden) else {
             return Effect::None;
         };
         if queue.is_enabled() || core.gate.reasons().contains(Reasons::RESET) {
@@ -396,7 +448,7 @@ impl VirtioFunction {
     pub fn on_event(&self, token: u16) {
         let mut guard = self.lock();
         let core = &mut *guard;
-        let (device, mut io) = core.io();
+        let (device, _, mut io) = core.io();
         let outcome = device.on_event(token, &mut io);
         let (more, changed) = (io.more, io.config_changed);
         core.note_config(changed);
@@ -410,15 +462,19 @@ impl VirtioFunction {
         let slot = usize::from(index);
         // A queue that waits for its reset has chains nobody may fetch; they must not count as work.
         let usable = |queue: &Virtqueue| queue.is_enabled() && !queue.is_resetting();
-        if !core.queues.get(slot).is_some_and(usable) {
+        if core.hides(index) || !core.queues.get(slot).is_some_and(usable) {
             return Ok(());
         }
         loop {
             if let Some(queue) = core.queues.get_mut(slot) {
                 queue.disable_kicks(&core.view)?;
             }
-            let (device, mut io) = core.io();
-            let progress = device.process(index, &mut io)?;
+            let is_admin = core.is_admin(index);
+            let (device, admin, mut io) = core.io();
+            let progress = match admin.filter(|_| is_admin) {
+                Some(admin) => admin.process(index, &mut io)?,
+                None => device.process(index, &mut io)?,
+            };
             let (more, changed) = (io.more, io.config_changed);
             core.note_config(changed);
             if more {
@@ -539,9 +595,28 @@ impl VirtioFunction {
     }
 }
 
+impl Member for VirtioFunction {
+    fn name(&self) -> &str {
+        Self::name(self)
+    }
+}
+
 impl Core {
     fn offered(&self) -> u64 {
-        self.device.features() | feature::TRANSPORT
+        let owner = match self.admin {
+            Some(_) => feature::ADMIN_VQ | feature::SR_IOV,
+            None => 0,
+        };
+        self.device.features() | feature::TRANSPORT | owner
+    }
+
+    fn is_admin(&self, index: u16) -> bool {
+        self.admin.is_some() && usize::from(index) + 1 == self.queues.len()
+    }
+
+    /// True for an administration virtqueue the driver did not ask for.
+    fn hides(&self, index: u16) -> bool {
+        self.is_admin(index) && self.driver_features & feature::ADMIN_VQ == 0
     }
 
     fn features_acceptable(&self) -> bool {
@@ -563,7 +638,7 @@ impl Core {
     }
 
     /// Splits the core into the device and what it may touch.
-    fn io(&mut self) -> (&mut dyn VirtioDevice, Io<'_>) {
+    fn io(&mut self) -> (&mut dyn VirtioDevice, Option<&mut AdminQueue>, Io<'_>) {
         let io = Io {
             view: &self.view,
             queues: &mut self.queues,
@@ -572,11 +647,14 @@ impl Core {
             more: false,
             config_changed: false,
         };
-        (&mut *self.device, io)
+        (&mut *self.device, self.admin.as_mut(), io)
     }
 
     fn reset(&mut self) {
         self.device.reset();
+        if let Some(admin) = &mut self.admin {
+            admin.reset();
+        }
         for queue in &mut self.queues {
             *queue = Virtqueue::new(queue.max_size());
         }

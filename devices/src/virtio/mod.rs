@@ -32,8 +32,12 @@ pub mod feature {
     pub const EVENT_IDX: u64 = 1 << 29;
     /// The device follows virtio 1.0 or later; every device here requires it.
     pub const VERSION_1: u64 = 1 << 32;
+    /// The device is an SR-IOV physical function.
+    pub const SR_IOV: u64 = 1 << 37;
     /// A single virtqueue can be reset.
     pub const RING_RESET: u64 = 1 << 40;
+    /// The device has administration virtqueues.
+    pub const ADMIN_VQ: u64 = 1 << 41;
 
     /// What the core offers for every device.
     pub const TRANSPORT: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | RING_RESET;

@@ -1,0 +1,303 @@
+//! The administration virtqueue of a function, from its driver's side.
+
+use super::*;
+use crate::gate::Reasons;
+use crate::testing::{Buf, Driver, INDIRECT, NEEDS_RESET, NEXT, WRITE, ram};
+use crate::virtio::{
+    DeviceType, Io, Progress, RingError, Source, VirtioDevice, VirtioFunction, feature,
+};
+
+/// A device with two queues that only counts how often it was asked to work on them.
+#[derive(Clone, Default)]
+struct Idle(Arc<Mutex<Vec<u16>>>);
+
+impl VirtioDevice for Idle {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Net
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![8, 8]
+    }
+
+    fn config(&self) -> &[u8] {
+        &[]
+    }
+
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+
+    fn activate(&mut self, _features: u64) {}
+
+    fn reset(&mut self) {}
+
+    fn process(&mut self, queue: u16, _io: &mut Io<'_>) -> Result<Progress, RingError> {
+        self.0.lock().unwrap().push(queue);
+        Ok(Progress::Waiting)
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        Vec::new()
+    }
+
+    fn on_event(&mut self, _token: u16, _io: &mut Io<'_>) -> Result<(), RingError> {
+        Ok(())
+    }
+}
+
+/// The queue after those of [`Idle`].
+const ADMIN: u16 = 2;
+const LIVE: u64 =
+    feature::ADMIN_VQ | feature::SR_IOV | feature::INDIRECT_DESC | feature::RING_RESET;
+
+fn untouched() -> (Driver, Idle) {
+    let (owner, vfs) = owner(Options::default());
+    vfs.0.store(2, SeqCst);
+    let device = Idle::default();
+    let ram = ram();
+    let view = ram.view().unwrap();
+    let function = VirtioFunction::new_owner("pf", Box::new(device.clone()), view, owner);
+    (Driver::of(function.unwrap(), &ram), device)
+}
+
+fn live() -> Driver {
+    let (mut driver, _) = untouched();
+    driver.start(LIVE);
+    driver
+}
+
+const QUERY_SELF: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0];
+
+#[test]
+fn b9_the_admin_queue_comes_after_those_of_the_device() {
+    let (driver, _) = untouched();
+    let f = &driver.function;
+    assert_eq!(f.num_queues(), 2);
+    assert_eq!((f.admin_queue_index(), f.admin_queue_num()), (2, 1));
+    assert_eq!(f.total_queues(), 3);
+    assert!(f.kick_event(ADMIN).is_some());
+}
+
+#[test]
+fn b50_an_owner_offers_sr_iov_and_the_admin_queue_and_others_do_not() {
+    let (owner, _) = untouched();
+    let plain = Driver::new(Idle::default());
+    let bits = (feature::ADMIN_VQ | feature::SR_IOV) >> 32;
+    assert_eq!(u64::from(owner.function.device_features(1)) & bits, bits);
+    assert_eq!(u64::from(plain.function.device_features(1)) & bits, 0);
+    assert_eq!(plain.function.admin_queue_num(), 0);
+    assert_eq!(plain.function.admin_queue_index(), 0);
+    assert!(plain.function.owner().is_none());
+}
+
+#[test]
+fn d3_the_admin_queue_is_big_and_only_there_if_it_was_negotiated() {
+    let driver = live();
+    let info = driver.function.queue(ADMIN).unwrap();
+    assert!(info.enabled && info.max_size >= 64);
+    let (mut other, _) = untouched();
+    other.start(feature::INDIRECT_DESC);
+    assert_eq!(other.function.queue(ADMIN), None);
+    other.function.kick(ADMIN);
+    other.turn();
+    assert_eq!(other.function.status() & NEEDS_RESET, 0);
+    assert!(other.function.queue(1).unwrap().enabled);
+}
+
+#[test]
+fn d4_a_command_is_answered_with_an_interrupt_and_its_exact_length() {
+    let mut driver = live();
+    driver.interrupts.take();
+    let request = raw(0, 0, 0, &[]);
+    let (len, bytes) = driver.request(ADMIN, &[Buf::Out(request), Buf::In(16)]);
+    assert_eq!((len, &bytes[..]), (16, &QUERY_SELF[..]));
+    assert_eq!(driver.interrupts.take(), [ADMIN]);
+}
+
+#[test]
+fn the_device_never_sees_the_admin_queue() {
+    let (mut driver, device) = untouched();
+    driver.start(LIVE);
+    driver.request(ADMIN, &[Buf::Out(raw(0, 0, 0, &[])), Buf::In(16)]);
+    assert!(device.0.lock().unwrap().iter().all(|queue| *queue < ADMIN));
+}
+
+#[test]
+fn b8_an_answer_is_cut_to_the_buffer_and_leaves_the_rest_of_it_alone() {
+    for (room, used) in [(1, 1), (4, 4), (7, 7), (8, 8), (10, 10), (16, 16), (40, 16)] {
+        let mut driver = live();
+        let bufs = [Buf::Out(raw(0, 0, 0, &[])), Buf::In(room)];
+        let (len, bytes) = driver.request(ADMIN, &bufs);
+        let mut expected = vec![0xee; room];
+        expected[..used].copy_from_slice(&QUERY_SELF[..used]);
+        assert_eq!((len, bytes), (used as u32, expected), "room for {room}");
+    }
+}
+
+#[test]
+fn b8_a_command_without_room_for_an_answer_is_executed() {
+    let mut driver = live();
+    let (len, _) = driver.request(ADMIN, &[Buf::Out(raw(1, 1, 0, &[]))]);
+    assert_eq!(len, 0);
+    let (_, bytes) = driver.request(ADMIN, &[Buf::Out(raw(0, 1, 0, &[])), Buf::In(8)]);
+    assert_eq!(
+        bytes,
+        [22, 0, 2, 0, 0, 0, 0, 0],
+        "LIST_USE gave LIST_QUERY up"
+    );
+}
+
+#[test]
+fn b8_a_command_without_bytes_is_a_query_of_the_self_group() {
+    let mut driver = live();
+    let (len, bytes) = driver.request(ADMIN, &[Buf::In(16)]);
+    assert_eq!((len, &bytes[..]), (16, &QUERY_SELF[..]));
+}
+
+#[test]
+fn b8_data_beyond_what_is_looked_at_is_ignored() {
+    let mut driver = live();
+    let mut data = vec![0; queue::MAX_DATA + 4096];
+    *data.last_mut().unwrap() = 0xff;
+    let (_, bytes) = driver.request(ADMIN, &[Buf::Out(raw(1, 1, 0, &data)), Buf::In(8)]);
+    assert_eq!(bytes, [0; 8]);
+}
+
+#[test]
+fn d4_fields_may_be_split_over_any_number_of_buffers() {
+    let mut driver = live();
+    let request = raw(1, 1, 0, &[3, 0, 0, 0, 0, 0, 0, 0]);
+    let mut bufs: Vec<_> = request.iter().map(|byte| Buf::Out(vec![*byte])).collect();
+    bufs.extend((0..8).map(|_| Buf::In(1)));
+    let (len, bytes) = driver.request(ADMIN, &bufs);
+    assert_eq!((len, bytes), (8, vec![0; 8]));
+}
+
+#[test]
+fn d4_an_indirect_table_may_be_longer_than_the_ring() {
+    let mut driver = live();
+    let mut bufs: Vec<_> = raw(0, 0, 0, &[])
+        .iter()
+        .map(|b| Buf::Out(vec![*b]))
+        .collect();
+    bufs.extend((0..600).map(|_| Buf::In(1)));
+    let placed = driver.place(&bufs);
+    assert!(placed.len() > queue::QUEUE_SIZE.into());
+    let table = driver.alloc(placed.len() * 16 + 16).next_multiple_of(16);
+    for (i, (addr, len, flags)) in placed.iter().enumerate() {
+        let more = if i + 1 == placed.len() { 0 } else { NEXT };
+        let slot = i as u16;
+        driver.descriptor(table, slot, *addr, *len, flags | more, slot + 1);
+    }
+    let ring = driver.rings[usize::from(ADMIN)];
+    driver.descriptor(ring.table, 0, table, placed.len() * 16, INDIRECT, 0);
+    driver.publish(ADMIN, 0);
+    driver.kick(ADMIN);
+    assert_eq!(driver.wait_used(ADMIN), (0, 16));
+    let answer: Vec<u8> = placed
+        .iter()
+        .filter(|(_, _, flags)| flags & WRITE != 0)
+        .flat_map(|(addr, len, _)| driver.bytes(*addr, *len))
+        .collect();
+    assert_eq!(answer[..16], QUERY_SELF);
+    assert!(answer[16..].iter().all(|byte| *byte == 0xee));
+}
+
+#[test]
+fn b7_commands_are_executed_and_used_in_the_order_they_were_queued() {
+    let mut driver = live();
+    let room = || Buf::In(16);
+    let added = [
+        driver.add(ADMIN, &[Buf::Out(raw(0, 1, 0, &[])), room()]),
+        driver.add(ADMIN, &[Buf::Out(raw(1, 1, 0, &[2])), room()]),
+        driver.add(ADMIN, &[Buf::Out(raw(0, 1, 0, &[])), room()]),
+    ];
+    driver.kick(ADMIN);
+    for chain in &added {
+        assert_eq!(driver.wait_used(ADMIN).0, chain.head);
+    }
+    let statuses = added.map(|chain| driver.written(&chain)[0]);
+    assert_eq!(statuses, [0, 0, 22]);
+}
+
+#[test]
+fn b4_a_reset_of_the_owner_forgets_the_list_and_keeps_that_of_the_monitor() {
+    let (mut driver, _) = untouched();
+    let owner = Arc::clone(driver.function.owner().unwrap());
+    let mut monitor = OwnerDriver::new(owner);
+    assert_eq!(monitor.command(GroupType::SrIov, 1, 0, &[2]), Ok(vec![]));
+    driver.start(LIVE);
+    let give_up = [Buf::Out(raw(1, 0, 0, &[])), Buf::In(8)];
+    let query = [Buf::Out(raw(0, 0, 0, &[])), Buf::In(8)];
+    driver.request(ADMIN, &give_up);
+    assert_eq!(driver.request(ADMIN, &query).1[0], 22);
+    driver.status(0);
+    driver.start(LIVE);
+    assert_eq!(driver.request(ADMIN, &query).1[0], 0);
+    let refused = monitor.command(GroupType::SrIov, 0, 0, &[]);
+    assert_eq!(refused, Err(Failure::invalid(Qualifier::InvalidOpcode)));
+}
+
+#[test]
+fn e10_a_closed_gate_holds_commands_back_and_none_is_lost() {
+    let mut driver = live();
+    driver.function.close(Reasons::BUS_MASTER);
+    driver.add(ADMIN, &[Buf::Out(raw(0, 0, 0, &[])), Buf::In(16)]);
+    driver.kick(ADMIN);
+    assert_eq!(driver.used(ADMIN), None);
+    driver.function.reopen(Reasons::BUS_MASTER);
+    assert_eq!(driver.wait_used(ADMIN), (0, 16), "E13");
+}
+
+#[test]
+fn the_admin_queue_can_be_reset_alone() {
+    let mut driver = live();
+    let _ = driver.function.reset_queue(ADMIN);
+    assert!(!driver.function.queue(ADMIN).unwrap().enabled);
+    driver.enable(ADMIN);
+    let (len, _) = driver.request(ADMIN, &[Buf::Out(raw(0, 0, 0, &[])), Buf::In(16)]);
+    assert_eq!(len, 16);
+}
+
+#[test]
+fn a_malformed_chain_needs_a_reset_like_on_any_queue() {
+    let mut driver = live();
+    let table = driver.rings[usize::from(ADMIN)].table;
+    // Writable before readable.
+    driver.descriptor(table, 0, 0x1000, 8, WRITE | NEXT, 1);
+    driver.descriptor(table, 1, 0x2000, 8, 0, 0);
+    driver.publish(ADMIN, 0);
+    driver.kick(ADMIN);
+    assert_ne!(driver.function.status() & NEEDS_RESET, 0);
+    assert_eq!(driver.used(ADMIN), None);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Commands of any bytes in buffers of any sizes: each is used once, in order, with what was written.
+    #[test]
+    fn e13_every_command_is_used(
+        commands in prop::collection::vec(
+            (prop::collection::vec(prop_oneof![0u8..3, any::<u8>()], 0..64), 0usize..32), 1..8),
+    ) {
+        let mut driver = live();
+        for (request, room) in commands {
+            let mut bufs = Vec::new();
+            if !request.is_empty() {
+                bufs.push(Buf::Out(request));
+            }
+            if room != 0 || bufs.is_empty() {
+                bufs.push(Buf::In(room.max(1)));
+            }
+            let (len, bytes) = driver.request(ADMIN, &bufs);
+            prop_assert!(len as usize <= bytes.len());
+            prop_assert!(len as usize >= bytes.len().min(REPLY_HEADER_LEN));
+            prop_assert!(bytes[len as usize..].iter().all(|byte| *byte == 0xee));
+        }
+        prop_assert_eq!(driver.function.status() & NEEDS_RESET, 0);
+    }
+}
