@@ -6,6 +6,7 @@
 
 mod command;
 mod mounts;
+mod pin;
 mod streams;
 
 use std::fs::{self, File};
@@ -66,6 +67,7 @@ fn serve(port: &Arc<Port>) -> Result<()> {
     kvm.join()
         .map_err(|_| "loading KVM panicked".to_owned())??;
     mounts::open_devices()?;
+    pin::branches()?;
     port.send(&Frame::Ready)
         .context(|| "reporting for work".into())?;
     let mut reader = port.reader().context(|| "reading the port".into())?;
