@@ -1,11 +1,13 @@
 //! The tern virtual machine monitor.
 
 pub mod acpi;
+pub mod api;
 pub mod boot;
 pub mod chipset;
 pub mod cli;
 pub mod config;
 pub mod console;
+pub mod doctor;
 pub mod exit;
 pub mod kvm;
 pub mod layout;

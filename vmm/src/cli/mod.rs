@@ -1,13 +1,15 @@
 //! The command line of `tern`.
 
+pub mod control;
 pub mod run;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
+use crate::api::socket;
 use crate::console::terminal;
-use crate::exit;
+use crate::{doctor, exit};
 
 #[derive(Debug, Parser)]
 #[command(
@@ -25,14 +27,50 @@ struct Cli {
 enum Command {
     /// Boot a Linux guest and run it until it ends
     Run(Box<run::Run>),
+    /// Show what a running guest is made of and what it does
+    Info(control::Guest),
+    /// Stop a running guest and its devices; answers when nothing of it happens any more
+    Pause(control::Guest),
+    /// Let a paused guest run
+    Resume(control::Guest),
+    /// Press the guest's power button and wait until it has powered off
+    Shutdown(control::ShutdownArgs),
+    /// Say whether this host can run guests, and if not, why and what to do
+    Doctor(Doctor),
+}
+
+/// `tern doctor`.
+#[derive(Debug, Args)]
+struct Doctor {
+    /// Answer in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Doctor {
+    fn run(&self) -> anyhow::Result<u8> {
+        let report = doctor::examine();
+        if self.json {
+            println!("{}", serde_json::to_string(&report)?);
+        } else {
+            println!("{report}");
+        }
+        Ok(if report.usable { 0 } else { exit::SETUP })
+    }
 }
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     logging();
+    clean_up_on_panic();
     let result = match cli.command {
         Command::Run(command) => command.run(),
+        Command::Info(guest) => guest.info(),
+        Command::Pause(guest) => guest.pause(),
+        Command::Resume(guest) => guest.resume(),
+        Command::Shutdown(command) => command.run(),
+        Command::Doctor(command) => command.run(),
     };
     terminal::restore();
     match result {
@@ -43,6 +81,16 @@ pub fn main() -> ExitCode {
             ExitCode::from(if usage { exit::USAGE } else { exit::SETUP })
         }
     }
+}
+
+/// Release builds abort on a panic and drop nothing: what outlives the process is put in order here.
+fn clean_up_on_panic() {
+    let previous = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        terminal::restore();
+        socket::remove_bound();
+        previous(info);
+    }));
 }
 
 /// An error and its sources on one line; a source its error already repeats is left out.

@@ -1,10 +1,13 @@
 //! `tern run`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 use rustix::pipe::PipeFlags;
 
+use crate::api::server::Server;
+use crate::api::socket::Socket;
 use crate::config::check::console_file;
 use crate::config::{Config, Disk, Net};
 use crate::console::Target;
@@ -118,6 +121,10 @@ impl Run {
             None => Config::default(),
         };
         let config = base.overlaid(self.config()).resolve()?;
+        let socket = match &config.api_socket {
+            Some(path) => Some(Socket::bind(path)?),
+            None => None,
+        };
         let output = match (&config.console, console_file(&config.console)?) {
             (Target::Stdio, _) => Some(Output::spawn(std::io::stdout())?),
             (_, Some(file)) => Some(Output::spawn(file)?),
@@ -135,7 +142,14 @@ impl Run {
         };
         let backends = Backends::open(&config, input)?;
         let machine = Machine::build(config, backends, output.as_ref(), self.force)?;
+        let server = match socket {
+            Some(socket) => Some(Server::start(socket, Arc::clone(&machine))?),
+            None => None,
+        };
         let outcome = run::run(&machine, &mut signals, sink)?;
+        if let Some(server) = server {
+            server.announce(&outcome);
+        }
         drop(machine);
         drop(output);
         let status = outcome.status();

@@ -1,11 +1,11 @@
 //! Raw mode of the terminal, and the way back.
 //!
 //! In raw mode every key goes to the guest, Ctrl-C included. The mode belongs to the terminal and outlives the process,
-//! so it is undone on every way out: [`restore`] is called by [`RawMode`] when it is dropped, by the panic hook (release
-//! builds abort on panic and drop nothing) and before every exit of the process. Undoing it twice is harmless.
+//! so it is undone on every way out: [`restore`] is called by [`RawMode`] when it is dropped, by the panic hook of the
+//! command line (release builds abort on panic and drop nothing) and before every exit of the process. Undoing it twice is harmless.
 
 use std::io;
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::termios::{self, OptionalActions, OutputModes, Termios};
 
@@ -22,7 +22,6 @@ impl RawMode {
         if !is_foreground_terminal() {
             return Ok(None);
         }
-        restore_on_panic();
         let stdin = rustix::stdio::stdin();
         let before = termios::tcgetattr(stdin)?;
         let mut raw = before.clone();
@@ -61,15 +60,4 @@ pub fn restore() {
     if let Some(mode) = saved.take() {
         let _ = termios::tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &mode);
     }
-}
-
-fn restore_on_panic() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        let previous = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            restore();
-            previous(info);
-        }));
-    });
 }

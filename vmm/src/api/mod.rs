@@ -1,0 +1,118 @@
+//! The control API: HTTP/1.1 with JSON over a Unix socket.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`client`] | what `tern info`, `pause`, `resume` and `shutdown` are made of |
+//! | [`routes`] | the requests and their answers |
+//! | [`server`] | a thread that serves them |
+//! | [`socket`] | the socket: one owner, readable by nobody else, gone at the end |
+//!
+//! The document of the API is `resources/openapi.json`; the server hands it out at `/openapi.json`.
+
+pub mod client;
+pub mod routes;
+pub mod server;
+pub mod socket;
+
+use serde::{Deserialize, Serialize};
+
+use crate::vcpu::RunState;
+
+/// The OpenAPI document.
+pub const OPENAPI: &str = include_str!("../../../resources/openapi.json");
+
+/// What the guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Runs.
+    Running,
+    /// Is paused.
+    Paused,
+    /// Has ended; the process is about to exit.
+    Ended,
+}
+
+impl From<RunState> for State {
+    fn from(state: RunState) -> Self {
+        match state {
+            RunState::Running => Self::Running,
+            RunState::Paused => Self::Paused,
+            RunState::Ended => Self::Ended,
+        }
+    }
+}
+
+/// Answer to `GET /api/v1/info`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Info {
+    /// Version of tern.
+    pub version: String,
+    /// Process id of the monitor.
+    pub pid: u32,
+    /// What the guest does.
+    pub state: State,
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// Bytes of guest memory.
+    pub memory: u64,
+    /// Path of the kernel.
+    pub kernel: String,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Virtio devices.
+    pub devices: Vec<Device>,
+}
+
+/// A virtio device of the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// Its name in messages.
+    pub name: String,
+    /// Its place on the PCI bus, as in `00:01.0`.
+    pub place: String,
+    /// Number of virtqueues.
+    pub queues: u16,
+    /// A driver uses it.
+    pub live: bool,
+}
+
+/// Answer to the requests that change what the guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// What the guest does now.
+    pub state: State,
+}
+
+/// Body of `PUT /api/v1/shutdown`; may be left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shutdown {
+    /// Milliseconds after which a guest that still runs is ended; 0 ends it at once. Without it, a guest that ignores
+    /// its power button goes on running.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub force_after_ms: Option<u64>,
+}
+
+/// Answer to a request that failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Why.
+    pub error: String,
+}
+
+/// What `GET /api/v1/events` tells.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// What the guest does now.
+    pub state: State,
+    /// How it ended, if it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<String>,
+    /// The exit status of the process, if the guest has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_status: Option<u8>,
+}
+
+#[cfg(test)]
+mod tests;

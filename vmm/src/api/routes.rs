@@ -1,0 +1,200 @@
+//! The requests of the control API and their answers.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::extract::State as Extract;
+use axum::http::{StatusCode, header};
+use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, get, put};
+use axum::{Json, Router};
+use tokio::sync::broadcast;
+use tokio_stream::wrappers::BroadcastStream;
+use tokio_stream::{Stream, StreamExt};
+
+use super::{Device, Event, Failure, Info, OPENAPI, Shutdown, State, Status};
+use crate::exit::Outcome;
+use crate::machine::{Machine, TransitionError};
+
+/// What a request can reach.
+#[derive(Clone)]
+pub(super) struct Context {
+    pub(super) machine: Arc<Machine>,
+    pub(super) events: broadcast::Sender<Event>,
+}
+
+/// Every path of the API, and the methods it takes. The OpenAPI document is held against this list.
+pub const PATHS: [(&str, &[&str]); 6] = [
+    ("/api/v1/info", &["get"]),
+    ("/api/v1/pause", &["post", "put"]),
+    ("/api/v1/resume", &["post", "put"]),
+    ("/api/v1/shutdown", &["post", "put"]),
+    ("/api/v1/events", &["get"]),
+    ("/openapi.json", &["get"]),
+];
+
+fn handler(path: &str) -> MethodRouter<Context> {
+    match path {
+        "/api/v1/info" => get(info),
+        "/api/v1/pause" => put(pause).post(pause),
+        "/api/v1/resume" => put(resume).post(resume),
+        "/api/v1/shutdown" => put(shutdown).post(shutdown),
+        "/api/v1/events" => get(events),
+        "/openapi.json" => get(openapi),
+        _ => MethodRouter::new(),
+    }
+}
+
+pub(super) fn router(context: Context) -> Router {
+    let mut router = Router::new();
+    for (path, _) in PATHS {
+        router = router.route(path, handler(path));
+    }
+    router
+        .fallback(async || {
+            failure(
+                StatusCode::NOT_FOUND,
+                "no such path; GET /openapi.json lists them",
+            )
+        })
+        .method_not_allowed_fallback(async || {
+            failure(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "this path takes another method; GET /openapi.json lists them",
+            )
+        })
+        .with_state(context)
+}
+
+fn failure(status: StatusCode, error: impl ToString) -> Response {
+    let error = error.to_string();
+    (status, Json(Failure { error })).into_response()
+}
+
+async fn openapi() -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "application/json")], OPENAPI)
+}
+
+async fn info(Extract(context): Extract<Context>) -> Json<Info> {
+    Json(describe(&context.machine))
+}
+
+/// What there is to say about a machine.
+pub fn describe(machine: &Machine) -> Info {
+    let config = machine.config();
+    Info {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        state: machine.state().into(),
+        cpus: config.cpus,
+        memory: config.memory,
+        kernel: config.boot.kernel.display().to_string(),
+        cmdline: config.boot.cmdline.clone(),
+        devices: machine
+            .functions()
+            .list()
+            .iter()
+            .map(|function| Device {
+                name: function.virtio.name().to_owned(),
+                place: function.place.to_string(),
+                queues: function.virtio.num_queues(),
+                live: function.virtio.is_live(),
+            })
+            .collect(),
+    }
+}
+
+/// Runs what may block for seconds on a thread of its own, then tells everyone who listens what the guest does now.
+async fn transition(
+    context: Context,
+    what: fn(&Machine) -> Result<(), TransitionError>,
+) -> Response {
+    let machine = Arc::clone(&context.machine);
+    match tokio::task::spawn_blocking(move || what(&machine)).await {
+        Ok(Ok(())) => {
+            let state = context.machine.state().into();
+            // Nobody may be listening.
+            let _ = context.events.send(Event {
+                state,
+                outcome: None,
+                exit_status: None,
+            });
+            Json(Status { state }).into_response()
+        }
+        Ok(Err(error)) => failure(StatusCode::CONFLICT, error),
+        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
+    }
+}
+
+async fn pause(Extract(context): Extract<Context>) -> Response {
+    transition(context, Machine::pause).await
+}
+
+async fn resume(Extract(context): Extract<Context>) -> Response {
+    transition(context, Machine::resume).await
+}
+
+async fn shutdown(Extract(context): Extract<Context>, body: Bytes) -> Response {
+    let request: Shutdown = if body.is_empty() {
+        Shutdown::default()
+    } else {
+        match serde_json::from_slice(&body) {
+            Ok(request) => request,
+            Err(error) => return failure(StatusCode::BAD_REQUEST, error),
+        }
+    };
+    let machine = context.machine;
+    let force = |machine: &Machine| {
+        machine.finish(Outcome::Stopped("a forced shutdown over the control API"));
+    };
+    match request.force_after_ms {
+        Some(0) => force(&machine),
+        after => {
+            if machine.state() == crate::vcpu::RunState::Paused {
+                return failure(
+                    StatusCode::CONFLICT,
+                    "the guest is paused and cannot see its power button; resume it first, or force_after_ms 0",
+                );
+            }
+            if let Err(error) = machine.press_power_button() {
+                return failure(StatusCode::INTERNAL_SERVER_ERROR, error);
+            }
+            if let Some(after) = after {
+                let machine = Arc::downgrade(&machine);
+                tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_millis(after)).await;
+                    if let Some(machine) = machine.upgrade() {
+                        force(&machine);
+                    }
+                });
+            }
+        }
+    }
+    let state = machine.state().into();
+    (StatusCode::ACCEPTED, Json(Status { state })).into_response()
+}
+
+async fn events(
+    Extract(context): Extract<Context>,
+) -> Sse<impl Stream<Item = Result<SseEvent, Infallible>>> {
+    // Subscribed first: a change after the state was read is not missed.
+    let changes = BroadcastStream::new(context.events.subscribe());
+    let now = Event {
+        state: context.machine.state().into(),
+        outcome: None,
+        exit_status: None,
+    };
+    // A listener that cannot keep up misses some changes; the next one tells the state again.
+    let stream = tokio_stream::once(now).chain(changes.filter_map(Result::ok));
+    let mut ended = false;
+    let stream = stream
+        .take_while(move |event| !std::mem::replace(&mut ended, event.state == State::Ended))
+        .map(|event| {
+            let data = serde_json::to_string(&event).unwrap_or_default();
+            Ok(SseEvent::default().event("state").data(data))
+        });
+    Sse::new(stream).keep_alive(KeepAlive::default())
+}

@@ -1,0 +1,253 @@
+//! The socket of the control API: one owner, mode 0600, gone at the end.
+//!
+//! A socket file outlives a process that was killed. Such a stale one is recognised (nobody answers) and replaced, while
+//! one that is in use is left alone. Two processes that start at once must not take each other's fresh socket for a
+//! stale one, so looking, binding and listening happen under a lock on the directory, which leaves no file behind.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+/// Longest path of a Unix socket in bytes.
+pub const PATH_MAX: usize = 107;
+
+/// Why there is no socket. Each message names the path and the cure.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// The address of a Unix socket has room for 107 bytes of path.
+    #[error(
+        "--api-socket {path}: the path has {len} bytes and a socket's has at most {PATH_MAX}; use a shorter one, \
+         or change to its directory and give a relative one"
+    )]
+    TooLong {
+        /// The path.
+        path: PathBuf,
+        /// Its length.
+        len: usize,
+    },
+    /// Another process answers there.
+    #[error(
+        "--api-socket {0}: another process is serving it; end that one (`tern shutdown --api-socket {0}`) or use \
+         another path"
+    )]
+    InUse(PathBuf),
+    /// There is something else of that name.
+    #[error("--api-socket {0}: it exists and is not a socket; remove it or use another path")]
+    NotASocket(PathBuf),
+    /// The host refused.
+    #[error("--api-socket {path}: {reason}")]
+    Host {
+        /// The path.
+        path: PathBuf,
+        /// What it said, and the cure.
+        reason: String,
+    },
+}
+
+/// The socket this process has bound, so that a panic can remove it.
+static BOUND: Mutex<Option<Bound>> = Mutex::new(None);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Bound {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Bound {
+    fn remove(&self) {
+        let ours = std::fs::symlink_metadata(&self.path)
+            .is_ok_and(|m| (m.dev(), m.ino()) == (self.device, self.inode));
+        if ours {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// A bound and listening socket; removed from the file system when dropped.
+#[derive(Debug)]
+pub struct Socket {
+    listener: UnixListener,
+    bound: Bound,
+}
+
+impl Socket {
+    /// Binds `path` and listens.
+    pub fn bind(path: &Path) -> Result<Self, SocketError> {
+        let len = path.as_os_str().len();
+        if len > PATH_MAX {
+            return Err(SocketError::TooLong {
+                path: path.to_owned(),
+                len,
+            });
+        }
+        let host = |e: io::Error| SocketError::Host {
+            path: path.to_owned(),
+            reason: match e.kind() {
+                io::ErrorKind::NotFound => "its directory does not exist; create it".to_owned(),
+                io::ErrorKind::PermissionDenied => {
+                    "its directory may not be written; use another path".to_owned()
+                }
+                _ => e.to_string(),
+            },
+        };
+        let _lock = lock_directory(path).map_err(host)?;
+        clear(path)?;
+        let listener = listen(path).map_err(host)?;
+        let metadata = std::fs::symlink_metadata(path).map_err(host)?;
+        let bound = Bound {
+            path: path.to_owned(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        };
+        if let Ok(mut slot) = BOUND.lock() {
+            *slot = Some(bound.clone());
+        }
+        Ok(Self { listener, bound })
+    }
+
+    /// A second handle to the listening socket.
+    pub fn listener(&self) -> io::Result<UnixListener> {
+        self.listener.try_clone()
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.bound.remove();
+        if let Ok(mut slot) = BOUND.lock()
+            && slot.as_ref() == Some(&self.bound)
+        {
+            *slot = None;
+        }
+    }
+}
+
+/// Removes the socket this process has bound, if any. For exits that drop nothing.
+pub fn remove_bound() {
+    if let Ok(mut slot) = BOUND.try_lock()
+        && let Some(bound) = slot.take()
+    {
+        bound.remove();
+    }
+}
+
+fn lock_directory(path: &Path) -> io::Result<OwnedFd> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(directory, flags, Mode::empty())?;
+    rustix::fs::flock(&directory, FlockOperation::LockExclusive)?;
+    Ok(directory)
+}
+
+/// Removes a socket nobody answers at. The directory is locked.
+fn clear(path: &Path) -> Result<(), SocketError> {
+    let Ok(metadata) = std::fs::symlink_metadata(path) else {
+        // Nothing there, or nothing we may see: binding will tell.
+        return Ok(());
+    };
+    if !metadata.file_type().is_socket() {
+        return Err(SocketError::NotASocket(path.to_owned()));
+    }
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+            let _ = std::fs::remove_file(path);
+            Ok(())
+        }
+        _ => Err(SocketError::InUse(path.to_owned())),
+    }
+}
+
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // Linux gives the file the mode the socket has when it is bound: no moment passes in which others may connect.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::listen(&socket, 16)?;
+    Ok(UnixListener::from(socket))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn the_socket_is_private_and_goes_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let socket = Socket::bind(&path).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        UnixStream::connect(&path).unwrap();
+        drop(socket);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let socket = Socket::bind(&path).unwrap();
+        assert!(matches!(Socket::bind(&path), Err(SocketError::InUse(_))));
+        UnixStream::connect(&path).unwrap();
+        drop(socket);
+        Socket::bind(&path).unwrap();
+    }
+
+    #[test]
+    fn a_successor_keeps_its_socket() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let first = Socket::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let _second = Socket::bind(&path).unwrap();
+        drop(first);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn of_many_that_start_at_once_one_wins() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        let threads: Vec<_> = (0..8)
+            .map(|_| {
+                let path = path.clone();
+                std::thread::spawn(move || Socket::bind(&path).ok())
+            })
+            .collect();
+        let sockets: Vec<_> = threads.into_iter().map(|t| t.join().unwrap()).collect();
+        assert_eq!(sockets.iter().flatten().count(), 1);
+        UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn bad_paths_are_refused_with_the_cure() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let long = directory.path().join("x".repeat(100));
+        for (path, reason) in [
+            (&long, "at most 107"),
+            (&file, "not a socket"),
+            (&PathBuf::from("/nonexistent/s"), "create it"),
+        ] {
+            let message = Socket::bind(path).unwrap_err().to_string();
+            assert!(message.contains(reason), "{message}");
+        }
+        assert!(file.exists());
+    }
+}

@@ -1,0 +1,132 @@
+//! `tern info`, `pause`, `resume` and `shutdown`: clients of a running guest.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use clap::Args;
+
+use crate::api::client::{ClientError, request};
+use crate::api::{Info, Shutdown, State, Status};
+use crate::layout::format_memory_size;
+
+/// How often a guest that shuts down is looked at.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// The guest that is meant, and how to answer.
+#[derive(Debug, Args)]
+pub struct Guest {
+    /// Unix socket of the guest, as given to `tern run --api-socket`
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+
+    /// Answer in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Guest {
+    fn change(&self, what: &str) -> anyhow::Result<u8> {
+        let target = format!("/api/v1/{what}");
+        let status: Status = request(&self.api_socket, "PUT", &target, b"")?;
+        self.answer(status)
+    }
+
+    fn answer(&self, status: Status) -> anyhow::Result<u8> {
+        if self.json {
+            println!("{}", serde_json::to_string(&status)?);
+        }
+        Ok(0)
+    }
+
+    /// Says what the guest is made of.
+    pub fn info(&self) -> anyhow::Result<u8> {
+        let info: Info = request(&self.api_socket, "GET", "/api/v1/info", b"")?;
+        if self.json {
+            println!("{}", serde_json::to_string(&info)?);
+        } else {
+            println!("{}", describe(&info));
+        }
+        Ok(0)
+    }
+
+    /// Stops the guest.
+    pub fn pause(&self) -> anyhow::Result<u8> {
+        self.change("pause")
+    }
+
+    /// Lets it run.
+    pub fn resume(&self) -> anyhow::Result<u8> {
+        self.change("resume")
+    }
+}
+
+fn describe(info: &Info) -> String {
+    let state = match info.state {
+        State::Running => "running",
+        State::Paused => "paused",
+        State::Ended => "ended",
+    };
+    let mut text = format!(
+        "state    {state}\nprocess  {} (tern {})\nvCPUs    {}\nmemory   {}\nkernel   {}\ncmdline  {}",
+        info.pid,
+        info.version,
+        info.cpus,
+        format_memory_size(info.memory),
+        info.kernel,
+        info.cmdline
+    );
+    for device in &info.devices {
+        let driver = if device.live { "in use" } else { "no driver" };
+        text += &format!(
+            "\n{}  {:<8} {} queues, {driver}",
+            device.place, device.name, device.queues
+        );
+    }
+    text
+}
+
+/// `tern shutdown`.
+#[derive(Debug, Args)]
+pub struct ShutdownArgs {
+    #[command(flatten)]
+    guest: Guest,
+
+    /// End the guest if it still runs after so many seconds; 0 ends it at once
+    #[arg(long, value_name = "SECONDS")]
+    force_after: Option<u64>,
+
+    /// Give up waiting for the end of the guest after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    timeout: u64,
+}
+
+impl ShutdownArgs {
+    /// Asks the guest to shut down and waits until it has.
+    pub fn run(&self) -> anyhow::Result<u8> {
+        let socket = &self.guest.api_socket;
+        let body = serde_json::to_vec(&Shutdown {
+            force_after_ms: self.force_after.map(|s| s.saturating_mul(1000)),
+        })?;
+        let _: Status = request(socket, "PUT", "/api/v1/shutdown", &body)?;
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(self.timeout) {
+            match request::<Info>(socket, "GET", "/api/v1/info", b"") {
+                Ok(info) if info.state != State::Ended => std::thread::sleep(LOOK),
+                Ok(_) | Err(ClientError::Connect { .. }) => {
+                    return self.guest.answer(Status {
+                        state: State::Ended,
+                    });
+                }
+                // The process went away during the request; the next look will tell.
+                Err(ClientError::Io(_) | ClientError::Malformed(_)) => std::thread::sleep(LOOK),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        bail!(
+            "the guest still runs after {} s; it may ignore its power button (Linux: module button, and something \
+             that acts on it). --force-after 0 ends it",
+            self.timeout
+        );
+    }
+}
