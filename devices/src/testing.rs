@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::admin::queue::QUEUE_SIZE;
 use crate::memory::{GuestRam, RamRange, View};
@@ -99,6 +100,8 @@ pub struct Driver {
     pub interrupts: Arc<Recorder>,
     pub rings: Vec<Ring>,
     next_buffer: u64,
+    /// Watches the sources as the I/O thread does. One without a descriptor is always ready.
+    epoll: Epoll,
 }
 
 pub fn ram() -> Arc<GuestRam> {
@@ -123,12 +126,19 @@ impl Driver {
         let rings = (0..function.total_queues())
             .map(|i| Ring::new(i, size(i)))
             .collect();
+        let epoll = Epoll::new().unwrap();
+        for source in function.sources().iter().filter(|s| s.fd >= 0) {
+            let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            let event = EpollEvent::new(set, u64::from(source.token));
+            epoll.ctl(ControlOperation::Add, source.fd, event).unwrap();
+        }
         Self {
             function,
             view: ram.view().unwrap(),
             interrupts,
             rings,
             next_buffer: BUFFERS,
+            epoll,
         }
     }
 
@@ -307,14 +317,19 @@ impl Driver {
         self.turn();
     }
 
-    /// One turn as the I/O thread: pending kicks, then every source.
+    /// One turn as the I/O thread: pending kicks, then the sources that are ready.
     pub fn turn(&self) {
         for index in 0..self.function.total_queues() {
             if self.was_kicked(index) {
                 self.function.service(index);
             }
         }
-        for source in self.function.sources() {
+        let mut events = [EpollEvent::default(); 8];
+        let ready = self.epoll.wait(0, &mut events).unwrap();
+        for event in &events[..ready] {
+            self.function.on_event(event.data() as u16);
+        }
+        for source in self.function.sources().iter().filter(|s| s.fd < 0) {
             self.function.on_event(source.token);
         }
     }
