@@ -20,6 +20,8 @@ pub const USABLE_RATE: u64 = 50_000_000;
 const DEADLINE: Duration = Duration::from_secs(4);
 /// A run that lasted this long is long enough to be believed.
 const CONVINCING: Duration = Duration::from_millis(20);
+/// How many slow runs make a slow KVM.
+const PATIENCE: u32 = 4;
 /// Iterations of the first run: 40 000 instructions, a tenth of a second where KVM is an interpreter.
 const FIRST_RUN: u32 = 20_000;
 /// Iterations of the longest run: 2^31 instructions.
@@ -83,7 +85,7 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// Measures `/dev/kvm`. Takes about a tenth of a second, and never more than four.
+/// Measures `/dev/kvm`. Takes less than half a second, and never more than four.
 #[must_use]
 pub fn measure() -> Verdict {
     if !Path::new("/dev/kvm").exists() {
@@ -108,16 +110,24 @@ pub fn measure() -> Verdict {
     }
 }
 
-/// Runs the loop with growing counts until one takes long enough to be measured.
+/// Runs the loop with growing counts until one takes long enough to be measured. A slow run is repeated, and the best
+/// one counts: on a busy host it may have had to share its CPU.
 fn guest_rate() -> Result<u64, String> {
     let mut guest = Guest::new()?;
     let mut iterations = FIRST_RUN;
+    let mut best = 0;
+    let mut slow_runs = 0;
     loop {
         let took = guest.run(iterations)?;
-        if took >= CONVINCING || iterations >= LONGEST_RUN {
-            return Ok(rate(iterations, took));
+        if took < CONVINCING && iterations < LONGEST_RUN {
+            iterations = iterations.saturating_mul(8).min(LONGEST_RUN);
+            continue;
         }
-        iterations = (iterations * 8).min(LONGEST_RUN);
+        best = best.max(rate(iterations, took));
+        slow_runs += 1;
+        if best >= USABLE_RATE || slow_runs == PATIENCE {
+            return Ok(best);
+        }
     }
 }
 

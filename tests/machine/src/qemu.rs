@@ -169,20 +169,17 @@ impl Qemu {
         self.child.stderr.take()
     }
 
-    /// Ends QEMU and waits until it is gone.
-    ///
-    /// # Errors
-    /// Those of `kill` and `waitpid`.
-    pub fn kill(&mut self) -> io::Result<ExitStatus> {
-        self.child.kill()?;
-        self.child.wait()
+    /// How QEMU ended, if it did so by itself.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
     }
 }
 
 impl Drop for Qemu {
     fn drop(&mut self) {
         // Already gone is as good.
-        let _ = self.kill();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

@@ -153,22 +153,19 @@ pub fn run(host: &EmulatedHost, request: &Request) -> Result<Outcome, Error> {
     };
     let ended = session.conduct(start, &inbox, deadline);
     signal_handle.close();
+    let own_end = qemu.ended();
     // The machine has written back what it shares; nothing in it is worth an orderly shutdown.
-    let status = qemu.kill();
-    ended.map_err(|error| match error {
-        Error::Lost { reason, .. } => {
-            let reason = match status {
-                Ok(status) if !status.success() && !reason.is_empty() => {
-                    format!("{reason} (QEMU: {status})")
-                }
-                _ => reason,
-            };
-            Error::Lost {
-                reason,
-                console: tail(&console),
-            }
-        }
-        other => other,
+    drop(qemu);
+    ended.map_err(|error| match (error, own_end) {
+        (Error::Lost { reason, .. }, Some(status)) if !status.success() => Error::Lost {
+            reason: format!("{reason} (QEMU: {status})"),
+            console: tail(&console),
+        },
+        (Error::Lost { reason, .. }, _) => Error::Lost {
+            reason,
+            console: tail(&console),
+        },
+        (other, _) => other,
     })
 }
 
@@ -360,9 +357,25 @@ fn tail(kept: &Mutex<VecDeque<u8>>) -> ConsoleTail {
     // The thread that keeps it may be about to read the last words.
     thread::sleep(Duration::from_millis(50));
     let bytes: Vec<u8> = lock(kept).iter().copied().collect();
-    let text = String::from_utf8_lossy(&bytes);
+    ConsoleTail(telling_part(&String::from_utf8_lossy(&bytes)))
+}
+
+/// Where the kernel began to complain, or else the end.
+fn telling_part(text: &str) -> String {
+    const LINES: usize = 25;
+    const COMPLAINTS: [&str; 4] = ["BUG:", "Oops", "Kernel panic", "machine-init:"];
     let lines: Vec<&str> = text.lines().collect();
-    ConsoleTail(lines[lines.len().saturating_sub(25)..].join("\n"))
+    let complains = |line: &&str| COMPLAINTS.iter().any(|complaint| line.contains(complaint));
+    let from = lines
+        .iter()
+        .position(complains)
+        .unwrap_or(lines.len().saturating_sub(LINES));
+    lines[from..]
+        .iter()
+        .take(LINES)
+        .copied()
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// A panic in a thread that held the lock is no reason to lose the session: the data are bytes and counters.
@@ -432,6 +445,19 @@ mod tests {
             assert!(Instant::now() < deadline, "{}", tail(&kept));
         }
         assert_eq!(lock(&kept).len(), CONSOLE_KEPT);
+    }
+
+    #[test]
+    fn a_complaint_of_the_kernel_is_shown_from_its_first_line() {
+        let trace = "x\n".repeat(100);
+        assert_eq!(
+            telling_part(&format!("a\nOops: int3\n{trace}"))
+                .lines()
+                .next(),
+            Some("Oops: int3")
+        );
+        assert_eq!(telling_part(&format!("a\n{trace}")).lines().count(), 25);
+        assert_eq!(telling_part(""), "");
     }
 
     #[test]
