@@ -12,7 +12,7 @@ use pci::root::{AddError, AssignError, Doorbell, PciRoot};
 use pci::topology::{Bdf, CONFIG_SPACE_SIZE, DevFn, LayoutError, PciLayout};
 use pci::virtio::{Options, VirtioPci, VirtioPciError};
 
-use super::{HostDma, MockMsi, pump};
+use super::{HostDma, MockMsi, Pump};
 use crate::access::{Function, FunctionExt};
 use crate::pci::{Address, header};
 
@@ -74,7 +74,7 @@ struct Inner {
     root: Arc<PciRoot>,
     dma: HostDma,
     msi: MockMsi,
-    functions: Mutex<Vec<Arc<VirtioFunction>>>,
+    pumps: Mutex<Vec<Pump>>,
     /// As the machine last registered them; brought up to date when a write says that the layout changed, and
     /// then only.
     doorbells: Mutex<Vec<Doorbell>>,
@@ -103,7 +103,7 @@ impl Machine {
             root,
             dma: HostDma::new(0, RAM)?,
             msi: MockMsi::default(),
-            functions: Mutex::default(),
+            pumps: Mutex::default(),
             doorbells: Mutex::default(),
             notifications: Mutex::new(Notifications::Register),
         })))
@@ -128,7 +128,7 @@ impl Machine {
             Place::RootBus => self.0.root.add_endpoint(pci)?,
             Place::BehindPort => self.0.root.add_root_port(Arc::new(SingleFunction(pci)))?,
         };
-        lock(&self.0.functions).push(Arc::clone(&function));
+        lock(&self.0.pumps).push(Pump::new(Arc::clone(&function))?);
         Ok(Plugged {
             function,
             place,
@@ -214,8 +214,8 @@ impl Machine {
 
     /// Lets every function work once; true if any had something to do.
     pub fn pump(&self) -> bool {
-        let functions = lock(&self.0.functions).clone();
-        functions.iter().filter(|f| pump(f)).count() > 0
+        let pumps = lock(&self.0.pumps);
+        pumps.iter().filter(|pump| pump.turn()).count() > 0
     }
 
     /// Lets every function work until all are idle, 4096 rounds at most; true if all are.

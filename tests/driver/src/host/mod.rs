@@ -1,6 +1,6 @@
 //! A machine in this process to drive: real functions, over memory and interrupts that a test can look into.
 //!
-//! Nothing here runs on a thread of its own. Devices work when [`pump`] says so, and the driver calls that while it
+//! Nothing here runs on a thread of its own. Devices work when a [`Pump`] says so, and the driver calls that while it
 //! waits, so what a test sees does not depend on timing.
 
 mod loopback;
@@ -15,4 +15,4 @@ pub use machine::{
 };
 pub use memory::HostDma;
 pub use msi::{Delivery, MockMsi};
-pub use pump::{pump, run_until_idle};
+pub use pump::Pump;
