@@ -1,39 +1,205 @@
-//! Functions to fuzz.
+//! Functions and machines to fuzz.
 
-use std::sync::Arc;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use devices::virtio::VirtioFunction;
-use driver::host::{Controls, HostDma, Loopback, Shape, run_until_idle};
+use devices::block::{Backend, Block, BlockConfig};
+use devices::console::Console;
+use devices::gate::Reasons;
+use devices::memory::GuestSlice;
+use devices::net::{MacAddress, Net, PortConfig, Switch};
+use devices::rng::Rng;
+use devices::virtio::{VirtioDevice, VirtioFunction};
+use driver::access::DmaExt;
+use driver::host::{Controls, HostDma, HostFunction, Loopback, Machine, Place, Pump, Shape};
+use driver::pci::{Address, change_command, command};
+use driver::virtio::{Buffer, SplitQueue, Transport, feature, status};
 
-/// A function, and the controls of its device if it is a loopback.
+/// How long anything may take that a thread of its own does.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A function without a transport.
 pub struct Rig {
     pub function: Arc<VirtioFunction>,
-    pub controls: Option<Controls>,
+    pump: Pump,
 }
 
 impl Rig {
-    /// A function with a loopback device.
-    pub fn loopback(dma: &HostDma) -> (Self, Controls) {
-        let (device, controls) = Loopback::new(Shape::default()).expect("event");
-        let function = VirtioFunction::new("fuzz", device, dma.view().clone()).expect("events");
-        let rig = Self {
-            function,
-            controls: Some(controls.clone()),
-        };
-        (rig, controls)
+    pub fn new(device: Box<dyn VirtioDevice>, dma: &HostDma) -> Self {
+        let view = dma.ram().view().expect("view");
+        let function = VirtioFunction::new("fuzz", device, view).expect("events");
+        let pump = Pump::new(Arc::clone(&function)).expect("epoll");
+        Self { function, pump }
     }
 
     /// A function with device number `kind`, whatever number it is.
     pub fn any(kind: u8, dma: &HostDma) -> Self {
-        let _ = kind;
-        Self::loopback(dma).0
+        let device: Box<dyn VirtioDevice> = match kind % 5 {
+            0 => loopback(Shape::default()).0,
+            1 => block(64),
+            2 => Box::new(net(&Switch::new(), 1)),
+            3 => Box::new(Rng::new()),
+            _ => Box::new(Console::new(None, Box::new(io::sink())).expect("console")),
+        };
+        Self::new(device, dma)
     }
 
     /// Lets the function work until it is idle; one that never is spins for ever.
     pub fn settle(&self) {
-        assert!(
-            run_until_idle(&self.function, 4096),
-            "the device never rests"
-        );
+        assert!(self.pump.rest(4096), "the device never rests");
     }
+
+    /// Lets the function work until it is idle and holds nothing.
+    pub fn drain(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        self.settle();
+        while !self
+            .function
+            .close_and_drain(Reasons::PAUSED, Duration::ZERO)
+        {
+            assert!(Instant::now() < deadline, "the device keeps a chain");
+            std::thread::sleep(Duration::from_micros(20));
+            self.settle();
+        }
+        self.function.reopen(Reasons::PAUSED);
+        self.settle();
+    }
+}
+
+pub fn loopback(shape: Shape) -> (Box<Loopback>, Controls) {
+    Loopback::new(shape).expect("event")
+}
+
+/// A network device on `switch`, with an address that ends in `last`.
+pub fn net(switch: &Switch, last: u8) -> Net {
+    let mac = MacAddress::new([2, 0, 0, 0, 0, last]);
+    let config = PortConfig {
+        name: last.to_string(),
+        mac,
+        check_source: false,
+    };
+    Net::new(mac, switch.port(config).expect("port"))
+}
+
+/// A disk of so many sectors, in memory.
+pub fn block(sectors: usize) -> Box<Block> {
+    let mut config = BlockConfig::new("memory");
+    config.queues = 2;
+    let disk = Disk(Mutex::new(vec![0; 512 * sectors]), 512 * sectors as u64);
+    Box::new(Block::with_backend(Arc::new(disk), &config).expect("disk"))
+}
+
+/// Contents, and their length.
+struct Disk(Mutex<Vec<u8>>, u64);
+
+impl Disk {
+    fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Backend for Disk {
+    fn len(&self) -> u64 {
+        self.1
+    }
+
+    fn read(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+        let bytes = self.bytes();
+        let mut at = offset as usize;
+        for buffer in buffers {
+            buffer.copy_from(&bytes[at..at + buffer.len()]);
+            at += buffer.len();
+        }
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+        let mut bytes = self.bytes();
+        let mut at = offset as usize;
+        for buffer in buffers {
+            let len = buffer.len();
+            assert_eq!(buffer.copy_to(&mut bytes[at..at + len]), len);
+            at += len;
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.write_zeroes(offset, len, true)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> io::Result<()> {
+        self.bytes()[offset as usize..(offset + len) as usize].fill(0);
+        Ok(())
+    }
+}
+
+/// A machine with one loopback device on the root bus and one behind a port.
+pub struct Board {
+    pub machine: Machine,
+    pub functions: [HostFunction; 2],
+}
+
+impl Board {
+    pub fn new() -> Self {
+        let machine = Machine::new().expect("machine");
+        let plugged = [Place::RootBus, Place::BehindPort].map(|place| {
+            let (device, _) = loopback(Shape::default());
+            machine.add("fuzz", device, place).expect("place")
+        });
+        machine.power_on().expect("addresses");
+        let functions = plugged.map(|p| machine.function(machine.locate(&p)));
+        for function in &functions {
+            change_command(function, command::MEMORY | command::BUS_MASTER, 0);
+        }
+        Self { machine, functions }
+    }
+
+    /// The root port.
+    pub fn port(&self) -> HostFunction {
+        self.machine.function(Address::new(0, 2, 0))
+    }
+
+    pub fn settle(&self) {
+        assert!(self.machine.settle(), "a device never rests");
+    }
+
+    /// Every interrupt so far went somewhere.
+    pub fn check_interrupts(&self) {
+        for delivery in self.machine.msi().take() {
+            assert!(delivery.message.is_some(), "no route: {delivery:?}");
+        }
+    }
+}
+
+/// Starts the device behind `function` from reset and has it echo: whatever happened to it before, it works again.
+pub fn assert_works(board: &Board, function: &HostFunction) {
+    let transport = Transport::new(function.clone()).expect("capabilities");
+    transport.negotiate(feature::EVENT_IDX).expect("features");
+    let dma = board.machine.dma();
+    let mut queue = SplitQueue::new(dma.clone(), 8, true).expect("memory");
+    transport
+        .enable_queue(1, queue.layout(), 0xffff)
+        .expect("queue");
+    transport.start();
+    let bytes = b"still alive";
+    let len = bytes.len() as u32;
+    let to = dma.place(&[0; 11]).expect("memory");
+    let from = dma.place(bytes).expect("memory");
+    queue
+        .add(&[Buffer::readable(from, len), Buffer::writable(to, len)])
+        .expect("room");
+    if queue.publish() {
+        transport.notify(1);
+    }
+    board.settle();
+    let used = queue.take().expect("a used ring by the rules");
+    assert_eq!(used.map(|u| u.len), Some(len));
+    assert_eq!(dma.bytes(to, 11), bytes);
+    assert_eq!(transport.status() & status::NEEDS_RESET, 0);
 }

@@ -34,6 +34,11 @@ impl<'a> Input<'a> {
         u64::from(self.dword()) | u64::from(self.dword()) << 32
     }
 
+    /// All bytes that are left.
+    pub fn rest(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.0)
+    }
+
     /// 0 to `below - 1`.
     pub fn pick(&mut self, below: u8) -> u8 {
         self.byte() % below

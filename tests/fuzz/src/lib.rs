@@ -8,16 +8,27 @@
 #![allow(clippy::expect_used, clippy::panic)]
 
 mod fixture;
+mod host;
 mod input;
+mod net;
 mod queues;
+mod registers;
 
+pub use host::{configuration, kernel_image};
+pub use net::net_frames;
 pub use queues::{queue_device_side, queue_driver_side};
+pub use registers::{pci_config, virtio_registers};
 
 /// A target's name and its function.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
 pub const TARGETS: &[Target] = &[
+    ("configuration", configuration),
+    ("kernel_image", kernel_image),
+    ("net_frames", net_frames),
+    ("pci_config", pci_config),
     ("queue_device_side", queue_device_side),
     ("queue_driver_side", queue_driver_side),
+    ("virtio_registers", virtio_registers),
 ];

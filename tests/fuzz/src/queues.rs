@@ -1,22 +1,20 @@
 //! Virtqueues, from both sides.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
-use devices::gate::Reasons;
 use devices::virtio::{QueueRegisters, VirtioFunction, feature};
 use driver::access::{Dma, DmaExt};
-use driver::host::HostDma;
+use driver::host::{HostDma, Shape};
 use driver::virtio::{Buffer, Descriptor, Layout, SplitQueue, status};
 
-use crate::fixture::Rig;
+use crate::fixture::{Rig, loopback};
 use crate::input::Input;
 
 /// Guest memory: small, so that random addresses hit it.
 const RAM: usize = 64 * 1024;
 
 /// Feature negotiation to FEATURES_OK. True if the device accepted.
-fn negotiate(function: &VirtioFunction, features: u64) -> bool {
+pub fn negotiate(function: &VirtioFunction, features: u64) -> bool {
     function
         .write_status(status::ACKNOWLEDGE | status::DRIVER)
         .apply();
@@ -27,7 +25,7 @@ fn negotiate(function: &VirtioFunction, features: u64) -> bool {
 }
 
 /// There is no machine around the function, so an effect has nothing to change.
-trait Apply {
+pub trait Apply {
     fn apply(self);
 }
 
@@ -96,17 +94,10 @@ pub fn queue_device_side(data: &[u8]) {
             _ => dma.set(layout.used_event(), input.word()),
         }
         function.kick(index);
-        rig.settle();
-        if rig.controls.is_some() {
-            let drained = function.close_and_drain(Reasons::PAUSED, Duration::ZERO);
-            assert!(drained, "the device kept a chain");
-            function.reopen(Reasons::PAUSED);
-        }
+        rig.drain();
     }
     function.write_status(0).apply();
-    rig.settle();
-    let drained = function.close_and_drain(Reasons::PAUSED, Duration::from_secs(10));
-    assert!(drained, "the device never finished");
+    rig.drain();
     assert_eq!(
         function.status(),
         0,
@@ -114,7 +105,7 @@ pub fn queue_device_side(data: &[u8]) {
     );
 }
 
-fn offered(function: &VirtioFunction) -> u64 {
+pub fn offered(function: &VirtioFunction) -> u64 {
     u64::from(function.device_features(0)) | u64::from(function.device_features(1)) << 32
 }
 
@@ -153,7 +144,8 @@ fn any_registers(input: &mut Input<'_>, function: &VirtioFunction, index: u16) {
 pub fn queue_driver_side(data: &[u8]) {
     let mut input = Input::new(data);
     let dma = HostDma::new(0, 1 << 20).expect("RAM");
-    let (rig, controls) = Rig::loopback(&dma);
+    let (device, controls) = loopback(Shape::default());
+    let rig = Rig::new(device, &dma);
     let function = &rig.function;
     let choice = input.byte();
     let mut features = feature::VERSION_1 | feature::RING_RESET;

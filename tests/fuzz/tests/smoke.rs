@@ -1,7 +1,7 @@
 //! Every target, over its seeds and over random bytes, for a bounded time.
 
 // Helpers of tests, which clippy does not know for tests.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::panic, clippy::unwrap_used)]
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -45,7 +45,11 @@ fn smoke(name: &str) {
         let tree = bytes.new_tree(&mut runner).unwrap();
         let input = tree.current();
         let outcome = std::panic::catch_unwind(|| target(&input));
-        assert!(outcome.is_ok(), "{name} fails for {input:02x?}");
+        if outcome.is_err() {
+            let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+            std::fs::write(&path, &input).unwrap();
+            panic!("{name} fails; the bytes are in {}", path.display());
+        }
     }
 }
 
@@ -66,6 +70,11 @@ macro_rules! smoke {
 }
 
 smoke! {
+    configuration
+    kernel_image
+    net_frames
+    pci_config
     queue_device_side
     queue_driver_side
+    virtio_registers
 }
