@@ -7,8 +7,14 @@ use crate::config::{Block, ConfigSpace, Register};
 
 /// Vendor ID, 16 bits.
 pub const VENDOR_ID: u16 = 0x00;
+/// Device ID, 16 bits.
+pub const DEVICE_ID: u16 = 0x02;
 /// Command, 16 bits.
 pub const COMMAND: u16 = 0x04;
+/// Status, 16 bits.
+const STATUS: u16 = 0x06;
+/// Revision ID in bits 7:0, Class Code in 31:8.
+const CLASS_REVISION: u16 = 0x08;
 /// Header Type, 8 bits.
 pub const HEADER_TYPE: u16 = 0x0e;
 /// Subsystem Vendor ID, 16 bits (type 0).
@@ -62,14 +68,20 @@ pub struct Identity {
     pub subsystem: u16,
 }
 
+impl Identity {
+    fn class_revision(&self) -> u32 {
+        self.class << 8 | u32::from(self.revision)
+    }
+}
+
 /// The registers both header types have.
 pub(crate) fn common(identity: &Identity, header_type: u8) -> Vec<Register> {
     vec![
         Register::word(VENDOR_ID).reset(identity.vendor.into()),
-        Register::word(0x02).reset(identity.device.into()),
+        Register::word(DEVICE_ID).reset(identity.device.into()),
         Register::word(COMMAND).writable(Command::all().bits().into()),
-        Register::word(0x06).clear_by_one(STATUS_ERRORS),
-        Register::dword(0x08).reset(identity.class << 8 | u32::from(identity.revision)),
+        Register::word(STATUS).clear_by_one(STATUS_ERRORS),
+        Register::dword(CLASS_REVISION).reset(identity.class_revision()),
         // Cache Line Size: no effect, but software may write it.
         Register::byte(0x0c).writable(0xff),
         Register::byte(HEADER_TYPE).reset(header_type.into()),
@@ -86,6 +98,21 @@ pub fn type0(identity: &Identity, bars: &Bars) -> Block {
         Register::word(SUBSYSTEM_VENDOR_ID).reset(identity.subsystem_vendor.into()),
         Register::word(SUBSYSTEM_ID).reset(identity.subsystem.into()),
     ]);
+    Block { len: 64, registers }
+}
+
+/// The header of a virtual function (PCIe Base, 9.3.4.1). Vendor and Device ID read all ones: software takes them from
+/// the PF. Of the Command register only Bus Master Enable is there, and there are no BARs.
+pub fn virtual_function(identity: &Identity) -> Block {
+    let registers = vec![
+        Register::word(VENDOR_ID).reset(0xffff),
+        Register::word(DEVICE_ID).reset(0xffff),
+        Register::word(COMMAND).writable(Command::BUS_MASTER.bits().into()),
+        Register::word(STATUS).clear_by_one(STATUS_ERRORS),
+        Register::dword(CLASS_REVISION).reset(identity.class_revision()),
+        Register::word(SUBSYSTEM_VENDOR_ID).reset(identity.subsystem_vendor.into()),
+        Register::word(SUBSYSTEM_ID).reset(identity.subsystem.into()),
+    ];
     Block { len: 64, registers }
 }
 

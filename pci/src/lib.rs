@@ -10,6 +10,7 @@ pub mod header;
 pub mod host_bridge;
 pub mod msi;
 pub mod msix;
+pub mod owner;
 pub mod root;
 pub mod root_port;
 #[cfg(test)]

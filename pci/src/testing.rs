@@ -216,16 +216,8 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// A function with such a device, 1 MiB of RAM, and the switch that makes it complete its requests.
-    pub(crate) fn function(
-        queues: usize,
-        config: &[u8],
-    ) -> (Arc<VirtioFunction>, View, Arc<AtomicBool>) {
-        let ram = GuestRam::new(&[RamRange {
-            start: GuestAddress(0),
-            len: 1 << 20,
-        }]);
-        let view = ram.unwrap().view().unwrap();
+    /// Such a device, and the switch that makes it complete its requests.
+    pub(crate) fn device(queues: usize, config: &[u8]) -> (Box<Self>, Arc<AtomicBool>) {
         let release = Arc::new(AtomicBool::new(false));
         let device = Self {
             queues,
@@ -233,9 +225,29 @@ impl Held {
             release: Arc::clone(&release),
             heads: Vec::new(),
         };
-        let function = VirtioFunction::new("held", Box::new(device), view.clone()).unwrap();
+        (Box::new(device), release)
+    }
+
+    /// A function with such a device, and RAM of its own.
+    pub(crate) fn function(
+        queues: usize,
+        config: &[u8],
+    ) -> (Arc<VirtioFunction>, View, Arc<AtomicBool>) {
+        let view = ram().view().unwrap();
+        let (device, release) = Self::device(queues, config);
+        let function = VirtioFunction::new("held", device, view.clone()).unwrap();
         (function, view, release)
     }
+}
+
+/// 1 MiB of RAM.
+pub(crate) fn ram() -> Arc<GuestRam> {
+    let start = GuestAddress(0);
+    GuestRam::new(&[RamRange {
+        start,
+        len: 1 << 20,
+    }])
+    .unwrap()
 }
 
 impl VirtioDevice for Held {

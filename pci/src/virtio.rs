@@ -3,9 +3,17 @@
 //! One 64-bit prefetchable BAR (BAR 0) holds every structure; see [`layout`]. There is no interrupt pin: without
 //! MSI-X a driver can still poll the ISR status, whose bits are set either way.
 //!
+//! A function is one of three things to SR-IOV. Most are nothing to it. Of an owner and its members, shown together by
+//! [`OwnerPci`](crate::owner::OwnerPci), the owner has the capability, and a member has what PCIe leaves to a virtual
+//! function (D2): no identity, no BARs of its own and no Memory Space Enable; its BAR 0 is a part of its owner's VF BAR.
+//!
+//! A virtual function that a monitor passes through is none of these: hypervisors show such a function as an ordinary
+//! endpoint, with its real identity and BARs, and so does [`VirtioPci::new`].
+//!
 //! Locks, in the order they are taken: `doors`, then `config` or anything of the function's. `config` is never held
 //! across a call into the function or the MSI-X table, whose own locks come after everything here.
 
+mod capabilities;
 pub mod common;
 pub mod identity;
 pub mod layout;
@@ -16,20 +24,22 @@ use std::time::Duration;
 
 use devices::bus::Effect;
 use devices::gate::Reasons;
-use devices::virtio::{Interrupt, VirtioFunction};
+use devices::virtio::{Interrupt, VirtioFunction, feature};
 
 use crate::bar::{BadBar, Bar, BarIndex, BarKind, Bars};
 use crate::cap;
 use crate::cap::pcie::{self, PortType};
-use crate::cap::virtio::{self as vendor, CfgType, Structure};
+use crate::cap::virtio as vendor;
 use crate::config::{ConfigBuilder, ConfigError, ConfigSpace};
-use crate::ecap::ari;
+use crate::ecap::sriov::{Declaration, Sriov, SriovError};
 use crate::function::{BarSlot, ConfigTarget, Decoded, FunctionDoorbell, PciFunction, Resource};
 use crate::header::{self, Command};
 use crate::msi::MsiController;
 use crate::msix::{Msix, VectorCount};
+use crate::owner::registers::SriovRegisters;
+use capabilities::Offsets;
 use common::CommonConfig;
-use layout::{Layout, MAX_DEVICE_LEN, NOTIFY_MULTIPLIER, Region};
+use layout::{Layout, MAX_DEVICE_LEN, Region};
 
 /// The BAR that holds the virtio structures, MSI-X table and pending bits.
 const BAR: BarIndex = BarIndex::ZERO;
@@ -43,8 +53,20 @@ const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 pub struct Options {
     /// [`PortType::RootComplexIntegratedEndpoint`] for the root bus, [`PortType::Endpoint`] behind a port.
     pub port_type: PortType,
-    /// MSI-X vectors; `None` for one per queue and one for configuration changes (E4).
+    /// MSI-X vectors; `None` for one per queue (the administration virtqueue included) and one for configuration
+    /// changes (E4).
     pub vectors: Option<u16>,
+}
+
+/// What a function is to SR-IOV. See the [module documentation](self).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Nothing.
+    Plain,
+    /// A physical function with this capability.
+    Owner(Declaration),
+    /// A virtual function.
+    Member,
 }
 
 impl Options {
@@ -78,14 +100,12 @@ pub enum VirtioPciError {
     /// The BAR cannot be declared.
     #[error(transparent)]
     Bar(#[from] BadBar),
-}
-
-/// Where the capabilities are in configuration space.
-#[derive(Clone, Copy, Debug)]
-struct Offsets {
-    pcie: u16,
-    msix: u16,
-    pci_cfg: u16,
+    /// The SR-IOV capability cannot be declared.
+    #[error(transparent)]
+    Sriov(#[from] SriovError),
+    /// A function that offers VIRTIO_F_SR_IOV without the capability, or the other way round (B-50).
+    #[error("function {0} and its SR-IOV capability do not go together")]
+    Role(String),
 }
 
 /// See the [module documentation](self).
@@ -93,9 +113,12 @@ pub struct VirtioPci {
     function: Arc<VirtioFunction>,
     port_type: PortType,
     layout: Layout,
+    /// None of a member.
     bars: Bars,
     offsets: Offsets,
-    config: Mutex<ConfigSpace>,
+    /// Of an owner.
+    sriov: Option<Sriov>,
+    config: Arc<Mutex<ConfigSpace>>,
     common: CommonConfig,
     vectors: Arc<Vectors>,
     /// Held while a change of configuration space is carried over to the gate and to MSI-X, so that of two writes
@@ -121,34 +144,48 @@ impl Interrupt for Vectors {
 
 impl VirtioPci {
     /// Shows `function` as a PCI Express endpoint, with vectors from `msi`. Closes the function's gate until the
-    /// guest enables bus mastering.
+    /// guest enables bus mastering. An owner needs an [`OwnerPci`](crate::owner::OwnerPci) instead.
     pub fn new(
         function: Arc<VirtioFunction>,
         msi: &dyn MsiController,
         options: Options,
     ) -> Result<Arc<Self>, VirtioPciError> {
+        Self::with_role(function, msi, options, Role::Plain)
+    }
+
+    pub(crate) fn with_role(
+        function: Arc<VirtioFunction>,
+        msi: &dyn MsiController,
+        options: Options,
+        role: Role,
+    ) -> Result<Arc<Self>, VirtioPciError> {
         if matches!(options.port_type, PortType::RootPort { .. }) {
             return Err(VirtioPciError::Port);
         }
-        let device_len = function.config_len();
-        if device_len as u64 > MAX_DEVICE_LEN {
-            return Err(VirtioPciError::ConfigTooLong(device_len));
+        let offers = u64::from(function.device_features(1)) << 32 & feature::SR_IOV != 0;
+        if offers != matches!(role, Role::Owner(_)) {
+            return Err(VirtioPciError::Role(function.name().to_string()));
         }
-        let needed = u32::from(function.num_queues()) + 1;
-        let count = options.vectors.map_or(needed, u32::from);
-        let vectors = u16::try_from(count)
-            .ok()
-            .and_then(VectorCount::new)
-            .ok_or(VirtioPciError::Vectors(count))?;
-        let layout = Layout::new(function.num_queues(), vectors, device_len as u64);
-        let bars = Bars::new(&[Bar {
+        let (layout, vectors) = Self::lay_out(&function, options.vectors)?;
+        let bar = Bar {
             index: BAR,
             kind: BarKind::Prefetchable64,
             size: layout.size(),
-        }])?;
+        };
         let identity = identity::identity(function.device_type());
-        let mut builder = ConfigBuilder::new(&header::type0(&identity, &bars));
-        let offsets = capabilities(&mut builder, &layout, vectors, options.port_type)?;
+        let (header, bars) = match role {
+            Role::Member => (header::virtual_function(&identity), Bars::default()),
+            Role::Plain | Role::Owner(_) => {
+                let bars = Bars::new(&[bar])?;
+                (header::type0(&identity, &bars), bars)
+            }
+        };
+        let mut builder = ConfigBuilder::new(&header);
+        let offsets = capabilities::add(&mut builder, &layout, vectors, options.port_type, role)?;
+        let sriov = match role {
+            Role::Owner(declaration) => Some(Sriov::add(&mut builder, &declaration)?),
+            Role::Plain | Role::Member => None,
+        };
         let common = CommonConfig::new(vectors.get());
         let vectors = Arc::new(Vectors {
             msix: Msix::new(vectors, msi.sink(vectors.get())),
@@ -161,12 +198,44 @@ impl VirtioPci {
             layout,
             bars,
             offsets,
-            config: Mutex::new(builder.build()),
+            sriov,
+            config: Arc::new(Mutex::new(builder.build())),
             common,
             vectors,
             doors: Mutex::new(()),
             function,
         }))
+    }
+
+    /// Where the structures of `function` lie in its BAR, and how many vectors it has.
+    pub(crate) fn lay_out(
+        function: &VirtioFunction,
+        vectors: Option<u16>,
+    ) -> Result<(Layout, VectorCount), VirtioPciError> {
+        let device_len = function.config_len();
+        if device_len as u64 > MAX_DEVICE_LEN {
+            return Err(VirtioPciError::ConfigTooLong(device_len));
+        }
+        let needed = u32::from(function.total_queues()) + 1;
+        let count = vectors.map_or(needed, u32::from);
+        let vectors = u16::try_from(count)
+            .ok()
+            .and_then(VectorCount::new)
+            .ok_or(VirtioPciError::Vectors(count))?;
+        let layout = Layout::new(function.total_queues(), vectors, device_len as u64);
+        Ok((layout, vectors))
+    }
+
+    /// Where its configuration access capability is.
+    #[cfg(test)]
+    pub(crate) fn pci_cfg_offset(&self) -> u16 {
+        self.offsets.pci_cfg
+    }
+
+    /// The SR-IOV registers of an owner.
+    pub(crate) fn sriov_registers(&self) -> Option<SriovRegisters> {
+        let sriov = self.sriov.clone()?;
+        Some(SriovRegisters::new(sriov, Arc::clone(&self.config)))
     }
 
     /// The virtio function behind it.
@@ -241,72 +310,26 @@ impl VirtioPci {
 
     fn window_access(&self) -> Option<vendor::Access> {
         let access = vendor::access(&self.config(), self.offsets.pci_cfg)?;
-        let bar = self.bars.get(access.bar)?;
         let end = u64::from(access.offset) + u64::from(access.len);
-        (end <= bar.size).then_some(access)
+        (access.bar == BAR && end <= self.layout.size()).then_some(access)
     }
 
     fn decoded_by(&self, config: &ConfigSpace) -> Vec<Decoded> {
-        if !Command::of(config).contains(Command::MEMORY) {
-            return Vec::new();
-        }
-        let decoded = self.bars.iter().filter_map(|bar| {
+        let memory = Command::of(config).contains(Command::MEMORY);
+        let own = self.bars.iter().filter(|_| memory).filter_map(|bar| {
             Some(Decoded {
                 slot: BarSlot::Own(bar.index),
                 range: self.bars.range(config, bar)?,
             })
         });
-        decoded.collect()
+        // VF MSE, not Memory Space Enable, is the switch of the members.
+        let members = self.sriov.as_ref().and_then(|s| s.decoded(config));
+        own.chain(members).collect()
     }
 
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Lays out the capability lists.
-fn capabilities(
-    builder: &mut ConfigBuilder,
-    layout: &Layout,
-    vectors: VectorCount,
-    port_type: PortType,
-) -> Result<Offsets, ConfigError> {
-    // Everything in the BAR lies below 4 GiB of it: `Layout` makes at most some hundred KiB.
-    let structure = |region| {
-        let range = layout.range(region);
-        Structure {
-            bar: BAR,
-            offset: range.start as u32,
-            len: (range.end - range.start) as u32,
-        }
-    };
-    let pcie = builder.capability(pcie::ID, &pcie::block(port_type))?;
-    let table = structure(Region::MsixTable).offset;
-    let pba = structure(Region::MsixPba).offset;
-    let msix = cap::msix::block(vectors, BAR, table, pba);
-    let msix = builder.capability(cap::msix::ID, &msix)?;
-    let plain = [
-        (CfgType::Common, Region::Common),
-        (CfgType::Isr, Region::Isr),
-        (CfgType::Device, Region::Device),
-    ];
-    for (cfg_type, region) in plain {
-        // A device without configuration has no capability for it.
-        if structure(region).len != 0 {
-            builder.capability(vendor::ID, &vendor::block(cfg_type, structure(region)))?;
-        }
-    }
-    let notify = vendor::notify_block(structure(Region::Notify), NOTIFY_MULTIPLIER);
-    builder.capability(vendor::ID, &notify)?;
-    let pci_cfg = builder.capability(vendor::ID, &vendor::access_block())?;
-    if port_type == PortType::Endpoint {
-        builder.extended(ari::ID, ari::VERSION, &ari::block(None))?;
-    }
-    Ok(Offsets {
-        pcie,
-        msix,
-        pci_cfg,
-    })
 }
 
 impl ConfigTarget for VirtioPci {
@@ -327,7 +350,10 @@ impl ConfigTarget for VirtioPci {
         let (written, moved) = {
             let mut config = self.config();
             let before = self.decoded_by(&config);
-            let written = config.write(offset, data);
+            let written = match &self.sriov {
+                Some(sriov) => sriov.write(&mut config, offset, data),
+                None => config.write(offset, data),
+            };
             (written, before != self.decoded_by(&config))
         };
         let touches = |(at, len)| written.touches(at, len);
@@ -370,12 +396,15 @@ impl PciFunction for VirtioPci {
             size: bar.size,
             align: bar.size,
         };
-        self.bars.iter().map(resource).collect()
+        let members = self.sriov.as_ref().map(Sriov::resource);
+        self.bars.iter().map(resource).chain(members).collect()
     }
 
     fn assign(&self, slot: BarSlot, address: u64) {
-        if let BarSlot::Own(index) = slot {
-            self.bars.assign(&mut self.config(), index, address);
+        match (slot, &self.sriov) {
+            (BarSlot::Own(index), _) => self.bars.assign(&mut self.config(), index, address),
+            (BarSlot::Members(_), Some(sriov)) => sriov.assign(&mut self.config(), address),
+            (BarSlot::Members(_), None) => {}
         }
     }
 
@@ -443,7 +472,7 @@ impl PciFunction for VirtioPci {
                 event: Arc::clone(event),
             })
         };
-        (0..self.function.num_queues())
+        (0..self.function.total_queues())
             .filter_map(doorbell)
             .collect()
     }

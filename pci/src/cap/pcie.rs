@@ -123,6 +123,23 @@ pub fn block(port_type: PortType) -> Block {
     }
 }
 
+/// The capability of a virtual function (PCIe Base, 9.3.5): an endpoint whose Device Control and Link Control are those
+/// of its PF, but for Initiate Function Level Reset.
+pub fn virtual_function_block() -> Block {
+    let registers = vec![
+        Register::word(CAPABILITIES).reset(VERSION | u32::from(PortType::Endpoint.code()) << 4),
+        Register::dword(DEVICE_CAPABILITIES).reset(ROLE_BASED_ERRORS | FLR_CAPABLE),
+        Register::word(DEVICE_CONTROL).trigger(INITIATE_FLR.into()),
+        Register::word(DEVICE_STATUS).clear_by_one(DEVICE_STATUS_ERRORS),
+        Register::dword(LINK_CAPABILITIES).reset(LINK_X1_2_5),
+        Register::dword(LINK_CAPABILITIES_2).reset(SPEED_2_5),
+    ];
+    Block {
+        len: LEN,
+        registers,
+    }
+}
+
 /// True if this write asked the capability at `at` for a function level reset (E3).
 pub fn flr_requested(written: &Written, at: u16) -> bool {
     written.triggered(at + DEVICE_CONTROL) & INITIATE_FLR != 0
@@ -186,6 +203,24 @@ mod tests {
         assert_eq!(config.dword(at + DEVICE_CAPABILITIES) & FLR_CAPABLE, 0);
         let written = config.write(at + DEVICE_CONTROL, &[0xff; 2]);
         assert!(!flr_requested(&written, at));
+    }
+
+    #[test]
+    fn d2_a_virtual_function_has_flr_and_no_control_of_its_own() {
+        let header = Block {
+            len: 64,
+            registers: Vec::new(),
+        };
+        let mut builder = ConfigBuilder::new(&header);
+        let at = builder.capability(ID, &virtual_function_block()).unwrap();
+        let mut config = builder.build();
+        assert_eq!(config.word(at + CAPABILITIES), 0x0002);
+        assert_eq!(config.dword(at + DEVICE_CAPABILITIES), 0x1000_8000);
+        let written = config.write(at + DEVICE_CONTROL, &[0xff; 2]);
+        assert!(flr_requested(&written, at));
+        assert_eq!(config.word(at + DEVICE_CONTROL), 0);
+        config.write(at + LINK_CONTROL, &[0xff; 2]);
+        assert_eq!(config.word(at + LINK_CONTROL), 0);
     }
 
     #[test]

@@ -174,8 +174,10 @@ impl CommonConfig {
             Field::QueueDriver => queue(|q| q.registers.driver_area),
             Field::QueueDevice => queue(|q| q.registers.device_area),
             Field::QueueReset => queue(|q| q.resetting.into()),
-            // VIRTIO_F_NOTIF_CONFIG_DATA and VIRTIO_F_ADMIN_VQ are not offered.
-            Field::QueueNotifConfigData | Field::AdminQueueIndex | Field::AdminQueueNum => 0,
+            // VIRTIO_F_NOTIF_CONFIG_DATA is not offered.
+            Field::QueueNotifConfigData => 0,
+            Field::AdminQueueIndex => function.admin_queue_index().into(),
+            Field::AdminQueueNum => function.admin_queue_num().into(),
         }
     }
 
