@@ -94,35 +94,73 @@ pub enum LoadError {
     Memory(String),
 }
 
-/// Loads everything and writes the zero page.
-pub fn load(memory: &View, ram: u64, sources: &Sources) -> Result<Entry, LoadError> {
-    let kernel = &sources.kernel;
-    let mut file = open("kernel", kernel)?;
-    let image = image::identify(&mut file).map_err(|source| LoadError::Image {
-        path: kernel.clone(),
-        source,
-    })?;
-    let low_end = layout::low_ram_end(ram);
-    if image.end > low_end {
-        return Err(LoadError::KernelTooLarge {
-            path: kernel.clone(),
-            need: image.end.div_ceil(layout::MIB),
-            have: low_end / layout::MIB,
-        });
+/// Kernel and initial RAM disk, open, and everything about them checked that needs no guest memory.
+#[derive(Debug)]
+pub struct Prepared {
+    ram: u64,
+    sources: Sources,
+    kernel: File,
+    image: Image,
+    initrd: Option<(File, Range<u64>)>,
+}
+
+impl Prepared {
+    /// Opens and checks what `sources` names, for a guest with `ram` bytes of memory.
+    pub fn open(ram: u64, sources: &Sources) -> Result<Self, LoadError> {
+        let path = &sources.kernel;
+        let mut kernel = open("kernel", path)?;
+        let image = image::identify(&mut kernel).map_err(|source| LoadError::Image {
+            path: path.clone(),
+            source,
+        })?;
+        let low_end = layout::low_ram_end(ram);
+        if image.end > low_end {
+            return Err(LoadError::KernelTooLarge {
+                path: path.clone(),
+                need: image.end.div_ceil(layout::MIB),
+                have: low_end / layout::MIB,
+            });
+        }
+        check_cmdline(sources, &image)?;
+        let initrd = match &sources.initrd {
+            Some(path) => Some(open_initrd(path, &image, low_end)?),
+            None => None,
+        };
+        Ok(Self {
+            ram,
+            sources: sources.clone(),
+            kernel,
+            image,
+            initrd,
+        })
     }
-    check_cmdline(sources, &image)?;
-    let initrd = match &sources.initrd {
-        Some(path) => Some(load_initrd(memory, path, &image, low_end)?),
-        None => None,
-    };
-    let (rip, header) = load_kernel(memory, kernel, &mut file, &image)?;
-    load_cmdline_text(memory, &sources.cmdline)?;
-    let zero_page = params::zero_page(ram, header, &sources.cmdline, initrd);
-    params::write(memory, &zero_page).map_err(LoadError::Memory)?;
-    Ok(Entry {
-        rip,
-        zero_page: layout::ZERO_PAGE,
-    })
+
+    /// Loads everything into guest memory and writes the zero page.
+    pub fn load(mut self, memory: &View) -> Result<Entry, LoadError> {
+        let initrd = match self.initrd.take() {
+            Some((mut file, place)) => {
+                let len = (place.end - place.start) as usize;
+                memory
+                    .read_exact_volatile_from(GuestAddress(place.start), &mut file, len)
+                    .map_err(|e| LoadError::File {
+                        what: "initrd",
+                        path: self.sources.initrd.clone().unwrap_or_default(),
+                        reason: format!("cannot be read: {e}"),
+                    })?;
+                Some(place)
+            }
+            None => None,
+        };
+        let path = &self.sources.kernel;
+        let (rip, header) = load_kernel(memory, path, &mut self.kernel, &self.image)?;
+        load_cmdline_text(memory, &self.sources.cmdline)?;
+        let zero_page = params::zero_page(self.ram, header, &self.sources.cmdline, initrd);
+        params::write(memory, &zero_page).map_err(LoadError::Memory)?;
+        Ok(Entry {
+            rip,
+            zero_page: layout::ZERO_PAGE,
+        })
+    }
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, LoadError> {
@@ -205,19 +243,14 @@ fn load_kernel(
     }
 }
 
-/// Reads the initial RAM disk to the highest page-aligned place the kernel allows.
-fn load_initrd(
-    memory: &View,
-    path: &Path,
-    image: &Image,
-    low_end: u64,
-) -> Result<Range<u64>, LoadError> {
+/// Opens the initial RAM disk and finds the highest page-aligned place the kernel allows.
+fn open_initrd(path: &Path, image: &Image, low_end: u64) -> Result<(File, Range<u64>), LoadError> {
     let error = |reason: String| LoadError::File {
         what: "initrd",
         path: path.to_owned(),
         reason,
     };
-    let mut file = open("initrd", path)?;
+    let file = open("initrd", path)?;
     let len = file.metadata().map_err(|e| error(explain(&e)))?.len();
     if len == 0 {
         return Err(error(
@@ -234,10 +267,7 @@ fn load_initrd(
             suggest: format!("{need}M"),
         }
     })?;
-    memory
-        .read_exact_volatile_from(GuestAddress(start), &mut file, len as usize)
-        .map_err(|e| error(format!("cannot be read: {e}")))?;
-    Ok(start..start + len)
+    Ok((file, start..start + len))
 }
 
 fn place_initrd(len: u64, image: &Image, low_end: u64) -> Option<u64> {

@@ -23,7 +23,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi::{self, AcpiError};
-use crate::boot::load::{self, LoadError};
+use crate::boot::load::{LoadError, Prepared};
 use crate::boot::long_mode;
 use crate::chipset;
 use crate::config;
@@ -114,6 +114,7 @@ impl Machine {
         force: bool,
     ) -> Result<Arc<Self>, BuildError> {
         kick::install()?;
+        let boot = Prepared::open(config.memory, &config.boot)?;
         let kvm = kvm::open()?;
         let supported = cpu::supported_cpuid(&kvm)?;
         check_limits(
@@ -137,7 +138,7 @@ impl Machine {
             speed::check(first, &memory)?;
         }
 
-        let entry = load::load(&memory, config.memory, &config.boot)?;
+        let entry = boot.load(&memory)?;
         long_mode::write_tables(&memory)?;
         let mmio64 = layout::pci_mmio64(config.memory);
         let tables = acpi::build(&acpi::Platform {

@@ -37,6 +37,10 @@ fn view() -> View {
         .unwrap()
 }
 
+fn load(memory: &View, ram: u64, sources: &Sources) -> Result<Entry, LoadError> {
+    Prepared::open(ram, sources)?.load(memory)
+}
+
 fn refused(case: &Case) -> String {
     load(&view(), RAM, &case.sources).unwrap_err().to_string()
 }
