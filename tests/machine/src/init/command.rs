@@ -34,7 +34,12 @@ pub fn run(start: Start, port: &Arc<Port>, reader: File) -> Result<i32> {
             _ => command.stderr(stdio),
         };
     }
-    new_session(&mut command, terminal.is_some() && start.on_terminal[0]);
+    if start.on_terminal[0] {
+        new_session(&mut command);
+    } else {
+        // Not a session, whose leader would be given the next terminal it opens, and a SIGHUP with its end.
+        command.process_group(0);
+    }
     let mut child = command
         .spawn()
         .context(|| format!("cannot run {}", start.argv[0].to_string_lossy()))?;
@@ -151,14 +156,12 @@ fn wait_for(leader: Pid) -> Result<i32> {
     }
 }
 
-/// Makes the command the leader of a session, with its standard input as controlling terminal if that is one.
+/// Makes the command the leader of a session with its standard input as controlling terminal.
 #[allow(unsafe_code)]
-fn new_session(command: &mut Command, take_terminal: bool) {
-    let hook = move || {
+fn new_session(command: &mut Command) {
+    let hook = || {
         rustix::process::setsid()?;
-        if take_terminal {
-            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
-        }
+        rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
         Ok(())
     };
     // SAFETY: between fork and exec the hook makes two system calls; it neither allocates nor locks.
