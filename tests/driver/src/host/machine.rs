@@ -128,12 +128,18 @@ impl Machine {
             Place::RootBus => self.0.root.add_endpoint(pci)?,
             Place::BehindPort => self.0.root.add_root_port(Arc::new(SingleFunction(pci)))?,
         };
-        lock(&self.0.pumps).push(Pump::new(Arc::clone(&function))?);
+        self.serve(&function)?;
         Ok(Plugged {
             function,
             place,
             behind_port: options == Options::BEHIND_PORT,
         })
+    }
+
+    /// Lets `function`, which was plugged into [`Self::root`] by other means, work whenever the machine does.
+    pub fn serve(&self, function: &Arc<VirtioFunction>) -> Result<(), HostError> {
+        lock(&self.0.pumps).push(Pump::new(Arc::clone(function))?);
+        Ok(())
     }
 
     /// Plays firmware: bus numbers, bridge windows, BARs.

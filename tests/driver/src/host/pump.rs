@@ -42,7 +42,7 @@ impl Pump {
     /// Serves every queue that was kicked and every source that has news. True if there was any.
     pub fn turn(&self) -> bool {
         let mut worked = false;
-        for index in 0..self.function.num_queues() {
+        for index in 0..self.function.total_queues() {
             let kick = self.function.kick_event(index);
             if kick.is_some_and(|event| event.read().is_ok()) {
                 self.function.service(index);
