@@ -1,5 +1,6 @@
 //! Functions and machines to fuzz.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -167,6 +168,16 @@ impl Board {
 
     pub fn settle(&self) {
         assert!(self.machine.settle(), "a device never rests");
+    }
+
+    /// The doorbells that are registered are the ones that should be.
+    pub fn check_doorbells(&self) {
+        let addresses = |list: Vec<pci::root::Doorbell>| -> BTreeSet<u64> {
+            list.iter().map(|d| d.address).collect()
+        };
+        let registered = addresses(self.machine.registered_doorbells());
+        let due = addresses(self.machine.root().doorbells());
+        assert_eq!(registered, due, "a layout change was not reported");
     }
 
     /// Every interrupt so far went somewhere.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use devices::memory::GuestRam;
 use devices::net::MacAddress;
 use vmm::boot::image;
-use vmm::boot::load::{Sources, load};
+use vmm::boot::load::{Prepared, Sources};
 use vmm::config::Config;
 use vmm::config::options::{Disk, Net};
 use vmm::layout;
@@ -36,7 +36,10 @@ pub fn kernel_image(data: &[u8]) {
         initrd: (initrd != 0).then(|| file("initrd", &vec![0xa5; initrd])),
         cmdline: "console=ttyS0".to_owned(),
     };
-    if let Ok(entry) = load(&view, ram, &sources) {
+    let Ok(prepared) = Prepared::open(ram, &sources) else {
+        return;
+    };
+    if let Ok(entry) = prepared.load(&view) {
         assert!(entry.rip < ram, "entry {:#x} outside memory", entry.rip);
     }
 }
