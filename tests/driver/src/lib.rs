@@ -15,3 +15,8 @@ pub mod access;
 pub mod host;
 pub mod pci;
 pub mod virtio;
+
+/// Compiles the usage example of the README.
+#[cfg(all(doctest, feature = "host"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
