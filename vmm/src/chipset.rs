@@ -32,6 +32,22 @@ pub const RESET_PORT: u16 = 0x602;
 /// What resets when written to [`RESET_PORT`].
 pub const RESET_VALUE: u8 = 1;
 
+/// What stands at [`crate::layout::RESET_VECTOR`], in 16-bit code: writes [`RESET_VALUE`] to [`RESET_PORT`].
+///
+/// Linux takes hardware-reduced ACPI for a promise of EFI, and without EFI ignores the reset register: it goes back to
+/// real mode and jumps to where firmware would be.
+pub const RESET_STUB: [u8; 9] = [
+    0xb0,
+    RESET_VALUE, // mov al, RESET_VALUE
+    0xba,
+    RESET_PORT as u8,
+    (RESET_PORT >> 8) as u8, // mov dx, RESET_PORT
+    0xee,                    // out dx, al
+    0xf4,                    // hlt
+    0xeb,
+    0xfd, // jmp to the hlt
+];
+
 /// Power-off: sleep type 5, and the bit that enters it.
 const ENTER_S5: u8 = 5 << 2 | 1 << 5;
 /// The bits of the sleep control register that count.

@@ -7,7 +7,8 @@
 //! | `0x9000..0xc000` | identity page tables of the first GiB |
 //! | `0x2_0000` | kernel command line |
 //! | `0x9_fc00..0xa_0000` | reserved, where firmware would keep its extended BIOS data area |
-//! | `0xe_0000..0x10_0000` | ACPI tables, RSDP first |
+//! | `0xe_0000..0xf_fff0` | ACPI tables, RSDP first |
+//! | `0xf_fff0..0x10_0000` | reset vector: a few instructions that reset the machine |
 //! | `0x10_0000..` | RAM up to its size or 3 GiB, whichever comes first |
 //! | `0xc000_0000..0xe000_0000` | PCI memory window below 4 GiB |
 //! | `0xe000_0000..0xf000_0000` | PCI configuration space (ECAM), buses 0 to 255 |
@@ -39,7 +40,9 @@ pub const CMDLINE: u64 = 0x2_0000;
 /// Where conventional memory ends.
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// ACPI tables. The kernel scans this range for the RSDP.
-pub const ACPI: Range<u64> = 0xe_0000..0x10_0000;
+pub const ACPI: Range<u64> = 0xe_0000..RESET_VECTOR;
+/// Where a processor in real mode starts after a reset, and where a kernel jumps that wants the firmware to reset it.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where memory above the legacy hole begins; kernels are loaded at or above it.
 pub const HIGH_MEMORY: u64 = MIB;
 

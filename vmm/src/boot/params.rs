@@ -20,7 +20,7 @@ pub fn memory_map(ram: u64) -> Vec<(Range<u64>, u32)> {
     let mut map = vec![
         (0..layout::CONVENTIONAL_END, E820_RAM),
         (layout::CONVENTIONAL_END..0xa_0000, E820_RESERVED),
-        (layout::ACPI, E820_RESERVED),
+        (layout::ACPI.start..layout::HIGH_MEMORY, E820_RESERVED),
         (layout::HIGH_MEMORY..layout::low_ram_end(ram), E820_RAM),
         // Without this entry Linux does not trust the configuration space window.
         (layout::PCI_ECAM, E820_RESERVED),
@@ -104,7 +104,7 @@ mod tests {
                 ram - (layout::HIGH_MEMORY - layout::CONVENTIONAL_END)
             );
             assert!(map.contains(&(layout::PCI_ECAM, E820_RESERVED)));
-            assert!(map.contains(&(layout::ACPI, E820_RESERVED)));
+            assert!(map.contains(&(layout::ACPI.start..layout::HIGH_MEMORY, E820_RESERVED)));
             assert!(map.windows(2).all(|pair| pair[0].0.end <= pair[1].0.start));
         }
     }

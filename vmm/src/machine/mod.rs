@@ -147,6 +147,7 @@ impl Machine {
             mmio64: mmio64.clone(),
         })?;
         memory.write_slice(&tables, GuestAddress(layout::ACPI.start))?;
+        memory.write_slice(&chipset::RESET_STUB, GuestAddress(layout::RESET_VECTOR))?;
         if let Some(first) = vcpus.first() {
             cpu::enter(first, entry)?;
         }
