@@ -76,7 +76,7 @@ impl Test {
         packages::ensure(&packages::END_TO_END)?;
         let step = Step::begin("building tern and its end-to-end tests");
         let tern = workspace::release_binary("vmm", "tern")?;
-        let tests = workspace::release_binary("e2e", "e2e")?;
+        let tests = workspace::test_binary("e2e", "e2e")?;
         step.done();
         image::guests(&Kernel::ALL, false)?;
         let mut machine = self.machine;

@@ -62,10 +62,22 @@ pub fn cargo() -> Command {
 
 /// Builds a binary of the workspace as it is released, and returns its path.
 pub fn release_binary(package: &str, binary: &str) -> Result<PathBuf> {
-    let mut command = cargo();
-    command.args(["build", "--release", "--package", package, "--bin", binary]);
-    tools::visible(&mut command).with_context(|| format!("building {binary}"))?;
+    build(package, binary, &["--release"])?;
     Ok(target()?.join("release").join(binary))
+}
+
+/// Builds a binary of the workspace as the native tests do, and returns its path.
+pub fn test_binary(package: &str, binary: &str) -> Result<PathBuf> {
+    build(package, binary, &[])?;
+    Ok(target()?.join("debug").join(binary))
+}
+
+fn build(package: &str, binary: &str, profile: &[&str]) -> Result<()> {
+    let mut command = cargo();
+    command
+        .args(["build", "--package", package, "--bin", binary])
+        .args(profile);
+    tools::visible(&mut command).with_context(|| format!("building {binary}"))
 }
 
 /// Builds a binary without dynamic libraries, for an initial file tree that has none, and returns its path.
