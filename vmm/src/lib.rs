@@ -1,4 +1,4 @@
-//! The tern virtual machine monitor.
+#![doc = include_str!("../README.md")]
 
 pub mod acpi;
 pub mod api;

@@ -204,3 +204,11 @@ proptest! {
         let _ = serde_json::from_str::<Config>(&text);
     }
 }
+
+#[test]
+fn the_example_is_a_configuration() {
+    let text = include_str!("../../../resources/examples/guest.json");
+    let config: Config = serde_json::from_str(text).unwrap();
+    let machine = config.resolve().unwrap();
+    assert_eq!((machine.device_count(), machine.bus_count()), (5, 2));
+}
