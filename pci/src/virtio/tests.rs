@@ -331,7 +331,7 @@ fn e4_a_vector_that_is_not_there_reads_back_as_no_vector() {
 }
 
 #[test]
-fn b9_there_are_no_admin_queues_yet() {
+fn b9_a_plain_function_has_no_admin_queues() {
     let rig = rig();
     let _ = rig.put::<2>(reg::ADMIN_QUEUE_NUM, 1);
     assert_eq!(rig.get::<2>(reg::ADMIN_QUEUE_INDEX), 0);
