@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -84,8 +84,12 @@ fn escape() -> Result<()> {
     let slave = terminal()?;
     let before = tcgetattr(&slave)?.local_modes;
     ensure!(before.contains(LocalModes::ICANON | LocalModes::ECHO));
-    let mut child = Vm::new("hang")
-        .command()?
+    // A session of its own, with the terminal as its controlling one, as a shell in a window has it.
+    let tern = Vm::new("hang").command()?;
+    let mut child = Command::new("setsid")
+        .args(["--ctty", "--wait"])
+        .arg(tern.get_program())
+        .args(tern.get_args())
         .stdin(Stdio::from(OwnedFd::from(terminal()?)))
         .stdout(Stdio::from(OwnedFd::from(terminal()?)))
         .stderr(Stdio::from(OwnedFd::from(terminal()?)))

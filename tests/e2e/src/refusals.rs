@@ -145,7 +145,7 @@ const REFUSALS: &[Refusal] = &[
             "--net",
             "tap=a-name-longer-than-fifteen",
         ],
-        1,
+        2,
         &["15"],
     ),
     refusal(
