@@ -5,6 +5,8 @@
 //! | [`Tap`] | to and from a tap interface of the host |
 //! | [`SwitchPort`] | between functions, through a [`Switch`] in this process; needs no privilege |
 //!
+//! An [`Uplink`] connects the two: a tap as a port of a switch.
+//!
 //! Every frame, on the ring and in the links, has the 12-byte `virtio_net_hdr` in front of it.
 
 mod link;
@@ -12,6 +14,7 @@ mod mac;
 mod offload;
 mod switch;
 mod tap;
+mod uplink;
 
 #[cfg(test)]
 mod tests;
@@ -20,6 +23,7 @@ pub use link::{Counters, Link, Stats};
 pub use mac::{MacAddress, MacError};
 pub use switch::{PortConfig, PortInfo, Switch, SwitchError, SwitchPort};
 pub use tap::{Tap, TapError};
+pub use uplink::Uplink;
 
 use link::{HEADER_LEN, NUM_BUFFERS};
 

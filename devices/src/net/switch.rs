@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::link::{Counters, HEADER_LEN, Link, Stats, frame_len};
+use super::link::{Counters, FRAME_MAX, FRAME_MIN, HEADER_LEN, Link, Stats, frame_len};
 use super::{MacAddress, offload};
 use crate::memory::View;
 use crate::virtio::Chain;
@@ -327,6 +327,51 @@ impl SwitchPort {
         }
     }
 
+    /// Sends the frame in `outgoing`, which has `len` bytes after its header, if its addresses are in order.
+    fn dispatch(&mut self, len: usize) {
+        let counters = &self.shared.counters;
+        let address = |at: usize| {
+            let octets = self.outgoing.get(HEADER_LEN + at..HEADER_LEN + at + 6);
+            octets.and_then(|o| o.try_into().ok()).map(MacAddress::new)
+        };
+        let (Some(destination), Some(source)) = (address(0), address(6)) else {
+            return counters.malformed();
+        };
+        if source.is_group() {
+            return counters.malformed();
+        }
+        let config = &self.shared.config;
+        if config.check_source && source != config.mac {
+            return counters.spoofed();
+        }
+        counters.sent(len);
+        self.forward(source, destination);
+    }
+
+    /// Sends `frame`, header included, which did not come from a driver but from the host.
+    pub(super) fn inject(&mut self, frame: &[u8]) {
+        let len = frame.len().saturating_sub(HEADER_LEN);
+        self.outgoing.clear();
+        self.outgoing.extend_from_slice(frame);
+        if !(FRAME_MIN..=FRAME_MAX).contains(&len)
+            || !offload::admit(&mut self.outgoing, self.features)
+        {
+            return self.shared.counters.malformed();
+        }
+        self.dispatch(len);
+    }
+
+    /// Counts a frame that was taken from the port, header included.
+    pub(super) fn delivered(&self, len: usize) {
+        let counters = &self.shared.counters;
+        counters.received(len.saturating_sub(HEADER_LEN));
+    }
+
+    /// Makes its own event look as if a frame had come in.
+    pub(super) fn wake(&self) {
+        let _ = self.shared.event.write(1);
+    }
+
     /// Takes everything out of the inbox. False if there was nothing.
     fn collect(&mut self) -> bool {
         let mut inbox = self.shared.inbox();
@@ -384,22 +429,7 @@ impl Link for SwitchPort {
         {
             return counters.malformed();
         }
-        let address = |at: usize| {
-            let octets = self.outgoing.get(HEADER_LEN + at..HEADER_LEN + at + 6);
-            octets.and_then(|o| o.try_into().ok()).map(MacAddress::new)
-        };
-        let (Some(destination), Some(source)) = (address(0), address(6)) else {
-            return counters.malformed();
-        };
-        if source.is_group() {
-            return counters.malformed();
-        }
-        let config = &self.shared.config;
-        if config.check_source && source != config.mac {
-            return counters.spoofed();
-        }
-        counters.sent(len);
-        self.forward(source, destination);
+        self.dispatch(len);
     }
 
     fn flush(&mut self) {

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
@@ -116,6 +116,17 @@ impl Tap {
             check(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD, flags) });
         if let Err(error) = outcome {
             tracing::warn!(tap = %self.name, %error, "tap refused the offloads of its driver");
+        }
+    }
+
+    /// Sends a frame with its header, or counts that the host did not take it.
+    pub(super) fn write(&mut self, frame: &[u8]) {
+        loop {
+            match (&self.file).write(frame) {
+                Ok(_) => return self.counters.sent(frame.len().saturating_sub(HEADER_LEN)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return self.counters.refused(),
+            }
         }
     }
 
@@ -340,7 +351,6 @@ mod tests {
         use crate::net::link::NUM_BUFFERS;
         use crate::net::{MacAddress, Net};
         use crate::testing::{Buf, Driver};
-        use std::io::Write;
 
         fn cross() {
             let tap = Tap::open("tern-test").unwrap();
