@@ -1,7 +1,10 @@
-//! Keeps the registered ioeventfds equal to the set that should exist.
+//! Keeps the registered ioeventfds equal to the set that should exist, as far as KVM has room.
+//!
+//! KVM takes about a thousand of them (`NR_IOBUS_DEVS`). A doorbell beyond that works all the same: its write exits to
+//! the monitor, which passes it to the function like that of any other register, and kicks the queue.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
@@ -13,7 +16,14 @@ use super::{KvmError, failed};
 /// The ioeventfds of one VM.
 pub struct Doorbells {
     vm: Arc<VmFd>,
-    registered: Mutex<HashMap<Place, Arc<EventFd>>>,
+    registered: Mutex<Registered>,
+}
+
+#[derive(Default)]
+struct Registered {
+    events: BTreeMap<Place, Arc<EventFd>>,
+    /// It was said that KVM has no room for more.
+    said: bool,
 }
 
 /// Where a doorbell is: guest physical address, and the 16 bits that must be written there, if it matters.
@@ -37,7 +47,11 @@ impl Doorbells {
             .registered
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let desired: HashMap<Place, Arc<EventFd>> = desired()
+        let Registered {
+            events: registered,
+            said,
+        } = &mut *registered;
+        let desired: BTreeMap<Place, Arc<EventFd>> = desired()
             .into_iter()
             .map(|d| ((d.address, d.datamatch), d.event))
             .collect();
@@ -55,23 +69,37 @@ impl Doorbells {
                 self.unregister(place, &event)?;
             }
         }
+        let wanted = desired.len();
         for (place, event) in desired {
-            if let Entry::Vacant(slot) = registered.entry(place) {
-                self.register(place, &event)?;
-                slot.insert(event);
+            let Entry::Vacant(slot) = registered.entry(place) else {
+                continue;
+            };
+            match self.register(place, &event) {
+                Ok(()) => {
+                    slot.insert(event);
+                }
+                Err(error) if error.errno() == libc::ENOSPC => {
+                    if !std::mem::replace(said, true) {
+                        tracing::warn!(
+                            "KVM has room for {} of {wanted} doorbells; kicks of the other queues are slower",
+                            registered.len()
+                        );
+                    }
+                    break;
+                }
+                Err(error) => return Err(failed("register a doorbell")(error)),
             }
         }
         Ok(())
     }
 
-    fn register(&self, place: Place, event: &EventFd) -> Result<(), KvmError> {
+    fn register(&self, place: Place, event: &EventFd) -> Result<(), kvm_ioctls::Error> {
         let (address, datamatch) = place;
         let address = IoEventAddress::Mmio(address);
         match datamatch {
             Some(value) => self.vm.register_ioevent(event, &address, value),
             None => self.vm.register_ioevent(event, &address, NoDatamatch),
         }
-        .map_err(failed("register a doorbell"))
     }
 
     fn unregister(&self, place: Place, event: &EventFd) -> Result<(), KvmError> {
