@@ -11,6 +11,7 @@ pub mod doctor;
 pub mod exit;
 pub mod kvm;
 pub mod layout;
+pub mod limits;
 pub mod machine;
 pub mod serial;
 pub mod signals;

@@ -95,7 +95,7 @@ pub fn describe(machine: &Machine) -> Info {
         cmdline: config.boot.cmdline.clone(),
         devices: machine
             .functions()
-            .list()
+            .single()
             .iter()
             .map(|function| Device {
                 name: function.virtio.name().to_owned(),

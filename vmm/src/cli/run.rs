@@ -9,10 +9,11 @@ use rustix::pipe::PipeFlags;
 use crate::api::server::Server;
 use crate::api::socket::Socket;
 use crate::config::check::console_file;
-use crate::config::{Config, Disk, Net};
+use crate::config::{Config, Disk, Net, Pf};
 use crate::console::Target;
 use crate::console::output::Output;
 use crate::exit;
+use crate::limits;
 use crate::machine::functions::Backends;
 use crate::machine::run::Sink;
 use crate::machine::{Machine, run};
@@ -62,6 +63,14 @@ pub struct Run {
     #[arg(long, value_name = "NET")]
     net: Vec<Net>,
 
+    /// SR-IOV physical function that owns N virtual functions; may be repeated:
+    /// net,vfs=N[,switch=NAME][,uplink-tap=NAME][,mac=MAC], all of them on one switch, or
+    /// block,vfs=N,path=PATH,vf-path=PATH[,readonly], where %d in vf-path is the number of the virtual function (1 to
+    /// N). Both take [,strict-admin][,admin=v1.4|draft][,passthrough]: with passthrough the monitor keeps the physical
+    /// function, and the guest has the virtual ones as plain devices
+    #[arg(long, value_name = "PF")]
+    pf: Vec<Pf>,
+
     /// Give the guest an entropy device [default]
     #[arg(long, conflicts_with = "no_rng")]
     rng: bool,
@@ -82,7 +91,8 @@ pub struct Run {
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
 
-    /// Read the configuration from a JSON file; options given here win, disks and interfaces are added
+    /// Read the configuration from a JSON file; options given here win; disks, interfaces and physical
+    /// functions are added
     #[arg(long, value_name = "FILE.json")]
     config: Option<PathBuf>,
 
@@ -101,6 +111,7 @@ impl Run {
             memory: self.memory.take(),
             disks: std::mem::take(&mut self.disk),
             nets: std::mem::take(&mut self.net),
+            pfs: std::mem::take(&mut self.pf),
             rng: match (self.rng, self.no_rng) {
                 (true, _) => Some(true),
                 (_, true) => Some(false),
@@ -121,6 +132,7 @@ impl Run {
             None => Config::default(),
         };
         let config = base.overlaid(self.config()).resolve()?;
+        limits::raise(&config)?;
         let socket = match &config.api_socket {
             Some(path) => Some(Socket::bind(path)?),
             None => None,

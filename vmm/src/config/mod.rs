@@ -4,10 +4,14 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`options`] | one disk, one network interface: their text and JSON forms |
+//! | [`pf`] | one SR-IOV owner with its members, in both forms |
+//! | [`conflicts`] | options that exclude each other |
 //! | [`check`] | asks the host whether everything named exists and may be used |
 
 pub mod check;
+mod conflicts;
 pub mod options;
+pub mod pf;
 
 use std::path::{Path, PathBuf};
 
@@ -16,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::console::Target;
 use crate::layout;
 pub use options::{Disk, Net, NetBackend, Slot};
+pub use pf::{Pf, PfDevice};
 
 /// Memory of a guest that asks for none in particular.
 pub const DEFAULT_MEMORY: u64 = 256 * layout::MIB;
@@ -23,8 +28,10 @@ pub const DEFAULT_MEMORY: u64 = 256 * layout::MIB;
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
 /// The most vCPUs: local APIC ids of 8 bits, of which 255 means all.
 pub const MAX_CPUS: u8 = 254;
-/// The most virtio devices: one bus has 32 places, one of which is the host bridge's.
+/// The most virtio devices, owners included and members not.
 const MAX_DEVICES: usize = 31;
+/// Functions behind one port, where the monitor keeps an owner and passes its members through: a device has eight.
+pub const MEMBERS_PER_PORT: usize = 8;
 
 /// The configuration file, and the command line in the same form. Everything is optional; unknown keys are errors.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +51,8 @@ pub struct Config {
     pub disks: Vec<Disk>,
     /// Network interfaces, in the order the guest sees them.
     pub nets: Vec<Net>,
+    /// SR-IOV owners, in the order the guest sees them.
+    pub pfs: Vec<Pf>,
     /// An entropy device; there is one if absent.
     pub rng: Option<bool>,
     /// The serial console; stdio if absent.
@@ -67,6 +76,8 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// Network interfaces.
     pub nets: Vec<Net>,
+    /// SR-IOV owners.
+    pub pfs: Vec<Pf>,
     /// An entropy device.
     pub rng: bool,
     /// The serial console.
@@ -132,12 +143,15 @@ impl Config {
         })
     }
 
-    /// `self`, where `over` does not say otherwise. Disks and interfaces of `over` come after those of `self`.
+    /// `self`, where `over` does not say otherwise. Disks, interfaces and owners of `over` come after those
+    /// of `self`.
     pub fn overlaid(self, over: Self) -> Self {
         let mut disks = self.disks;
         disks.extend(over.disks);
         let mut nets = self.nets;
         nets.extend(over.nets);
+        let mut pfs = self.pfs;
+        pfs.extend(over.pfs);
         Self {
             kernel: over.kernel.or(self.kernel),
             initrd: over.initrd.or(self.initrd),
@@ -146,6 +160,7 @@ impl Config {
             memory: over.memory.or(self.memory),
             disks,
             nets,
+            pfs,
             rng: over.rng.or(self.rng),
             console: over.console.or(self.console),
             virtio_console: over.virtio_console.or(self.virtio_console),
@@ -182,6 +197,7 @@ impl Config {
             memory,
             disks: self.disks,
             nets: self.nets,
+            pfs: self.pfs,
             rng: self.rng.unwrap_or(true),
             console: self.console.unwrap_or_default(),
             virtio_console: self.virtio_console.filter(|t| *t != Target::None),
@@ -193,10 +209,11 @@ impl Config {
 }
 
 impl Machine {
-    /// Number of virtio devices.
+    /// Number of virtio devices, owners included and members not.
     pub fn device_count(&self) -> usize {
         self.disks.len()
             + self.nets.len()
+            + self.pfs.len()
             + usize::from(self.rng)
             + usize::from(self.virtio_console.is_some())
     }
@@ -208,75 +225,14 @@ impl Machine {
     pub fn bus_count(&self) -> u16 {
         let slots = self.disks.iter().map(|d| d.bus);
         let slots = slots.chain(self.nets.iter().map(|n| n.bus));
-        1 + slots.filter(|slot| *slot == Slot::Port).count() as u16
+        let ports = slots.filter(|slot| *slot == Slot::Port).count();
+        (1 + ports + self.pfs.iter().map(Pf::port_count).sum::<usize>()) as u16
     }
 
-    fn check_contradictions(&self) -> Result<(), ConfigError> {
-        let contradiction = |first: String, second: String, reason| ConfigError::Contradiction {
-            first,
-            second,
-            reason,
-        };
-        if self.device_count() > MAX_DEVICES {
-            return Err(ConfigError::Value {
-                option: "--disk and --net",
-                reason: format!(
-                    "{} devices are too many; a guest has at most {MAX_DEVICES}",
-                    self.device_count()
-                ),
-            });
-        }
-        match &self.virtio_console {
-            Some(Target::Stdio) if self.console == Target::Stdio => {
-                return Err(contradiction(
-                    "--console stdio".to_owned(),
-                    "--virtio-console stdio".to_owned(),
-                    "there is one standard input; give one of them file=PATH or none",
-                ));
-            }
-            Some(Target::File(path)) if self.console == Target::File(path.clone()) => {
-                return Err(contradiction(
-                    format!("--console file={}", path.display()),
-                    format!("--virtio-console file={}", path.display()),
-                    "each needs a file of its own",
-                ));
-            }
-            _ => {}
-        }
-        for (index, disk) in self.disks.iter().enumerate() {
-            for other in self.disks.iter().skip(index + 1) {
-                if disk.path == other.path && !(disk.readonly && other.readonly) {
-                    return Err(contradiction(
-                        format!("--disk {disk}"),
-                        format!("--disk {other}"),
-                        "a file that is written belongs to one disk; make both readonly or give each its own",
-                    ));
-                }
-            }
-        }
-        for (index, net) in self.nets.iter().enumerate() {
-            for other in self.nets.iter().skip(index + 1) {
-                let same_tap = matches!(
-                    (&net.backend, &other.backend),
-                    (NetBackend::Tap(a), NetBackend::Tap(b)) if a == b
-                );
-                if same_tap {
-                    return Err(contradiction(
-                        format!("--net {net}"),
-                        format!("--net {other}"),
-                        "a tap device belongs to one interface",
-                    ));
-                }
-                if net.mac.is_some() && net.mac == other.mac {
-                    return Err(contradiction(
-                        format!("--net {net}"),
-                        format!("--net {other}"),
-                        "two interfaces cannot have one MAC address",
-                    ));
-                }
-            }
-        }
-        Ok(())
+    /// Places taken on the root bus, without the host bridge's.
+    fn root_places(&self) -> usize {
+        let owners = self.pfs.iter().map(Pf::port_count).sum::<usize>();
+        self.device_count() - self.pfs.len() + owners
     }
 }
 

@@ -193,9 +193,7 @@ impl TryFrom<RawNet> for Net {
         let backend = match (raw.tap, raw.switch) {
             (Some(tap), None) if interface_name(&tap) => NetBackend::Tap(tap),
             (Some(tap), None) => {
-                return Err(format!(
-                    "tap={tap} is not the name of an interface: 1 to {IFNAME_MAX} bytes, no slash, no space"
-                ));
+                return Err(interface_name_rule("tap", &tap));
             }
             (None, Some(switch)) if !switch.is_empty() => NetBackend::Switch(switch),
             (None, Some(_)) => return Err("switch= is empty; write switch=NAME".to_owned()),
@@ -231,11 +229,18 @@ impl From<Net> for RawNet {
     }
 }
 
-fn interface_name(name: &str) -> bool {
+pub(super) fn interface_name(name: &str) -> bool {
     (1..=IFNAME_MAX).contains(&name.len())
         && name != "."
         && name != ".."
         && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/')
+}
+
+/// Why `option=name` was refused.
+pub(super) fn interface_name_rule(option: &str, name: &str) -> String {
+    format!(
+        "{option}={name} is not the name of an interface: 1 to {IFNAME_MAX} bytes, no slash, no space"
+    )
 }
 
 impl FromStr for Net {
@@ -286,7 +291,7 @@ impl fmt::Display for Net {
 }
 
 /// Splits `key=value,flag,...`. A key may occur once.
-fn fields(text: &str) -> Result<Vec<(&str, Option<&str>)>, String> {
+pub(super) fn fields(text: &str) -> Result<Vec<(&str, Option<&str>)>, String> {
     let mut found: Vec<(&str, Option<&str>)> = Vec::new();
     for part in text.split(',') {
         let (key, value) = match part.split_once('=') {
@@ -301,7 +306,7 @@ fn fields(text: &str) -> Result<Vec<(&str, Option<&str>)>, String> {
     Ok(found)
 }
 
-fn unknown(key: &str, value: Option<&str>, form: &str) -> String {
+pub(super) fn unknown(key: &str, value: Option<&str>, form: &str) -> String {
     match value {
         Some(value) => format!("'{key}={value}' is not understood; write {form}"),
         None => format!("'{key}' is not understood; write {form}"),

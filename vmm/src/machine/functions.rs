@@ -18,10 +18,12 @@ use devices::rng::Rng;
 use devices::virtio::{VirtioDevice, VirtioFunction};
 use pci::function::SingleFunction;
 use pci::msi::MsiController;
+use pci::owner::OwnerError;
 use pci::root::{AddError, PciRoot};
 use pci::topology::Bdf;
 use pci::virtio::{Options, VirtioPci, VirtioPciError};
 
+use super::owner::{Group, GroupBackend};
 use crate::config::check::{HostError, console_file};
 use crate::config::{Machine, NetBackend, Slot};
 use crate::console::Target;
@@ -47,6 +49,9 @@ pub enum FunctionError {
     /// The function cannot be shown on the bus.
     #[error(transparent)]
     Pci(#[from] VirtioPciError),
+    /// An owner and its members cannot be shown on a bus.
+    #[error(transparent)]
+    Owner(#[from] OwnerError),
     /// The bus has no place for it.
     #[error(transparent)]
     Add(#[from] AddError),
@@ -69,6 +74,7 @@ struct Backend {
 #[derive(Default)]
 pub struct Backends {
     list: Vec<Backend>,
+    groups: Vec<GroupBackend>,
 }
 
 impl Backends {
@@ -85,7 +91,7 @@ impl Backends {
             backends.add(format!("disk{index}"), disk.bus, device);
         }
         let seed = RandomState::new().build_hasher().finish();
-        let mut switches = BTreeMap::<&str, Switch>::new();
+        let mut switches = BTreeMap::<String, Switch>::new();
         for (index, net) in config.nets.iter().enumerate() {
             let name = format!("net{index}");
             let mac = net
@@ -94,7 +100,7 @@ impl Backends {
             let device = match &net.backend {
                 NetBackend::Tap(tap) => Net::new(mac, Tap::open(tap)?),
                 NetBackend::Switch(switch) => {
-                    let switch = switches.entry(switch).or_default();
+                    let switch = switches.entry(switch.clone()).or_default();
                     let port = switch.port(PortConfig {
                         name: name.clone(),
                         mac,
@@ -104,6 +110,10 @@ impl Backends {
                 }
             };
             backends.add(name, net.bus, device);
+        }
+        for (index, pf) in config.pfs.iter().enumerate() {
+            let group = GroupBackend::open(format!("pf{index}"), pf, &mut switches)?;
+            backends.groups.push(group);
         }
         if config.rng {
             backends.add("rng".to_owned(), Slot::Root, Rng::new());
@@ -142,7 +152,8 @@ pub struct Function {
 /// The functions of a machine.
 #[derive(Default)]
 pub struct Functions {
-    all: Vec<Function>,
+    single: Vec<Function>,
+    groups: Vec<Group>,
     /// Serves the functions; there is none without functions.
     _io: Option<IoThread>,
 }
@@ -155,11 +166,11 @@ impl Functions {
         pci: &Arc<PciRoot>,
         msi: &dyn MsiController,
     ) -> Result<Self, FunctionError> {
-        if backends.list.is_empty() {
+        if backends.list.is_empty() && backends.groups.is_empty() {
             return Ok(Self::default());
         }
         let io = IoThread::spawn("io")?;
-        let mut all = Vec::with_capacity(backends.list.len());
+        let mut single = Vec::with_capacity(backends.list.len());
         for Backend { name, slot, device } in backends.list {
             let virtio = VirtioFunction::new(name, device, ram.view()?)?;
             let place = match slot {
@@ -173,22 +184,36 @@ impl Functions {
                 }
             };
             io.attach(&virtio)?;
-            all.push(Function {
+            single.push(Function {
                 virtio,
                 place,
                 slot,
             });
         }
-        Ok(Self { all, _io: Some(io) })
+        let mut groups = Vec::with_capacity(backends.groups.len());
+        for group in backends.groups {
+            groups.push(Group::plug(group, ram, pci, msi, &io)?);
+        }
+        Ok(Self {
+            single,
+            groups,
+            _io: Some(io),
+        })
     }
 
-    /// All functions with their places, in the order of the configuration.
-    pub fn list(&self) -> &[Function] {
-        &self.all
+    /// The functions that are neither owners nor members, with their places, in the order of the configuration.
+    pub fn single(&self) -> &[Function] {
+        &self.single
     }
 
-    /// All functions, in the order of the configuration.
+    /// Owners with their members, in the order of the configuration.
+    pub fn groups(&self) -> &[Group] {
+        &self.groups
+    }
+
+    /// All functions, whether or not they exist now, in the order of the configuration.
     pub fn all(&self) -> impl Iterator<Item = &Arc<VirtioFunction>> {
-        self.all.iter().map(|function| &function.virtio)
+        let single = self.single.iter().map(|function| &function.virtio);
+        single.chain(self.groups.iter().flat_map(Group::functions))
     }
 }

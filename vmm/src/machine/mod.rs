@@ -3,11 +3,13 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`functions`] | the virtio functions a configuration asks for |
+//! | [`owner`] | SR-IOV owners and their members |
 //! | [`run`] | the main loop: console, signals, the end of the guest |
 //!
 //! Pause: vCPUs out of the guest, then the gates of the devices closed and drained. Resume: the reverse.
 
 pub mod functions;
+pub mod owner;
 pub mod run;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

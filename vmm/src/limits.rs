@@ -1,0 +1,86 @@
+//! The host's limit on open descriptors, which hundreds of virtual functions reach.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::config::Machine;
+
+/// Descriptors of a process with a guest without devices, vCPUs and their events included, with some to spare.
+const BASE: u64 = 128;
+/// Those of one vCPU.
+const PER_CPU: u64 = 4;
+/// Those of one queue: the event of its kick, and that of its interrupt.
+const PER_QUEUE: u64 = 2;
+/// Those of one function besides: the event of its configuration interrupt, its backend, the backend's event.
+const PER_FUNCTION: u64 = 3;
+
+/// More descriptors are needed than the host allows. Exit status 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "this guest needs up to {needed} open files, and the host allows {allowed}; use fewer virtual functions, or raise \
+     the hard limit (`ulimit -Hn {needed}`, LimitNOFILE= of a service)"
+)]
+pub struct TooFewDescriptors {
+    /// The most this guest can need.
+    pub needed: u64,
+    /// The hard limit.
+    pub allowed: u64,
+}
+
+/// The most descriptors `config` can need.
+pub fn needed(config: &Machine) -> u64 {
+    let function = |queues: u64| PER_FUNCTION + PER_QUEUE * queues;
+    let disks = config.disks.iter().map(|d| function(d.queues.into()));
+    let nets = config.nets.iter().map(|_| function(2));
+    // Two queues are enough for either type; an owner has one more.
+    let groups = config.pfs.iter();
+    let groups = groups.map(|pf| function(3) + u64::from(pf.vfs) * function(2));
+    BASE + PER_CPU * u64::from(config.cpus) + disks.chain(nets).chain(groups).sum::<u64>()
+}
+
+/// Raises the limit on open descriptors as far as the host lets everyone, and checks that it is enough for `config`.
+pub fn raise(config: &Machine) -> Result<(), TooFewDescriptors> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let needed = needed(config);
+    let raised = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    let allowed = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => maximum,
+        // Nothing says so, but then the old one still holds.
+        Err(_) => current,
+    };
+    match allowed {
+        Some(allowed) if allowed < needed => Err(TooFewDescriptors { needed, allowed }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn machine(pf: &[&str]) -> Machine {
+        let config = Config {
+            kernel: Some("k".into()),
+            pfs: pf.iter().map(|pf| pf.parse().unwrap()).collect(),
+            ..Config::default()
+        };
+        config.resolve().unwrap()
+    }
+
+    #[test]
+    fn every_virtual_function_counts() {
+        let none = needed(&machine(&[]));
+        let one = needed(&machine(&["net,vfs=1"]));
+        let many = needed(&machine(&["net,vfs=255"]));
+        assert!(none < 200 && one > none, "{none} {one}");
+        assert_eq!(many - one, 254 * 7);
+    }
+
+    #[test]
+    fn what_an_ordinary_guest_needs_is_there() {
+        assert_eq!(raise(&machine(&["net,vfs=4"])), Ok(()));
+    }
+}

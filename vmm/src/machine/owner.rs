@@ -1,0 +1,297 @@
+//! An SR-IOV owner and its members, from one declaration: devices, addresses, switch ports, functions, their places.
+//!
+//! [`GroupBackend::open`] claims what the host must give; [`Group::plug`] puts functions around it. There are two ways
+//! to show them: all on one bus behind a root port, where the guest's driver of the owner enables the members; or the
+//! members alone, as plain endpoints, while the monitor keeps the owner and drives it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use devices::admin::{self, FixedMembership, Member, Reply, Session};
+use devices::block::{Block, BlockConfig};
+use devices::io::IoThread;
+use devices::memory::GuestRam;
+use devices::net::{MacAddress, Net, PortConfig, PortInfo, Switch, Tap, Uplink};
+use devices::virtio::{VirtioDevice, VirtioFunction};
+use pci::function::{Children, ConfigTarget, PciFunction};
+use pci::msi::MsiController;
+use pci::owner::{self, OwnerPci};
+use pci::root::PciRoot;
+use pci::topology::{Bdf, DevFn};
+use pci::virtio::{Options, VirtioPci};
+
+use super::functions::FunctionError;
+use crate::config::pf::{member_path, nth_mac};
+use crate::config::{MEMBERS_PER_PORT, Pf, PfDevice};
+
+/// Stands for the uplink where addresses are made up; no member has this number.
+const UPLINK_NUMBER: u16 = 0x8000;
+
+/// An owner and its members that are not part of a machine yet.
+pub struct GroupBackend {
+    name: String,
+    declaration: Pf,
+    /// None if the monitor keeps the owner.
+    pf: Option<Box<dyn VirtioDevice>>,
+    members: Vec<Box<dyn VirtioDevice>>,
+    switch: Option<Switch>,
+    uplink: Option<Uplink>,
+}
+
+impl GroupBackend {
+    /// Opens what `pf` names. `switches` are those of the machine.
+    pub fn open(
+        name: String,
+        pf: &Pf,
+        switches: &mut BTreeMap<String, Switch>,
+    ) -> Result<Self, FunctionError> {
+        let mut backend = Self {
+            name,
+            declaration: pf.clone(),
+            pf: None,
+            members: Vec::with_capacity(pf.vfs.into()),
+            switch: None,
+            uplink: None,
+        };
+        match &pf.device {
+            PfDevice::Net {
+                switch,
+                uplink_tap,
+                mac,
+            } => {
+                let switch = match switch {
+                    Some(name) => switches.entry(name.clone()).or_default().clone(),
+                    None => Switch::new(),
+                };
+                backend.open_net(switch, uplink_tap.as_deref(), *mac)?;
+            }
+            PfDevice::Block {
+                path,
+                vf_path,
+                readonly,
+            } => {
+                if let Some(path) = path {
+                    backend.pf = Some(backend.open_disk(0, path, *readonly)?);
+                }
+                for number in 1..=pf.vfs {
+                    let path = member_path(vf_path, number);
+                    let disk = backend.open_disk(number, &path, *readonly)?;
+                    backend.members.push(disk);
+                }
+            }
+        }
+        Ok(backend)
+    }
+
+    fn open_net(
+        &mut self,
+        switch: Switch,
+        uplink_tap: Option<&str>,
+        given: Option<MacAddress>,
+    ) -> Result<(), FunctionError> {
+        let seed = seed(&[&self.name, uplink_tap.unwrap_or_default()]);
+        let mac = |number| match given {
+            Some(mac) => nth_mac(mac, number),
+            None => MacAddress::derive(seed, number),
+        };
+        // Members may only speak for themselves; their owner may speak for others, as a bridge does.
+        let plug = |name: String, mac, check_source| {
+            switch.port(PortConfig {
+                name,
+                mac,
+                check_source,
+            })
+        };
+        if !self.declaration.passthrough {
+            let mac = mac(0);
+            let port = plug(self.name.clone(), mac, false)?;
+            self.pf = Some(Box::new(Net::new(mac, port)));
+        }
+        for number in 1..=self.declaration.vfs {
+            let mac = mac(number);
+            let port = plug(member_name(&self.name, number), mac, true)?;
+            self.members.push(Box::new(Net::new(mac, port)));
+        }
+        if let Some(tap) = uplink_tap {
+            let mac = MacAddress::derive(seed, UPLINK_NUMBER);
+            let port = plug(format!("{}-uplink", self.name), mac, false)?;
+            self.uplink = Some(Uplink::new(port, Tap::open(tap)?));
+        }
+        self.switch = Some(switch);
+        Ok(())
+    }
+
+    fn open_disk(
+        &self,
+        number: u16,
+        path: &Path,
+        read_only: bool,
+    ) -> Result<Box<dyn VirtioDevice>, FunctionError> {
+        Ok(Box::new(Block::open(&BlockConfig {
+            path: path.to_owned(),
+            read_only,
+            serial: member_name(&self.name, number),
+            queues: 1,
+        })?))
+    }
+}
+
+/// The name of member `number` of `owner`; number 0 is the owner.
+fn member_name(owner: &str, number: u16) -> String {
+    match number {
+        0 => owner.to_owned(),
+        number => format!("{owner}-vf{number}"),
+    }
+}
+
+/// A number that is the same each time for the same parts on the same host: FNV-1a.
+fn seed(parts: &[&str]) -> u64 {
+    let host = rustix::system::uname();
+    let host = host.nodename().to_bytes();
+    let parts = parts.iter().map(|part| part.as_bytes());
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    for part in std::iter::once(host).chain(parts) {
+        // A part never has this byte, so that it separates them.
+        for byte in part.iter().chain(&[0]) {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    }
+    hash
+}
+
+/// An owner and its members in a machine.
+pub struct Group {
+    /// The owner's name; also that of its function.
+    pub name: String,
+    /// What it was made from.
+    pub declaration: Pf,
+    /// The group that executes administration commands.
+    pub owner: Arc<admin::Owner>,
+    /// The owner's function, unless the monitor keeps it.
+    pub pf: Option<Arc<VirtioFunction>>,
+    /// All members, whether or not they exist now.
+    pub members: Vec<Arc<VirtioFunction>>,
+    /// The root ports they are behind.
+    ports: Vec<Bdf>,
+    switch: Option<Switch>,
+    /// What the monitor negotiated as a driver of the owner.
+    session: Mutex<Session>,
+}
+
+impl Group {
+    /// Puts functions around `backend` and plugs them into `pci`.
+    pub fn plug(
+        backend: GroupBackend,
+        ram: &Arc<GuestRam>,
+        pci: &PciRoot,
+        msi: &dyn MsiController,
+        io: &IoThread,
+    ) -> Result<Self, FunctionError> {
+        let GroupBackend { name, .. } = backend;
+        let mut members = Vec::with_capacity(backend.members.len());
+        for (number, device) in (1u16..).zip(backend.members) {
+            let name = member_name(&name, number);
+            members.push(VirtioFunction::new(name, device, ram.view()?)?);
+        }
+        let group = members.iter().map(|vf| Arc::clone(vf) as Arc<dyn Member>);
+        let owner = admin::Owner::new(group.collect(), backend.declaration.admin_options());
+        let mut ports = Vec::new();
+        let pf = match backend.pf {
+            Some(device) => {
+                let owner = Arc::clone(&owner);
+                let pf = VirtioFunction::new_owner(name.clone(), device, ram.view()?, owner)?;
+                let options = owner::Options::default();
+                let bus = OwnerPci::new(Arc::clone(&pf), members.clone(), msi, options)?;
+                ports.push(pci.add_root_port(bus)?);
+                Some(pf)
+            }
+            None => {
+                owner.set_membership(Arc::new(FixedMembership(backend.declaration.vfs)));
+                for device in members.chunks(MEMBERS_PER_PORT) {
+                    ports.push(pci.add_root_port(Device::new(device, msi)?)?);
+                }
+                None
+            }
+        };
+        for function in pf.iter().chain(&members) {
+            io.attach(function)?;
+        }
+        if let Some(uplink) = backend.uplink {
+            io.add(Box::new(uplink))?;
+        }
+        Ok(Self {
+            name,
+            declaration: backend.declaration,
+            owner,
+            pf,
+            members,
+            ports,
+            switch: backend.switch,
+            session: Mutex::default(),
+        })
+    }
+
+    /// All functions, the owner's first.
+    pub fn functions(&self) -> impl Iterator<Item = &Arc<VirtioFunction>> {
+        self.pf.iter().chain(&self.members)
+    }
+
+    /// Where function `number` is on the bus now, or would be if it existed; 0 is the owner. `None` while the guest
+    /// has not numbered the bus, and for an owner that is not on one.
+    pub fn place(&self, pci: &PciRoot, number: u16) -> Option<Bdf> {
+        let (port, function) = match self.pf {
+            Some(_) => (0, usize::from(number)),
+            None => {
+                let index = usize::from(number.checked_sub(1)?);
+                (index / MEMBERS_PER_PORT, index % MEMBERS_PER_PORT)
+            }
+        };
+        let bus = pci.secondary_bus(*self.ports.get(port)?)?;
+        Some(Bdf::new(bus, DevFn(u8::try_from(function).ok()?)))
+    }
+
+    /// The ports of its switch, if it has one.
+    pub fn switch_ports(&self) -> Vec<PortInfo> {
+        self.switch.as_ref().map(Switch::ports).unwrap_or_default()
+    }
+
+    /// Executes a command as the monitor's own driver of the owner, in its own session. `request` is the
+    /// device-readable part.
+    pub fn execute(&self, request: &[u8]) -> Reply {
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        self.owner.execute(&mut session, request)
+    }
+}
+
+/// Up to eight members as the functions of one device behind a port.
+struct Device(Vec<Arc<VirtioPci>>);
+
+impl Device {
+    fn new(
+        members: &[Arc<VirtioFunction>],
+        msi: &dyn MsiController,
+    ) -> Result<Arc<Self>, FunctionError> {
+        let show =
+            |vf: &Arc<VirtioFunction>| VirtioPci::new(Arc::clone(vf), msi, Options::BEHIND_PORT);
+        let functions = members.iter().map(show).collect::<Result<Vec<_>, _>>()?;
+        if let [first, _, ..] = functions.as_slice() {
+            first.set_multi_function();
+        }
+        Ok(Arc::new(Self(functions)))
+    }
+}
+
+impl Children for Device {
+    fn at(&self, devfn: DevFn) -> Option<Arc<dyn ConfigTarget>> {
+        let function = self.0.get(usize::from(devfn.0))?;
+        Some(Arc::clone(function) as _)
+    }
+
+    fn functions(&self) -> Vec<Arc<dyn PciFunction>> {
+        let functions = self.0.iter();
+        functions
+            .map(|f| Arc::clone(f) as Arc<dyn PciFunction>)
+            .collect()
+    }
+}
