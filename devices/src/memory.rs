@@ -1,23 +1,24 @@
 //! Guest RAM, and the views through which devices reach it.
 //!
-//! [`GuestRam`] owns the RAM of one VM: one memfd, mapped shared, so that it can be handed to another process.
+//! [`GuestRam`] owns the RAM of one VM: anonymous memory, which hosts back with large pages unless told not to. (A
+//! memfd gets them only where the administrator allowed it, and a guest in small pages pays for each with an exit.)
 //! A device never touches it directly. Each device function has a [`View`]: the same bytes with a bitmap of the
 //! function's own, which marks the VM-wide [`DirtyPages`] on every write. KVM's dirty log sees what vCPUs write;
 //! this bitmap sees what the monitor and its devices write; a migration sends the union of the two.
 
 #![allow(unsafe_code)]
 
-use std::fs::File;
+mod mapping;
+
 use std::num::NonZeroUsize;
 use std::ops::Deref;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, SealFlags};
+use mapping::Mapping;
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice, WithBitmapSlice};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion, VolatileSlice, mmap::MmapRegionBuilder,
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    VolatileSlice, mmap::MmapRegionBuilder,
 };
 
 /// Bytes in one page of the dirty bitmaps; also the granularity of KVM's dirty log.
@@ -78,17 +79,16 @@ impl DirtyPages {
 /// The RAM of one VM. See the [module documentation](self).
 #[derive(Debug)]
 pub struct GuestRam {
-    file: Arc<File>,
     ranges: Vec<RamRange>,
-    regions: Vec<Arc<MmapRegion<()>>>,
+    mappings: Vec<Mapping>,
     dirty: DirtyPages,
 }
 
 impl GuestRam {
     /// Creates zeroed RAM for `ranges`, which must be in ascending order and disjoint.
     ///
-    /// The ranges lie one after the other in one memfd, sealed against resizing so that a process that receives
-    /// the descriptor cannot pull pages away under the guest.
+    /// The host gives pages only as they are touched, and may refuse them then: what is asked for here is address
+    /// space.
     pub fn new(ranges: &[RamRange]) -> Result<Arc<Self>, MemoryError> {
         let mut bytes = 0u64;
         for range in ranges {
@@ -101,37 +101,17 @@ impl GuestRam {
                 _ => return Err(MemoryError::BadRange(*range)),
             }
         }
-        let allocate = |source: std::io::Error| MemoryError::Allocate { bytes, source };
-        let fd: OwnedFd = rustix::fs::memfd_create(
-            "tern-guest-ram",
-            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-        )
-        .map_err(|e| allocate(e.into()))?;
-        rustix::fs::ftruncate(&fd, bytes).map_err(|e| allocate(e.into()))?;
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
-            .map_err(|e| allocate(e.into()))?;
-        Self::map(Arc::new(File::from(fd)), ranges)
-    }
-
-    fn map(file: Arc<File>, ranges: &[RamRange]) -> Result<Arc<Self>, MemoryError> {
-        let mut regions = Vec::with_capacity(ranges.len());
+        let mut mappings = Vec::with_capacity(ranges.len());
         let mut dirty = Vec::with_capacity(ranges.len());
-        let mut offset = 0u64;
         for range in ranges {
-            let region = MmapRegionBuilder::new(range.len)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
-                .build()
-                .map_err(|e| MemoryError::Map(e.to_string()))?;
-            regions.push(Arc::new(region));
+            let mapping = Mapping::new(range.len)
+                .map_err(|source| MemoryError::Allocate { bytes, source })?;
+            mappings.push(mapping);
             dirty.push((*range, Arc::new(AtomicBitmap::new(range.len, PAGE))));
-            offset += range.len as u64;
         }
         Ok(Arc::new(Self {
-            file,
             ranges: ranges.to_vec(),
-            regions,
+            mappings,
             dirty: DirtyPages {
                 regions: Arc::new(dirty),
             },
@@ -140,25 +120,25 @@ impl GuestRam {
 
     /// A view of this RAM for one device function (or for the monitor itself, when it loads a kernel).
     pub fn view(self: &Arc<Self>) -> Result<View, MemoryError> {
-        let mut views = Vec::with_capacity(self.regions.len());
-        for (region, (range, dirty)) in self.regions.iter().zip(self.dirty.regions.iter()) {
+        let mut views = Vec::with_capacity(self.mappings.len());
+        for (mapping, (range, dirty)) in self.mappings.iter().zip(self.dirty.regions.iter()) {
             let bitmap = ViewBitmap {
                 vm: Arc::clone(dirty),
             };
-            // SAFETY: `region` is a live mapping of exactly `range.len` bytes. `View` keeps this `GuestRam`, the
+            // SAFETY: `mapping` is a live mapping of exactly `range.len` bytes. `View` keeps this `GuestRam`, the
             // owner of the mapping, alive for as long as any view of it exists, and never gives out the inner
             // memory by value.
             let builder = unsafe {
                 MmapRegionBuilder::new_with_bitmap(range.len, bitmap)
-                    .with_raw_mmap_pointer(region.as_ptr())
+                    .with_raw_mmap_pointer(mapping.as_ptr())
             };
-            let mapping = builder
+            let region = builder
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
                 .build()
                 .map_err(|e| MemoryError::Map(e.to_string()))?;
             views.push(
-                GuestRegionMmap::new(mapping, range.start).ok_or(MemoryError::BadRange(*range))?,
+                GuestRegionMmap::new(region, range.start).ok_or(MemoryError::BadRange(*range))?,
             );
         }
         let memory =
@@ -180,13 +160,8 @@ impl GuestRam {
     pub fn host_addresses(&self) -> impl Iterator<Item = (RamRange, *mut u8)> + '_ {
         self.ranges
             .iter()
-            .zip(&self.regions)
-            .map(|(range, region)| (*range, region.as_ptr()))
-    }
-
-    /// The memory file. The ranges lie in it one after the other.
-    pub fn file(&self) -> &File {
-        &self.file
+            .zip(&self.mappings)
+            .map(|(range, mapping)| (*range, mapping.as_ptr()))
     }
 
     /// The pages written through views, VM-wide.

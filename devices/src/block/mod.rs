@@ -1,13 +1,13 @@
 //! virtio-block (virtio 1.4, "Block Device").
 //!
 //! ```text
-//! ring ──► parse (I/O thread) ──► Worker (a thread per disk) ──► Backend
+//! ring ──► parse (I/O thread) ──► Worker (a thread of a pool) ──► Backend
 //!   ▲                                   │ event
 //!   └────────── status byte, used ◄─────┘
 //! ```
 //!
 //! Requests that need no storage (GET_ID, and all that make no sense) are answered at once. All others go through
-//! the disk's thread, in order. A read or write goes straight between the backend and guest memory.
+//! a thread, each disk's in order. A disk has one of its own, or shares those of a [`Pool`] with others. A read or write goes straight between the backend and guest memory.
 
 mod backend;
 mod file;
@@ -28,6 +28,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub use backend::Backend;
 pub use file::RawFile;
 use request::{ID_LEN, Limits, MAX_SEGMENT_SECTORS, MAX_SEGMENTS, Request, SECTOR, Status};
+pub use worker::Pool;
 use worker::{Done, Job, Worker};
 
 use crate::virtio::{Chain, DeviceType, Io, Progress, RingError, Source, VirtioDevice};
@@ -164,7 +165,8 @@ pub struct Block {
     queues: u16,
     backend: Arc<dyn Backend>,
     completed: Arc<EventFd>,
-    /// Started with the first request, so that a disk no driver uses costs no thread.
+    /// Where its thread comes from, with the first request: a disk no driver uses costs none.
+    pool: Pool,
     worker: Option<Worker>,
     /// FLUSH was not negotiated: writes are durable when they complete.
     write_through: bool,
@@ -211,12 +213,20 @@ impl Block {
             queues: config.queues,
             backend,
             completed,
+            pool: Pool::new(1),
             worker: None,
             write_through: false,
             held: 0,
             stalled: 0,
             batch: Vec::new(),
         })
+    }
+
+    /// The same disk, served by the threads of `pool` instead of one of its own.
+    #[must_use]
+    pub fn sharing(mut self, pool: &Pool) -> Self {
+        self.pool = pool.clone();
+        self
     }
 
     /// Fetches requests of `queue` into the batch, and answers those that need no storage.
@@ -264,19 +274,15 @@ impl Block {
         if self.batch.is_empty() {
             return Ok(());
         }
-        if self.worker.is_none() {
+        let worker = self.worker.get_or_insert_with(|| {
             let backend = Arc::clone(&self.backend);
-            match Worker::spawn(backend, io.memory().clone(), Arc::clone(&self.completed)) {
-                Ok(worker) => self.worker = Some(worker),
-                Err(error) => {
-                    tracing::error!(%error, "cannot start the thread of a disk; its requests fail")
-                }
-            }
-        }
-        if let Some(worker) = &self.worker {
-            worker.submit(&mut self.batch);
+            let completed = Arc::clone(&self.completed);
+            Worker::new(backend, io.memory().clone(), completed, self.pool.clone())
+        });
+        let Err(error) = worker.submit(&mut self.batch) else {
             return Ok(());
-        }
+        };
+        tracing::error!(%error, "cannot start the thread of a disk; its requests fail");
         let failed = std::mem::take(&mut self.batch).into_iter().map(|job| Done {
             queue: job.queue,
             chain: job.chain,

@@ -640,6 +640,84 @@ fn chains_of_very_many_buffers_are_not_all_held_at_once() {
     }
 }
 
+/// Disks that take a while, and the threads that served them.
+struct Slow {
+    threads: Arc<Mutex<std::collections::HashSet<std::thread::ThreadId>>>,
+    reads: Mutex<Vec<u64>>,
+}
+
+impl Backend for Slow {
+    fn len(&self) -> u64 {
+        SECTORS * 512
+    }
+
+    fn read(&self, offset: u64, _buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+        self.reads.lock().unwrap().push(offset);
+        self.threads
+            .lock()
+            .unwrap()
+            .insert(std::thread::current().id());
+        std::thread::yield_now();
+        Ok(())
+    }
+
+    fn write(&self, _offset: u64, _buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write_zeroes(&self, _offset: u64, _len: u64, _unmap: bool) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn disks_of_a_pool_share_its_threads_and_each_keeps_its_order() {
+    let pool = Pool::new(2);
+    let threads = Arc::default();
+    let mut disks: Vec<_> = (0..20)
+        .map(|_| {
+            let backend = Arc::new(Slow {
+                threads: Arc::clone(&threads),
+                reads: Mutex::default(),
+            });
+            let config = BlockConfig::new("slow");
+            let block = Block::with_backend(Arc::clone(&backend) as _, &config).unwrap();
+            (backend, Driver::live(block.sharing(&pool), ALL))
+        })
+        .collect();
+    for (_, driver) in &mut disks {
+        for sector in 0..40 {
+            driver.add(0, &[Buf::Out(header(IN, sector)), Buf::In(512), Buf::In(1)]);
+        }
+        driver.kick(0);
+    }
+    let expected: Vec<u64> = (0..40).map(|sector| sector * 512).collect();
+    for (backend, driver) in &mut disks {
+        let mut used = 0;
+        driver.until("all requests", |d| {
+            while d.used(0).is_some() {
+                used += 1;
+            }
+            used == 40
+        });
+        assert_eq!(*backend.reads.lock().unwrap(), expected);
+    }
+    assert!((1..=2).contains(&threads.lock().unwrap().len()));
+    // A disk that goes with its pool in use, and the pool after it.
+    drop(pool);
+    disks.truncate(1);
+    let (_, driver) = &mut disks[0];
+    assert_eq!(ask(driver, header(IN, 0), 512).0, OK);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 

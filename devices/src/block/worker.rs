@@ -1,4 +1,5 @@
-//! The thread of a disk: takes requests in order, one at a time, and announces completions through an event.
+//! The threads of disks. A disk's requests are taken in order, one at a time, and announced through an event when they
+//! are done; the disks of one pool take turns on its threads.
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,8 +15,10 @@ use crate::memory::View;
 use crate::virtio::Chain;
 
 const STACK_BYTES: usize = 128 * 1024;
+/// Requests of one disk before the next disk has its turn.
+const TURN: usize = 16;
 
-/// A request on its way through the worker.
+/// A request on its way through a thread.
 #[derive(Debug)]
 pub struct Job {
     /// The queue it came from.
@@ -39,9 +42,127 @@ pub struct Done {
     pub status: Status,
 }
 
+/// Threads that any number of disks share. They start when there is work for them, up to a limit, and end with the last
+/// clone of this and the last disk that uses it.
+#[derive(Clone)]
+pub struct Pool(Arc<Threads>);
+
+struct Threads {
+    line: Arc<Line>,
+    limit: usize,
+    started: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// Disks that wait for a thread, and threads that wait for a disk.
+#[derive(Default)]
+struct Line {
+    state: Mutex<LineState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct LineState {
+    disks: VecDeque<Arc<Shared>>,
+    idle: usize,
+    stop: bool,
+}
+
+impl Line {
+    fn lock(&self) -> MutexGuard<'_, LineState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The disk whose turn it is; `None` when the pool ends.
+    fn next(&self) -> Option<Arc<Shared>> {
+        let mut state = self.lock();
+        loop {
+            if state.stop {
+                return None;
+            }
+            if let Some(disk) = state.disks.pop_front() {
+                return Some(disk);
+            }
+            state.idle += 1;
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+            state.idle -= 1;
+        }
+    }
+
+    /// True if there are fewer idle threads than disks that wait for one.
+    fn push(&self, disk: Arc<Shared>) -> bool {
+        let mut state = self.lock();
+        state.disks.push_back(disk);
+        let short = state.idle < state.disks.len();
+        drop(state);
+        self.changed.notify_one();
+        short
+    }
+}
+
+impl Pool {
+    /// A pool of at most `limit` threads, and at least one.
+    pub fn new(limit: usize) -> Self {
+        Self(Arc::new(Threads {
+            line: Arc::default(),
+            limit: limit.max(1),
+            started: Mutex::default(),
+        }))
+    }
+
+    /// Starts another thread, if that is allowed. An error only if there is none at all.
+    fn grow(&self) -> io::Result<()> {
+        let started = self.0.started.lock();
+        let mut started = started.unwrap_or_else(PoisonError::into_inner);
+        if started.len() >= self.0.limit {
+            return Ok(());
+        }
+        let line = Arc::clone(&self.0.line);
+        let spawned = std::thread::Builder::new()
+            .name("disk".into())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                while let Some(disk) = line.next() {
+                    if disk.turn() {
+                        line.push(disk);
+                    }
+                }
+            });
+        match spawned {
+            Ok(thread) => started.push(thread),
+            Err(error) if started.is_empty() => return Err(error),
+            Err(error) => tracing::debug!(%error, "cannot start another thread for disks"),
+        }
+        Ok(())
+    }
+
+    fn has_threads(&self) -> bool {
+        let started = self.0.started.lock();
+        !started.unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.line.lock().stop = true;
+        self.line.changed.notify_all();
+        let started = self.started.get_mut();
+        for thread in started.unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // A panic on the thread was reported when it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A disk, as the threads see it. Refers to no pool: a thread must not be the one that ends it.
 struct Shared {
+    backend: Arc<dyn Backend>,
+    view: View,
     state: Mutex<State>,
-    submitted: Condvar,
+    /// The request that was being worked on when the disk went is done.
+    rested: Condvar,
     completed: Arc<EventFd>,
 }
 
@@ -49,63 +170,95 @@ struct Shared {
 struct State {
     jobs: VecDeque<Job>,
     done: Vec<Done>,
-    /// The thread waits on `submitted`.
-    idle: bool,
-    stop: bool,
+    /// In the line, or on a thread.
+    scheduled: bool,
+    /// A thread works on a request.
+    busy: bool,
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Works on some requests. True if the disk wants another turn.
+    fn turn(&self) -> bool {
+        let mut state = self.lock();
+        for _ in 0..TURN {
+            let Some(job) = state.jobs.pop_front() else {
+                state.scheduled = false;
+                return false;
+            };
+            state.busy = true;
+            drop(state);
+            let status = match perform(&job, &*self.backend, &self.view) {
+                Ok(()) => Status::Ok,
+                Err(error) => {
+                    tracing::warn!(request = ?job.request, %error, "disk request failed");
+                    Status::IoErr
+                }
+            };
+            state = self.lock();
+            state.busy = false;
+            // The device takes all completions at once, so only the first of a batch needs a signal. The event is
+            // watched edge-triggered and never read.
+            let first = state.done.is_empty();
+            state.done.push(Done {
+                queue: job.queue,
+                chain: job.chain,
+                status,
+            });
+            drop(state);
+            self.rested.notify_one();
+            if first {
+                let _ = self.completed.write(1);
+            }
+            state = self.lock();
+        }
+        true
+    }
 }
 
-/// The event that announces completions. It outlives the thread, so that it can be watched before there is one.
+/// The event that announces completions. It can be watched before there is a worker.
 pub fn completion_event() -> io::Result<Arc<EventFd>> {
     EventFd::new(EFD_NONBLOCK).map(Arc::new)
 }
 
-/// A disk's thread. Ends when dropped, after the request it is working on; those behind it are dropped.
+/// A disk's place in a pool. Dropping it waits for the request that is being worked on; those behind it are dropped.
 pub struct Worker {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    pool: Pool,
 }
 
 impl Worker {
-    /// Starts the thread. `view` is the guest memory that chains point into.
-    pub fn spawn(
-        backend: Arc<dyn Backend>,
-        view: View,
-        completed: Arc<EventFd>,
-    ) -> io::Result<Self> {
+    /// A place in `pool`. `view` is the guest memory that chains point into.
+    pub fn new(backend: Arc<dyn Backend>, view: View, completed: Arc<EventFd>, pool: Pool) -> Self {
         let shared = Arc::new(Shared {
+            backend,
+            view,
             state: Mutex::default(),
-            submitted: Condvar::new(),
+            rested: Condvar::new(),
             completed,
         });
-        let theirs = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name("disk".into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || run(&theirs, &*backend, &view))?;
-        Ok(Self {
-            shared,
-            thread: Some(thread),
-        })
+        Self { shared, pool }
     }
 
-    /// Hands over all of `jobs`.
-    pub fn submit(&self, jobs: &mut Vec<Job>) {
+    /// Hands over all of `jobs`, or none if there is no thread for them.
+    pub fn submit(&self, jobs: &mut Vec<Job>) -> io::Result<()> {
         if jobs.is_empty() {
-            return;
+            return Ok(());
+        }
+        if !self.pool.has_threads() {
+            self.pool.grow()?;
         }
         let mut state = self.shared.lock();
         state.jobs.extend(jobs.drain(..));
-        let wake = std::mem::take(&mut state.idle);
+        let waiting = std::mem::replace(&mut state.scheduled, true);
         drop(state);
-        if wake {
-            self.shared.submitted.notify_one();
+        if !waiting && self.pool.0.line.push(Arc::clone(&self.shared)) {
+            self.pool.grow()?;
         }
+        Ok(())
     }
 
     /// Takes what was completed since the last call.
@@ -117,53 +270,10 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
-        state.stop = true;
         state.jobs.clear();
-        drop(state);
-        self.shared.submitted.notify_one();
-        if let Some(thread) = self.thread.take() {
-            // A panic on the thread was reported when it happened.
-            let _ = thread.join();
-        }
-    }
-}
-
-fn run(shared: &Shared, backend: &dyn Backend, view: &View) {
-    loop {
-        let mut state = shared.lock();
-        let job = loop {
-            if state.stop {
-                return;
-            }
-            match state.jobs.pop_front() {
-                Some(job) => break job,
-                None => state.idle = true,
-            }
-            state = shared
-                .submitted
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        };
-        drop(state);
-        let status = match perform(&job, backend, view) {
-            Ok(()) => Status::Ok,
-            Err(error) => {
-                tracing::warn!(request = ?job.request, %error, "disk request failed");
-                Status::IoErr
-            }
-        };
-        let mut state = shared.lock();
-        // The device takes all completions at once, so only the first of a batch needs a signal. The event is
-        // watched edge-triggered and never read.
-        let first = state.done.is_empty();
-        state.done.push(Done {
-            queue: job.queue,
-            chain: job.chain,
-            status,
-        });
-        drop(state);
-        if first {
-            let _ = shared.completed.write(1);
+        while state.busy {
+            let rested = self.shared.rested.wait(state);
+            state = rested.unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

@@ -104,12 +104,6 @@ pub fn open_devices() -> Result<()> {
             std::os::unix::fs::symlink(target, link).context(|| link.into())?;
         }
     }
-    // Guests have their memory in memfds. In large pages it is mapped five times faster by emulated page faults.
-    fs::write(
-        "/sys/kernel/mm/transparent_hugepage/shmem_enabled",
-        "always",
-    )
-    .context(|| "large pages".into())?;
     let many = Rlimit {
         current: Some(OPEN_FILES),
         maximum: Some(OPEN_FILES),
