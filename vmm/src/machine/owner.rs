@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::admin::{self, FixedMembership, Member, Reply, Session};
-use devices::block::{Block, BlockConfig};
+use devices::block::{Block, BlockConfig, Pool};
 use devices::io::IoThread;
 use devices::memory::GuestRam;
 use devices::net::{MacAddress, Net, PortConfig, PortInfo, Switch, Tap, Uplink};
@@ -25,6 +25,8 @@ use super::functions::FunctionError;
 use crate::config::pf::{member_path, nth_mac};
 use crate::config::{MEMBERS_PER_PORT, Pf, PfDevice};
 
+/// Threads that the disks of an owner and its members share.
+const DISK_THREADS: usize = 4;
 /// Stands for the uplink where addresses are made up; no member has this number.
 const UPLINK_NUMBER: u16 = 0x8000;
 
@@ -71,12 +73,13 @@ impl GroupBackend {
                 vf_path,
                 readonly,
             } => {
+                let pool = Pool::new(DISK_THREADS);
                 if let Some(path) = path {
-                    backend.pf = Some(backend.open_disk(0, path, *readonly)?);
+                    backend.pf = Some(backend.open_disk(0, path, *readonly, &pool)?);
                 }
                 for number in 1..=pf.vfs {
                     let path = member_path(vf_path, number);
-                    let disk = backend.open_disk(number, &path, *readonly)?;
+                    let disk = backend.open_disk(number, &path, *readonly, &pool)?;
                     backend.members.push(disk);
                 }
             }
@@ -127,13 +130,15 @@ impl GroupBackend {
         number: u16,
         path: &Path,
         read_only: bool,
+        pool: &Pool,
     ) -> Result<Box<dyn VirtioDevice>, FunctionError> {
-        Ok(Box::new(Block::open(&BlockConfig {
+        let disk = Block::open(&BlockConfig {
             path: path.to_owned(),
             read_only,
             serial: member_name(&self.name, number),
             queues: 1,
-        })?))
+        })?;
+        Ok(Box::new(disk.sharing(pool)))
     }
 }
 
