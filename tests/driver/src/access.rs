@@ -3,6 +3,7 @@
 //! [`Function`] reaches one PCI function's registers, [`Dma`] the memory the function reaches. On the host both are
 //! implemented over the monitor's own buses; inside a guest, over what the kernel gives a process.
 
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -86,7 +87,7 @@ macro_rules! delegate {
         }
     )*};
 }
-delegate!(&T, Arc<T>);
+delegate!(&T, Arc<T>, Rc<T>);
 
 /// An integer with the width of a register.
 pub trait Word: Copy {

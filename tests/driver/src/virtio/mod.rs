@@ -1,5 +1,6 @@
 //! Virtio as a driver sees it.
 
+pub mod admin;
 pub mod block;
 pub mod net;
 mod ring;
@@ -35,8 +36,12 @@ pub mod feature {
     pub const EVENT_IDX: u64 = 1 << 29;
     /// Virtio 1.0 or later.
     pub const VERSION_1: u64 = 1 << 32;
+    /// The device owns virtual functions.
+    pub const SR_IOV: u64 = 1 << 37;
     /// Single queues can be reset.
     pub const RING_RESET: u64 = 1 << 40;
+    /// There are administration queues.
+    pub const ADMIN_VQ: u64 = 1 << 41;
 }
 
 /// The vector number that means "no interrupt".
