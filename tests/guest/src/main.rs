@@ -5,12 +5,15 @@
 //! `tern-guest:`; see the README for all of them.
 
 mod cmdline;
+mod host;
+mod kernel_log;
 mod netlink;
 mod pattern;
 mod power;
 mod scenario;
 mod setup;
 mod sys;
+mod user;
 
 use std::fmt;
 use std::fs;

@@ -1,4 +1,4 @@
-//! Network interfaces: addresses, state, namespaces. Just the four requests the scenarios need, over rtnetlink.
+//! Network interfaces: addresses, state, namespaces. Just the five requests the scenarios need, over rtnetlink.
 
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -18,10 +18,13 @@ const NLM_F_ACK: u16 = 4;
 const NLM_F_CREATE: u16 = 0x400;
 const NLM_F_REPLACE: u16 = 0x100;
 const IFF_UP: u32 = 1;
+const IFLA_IFNAME: u16 = 3;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const AF_INET: u8 = 2;
+/// The kernel puts a number in place of `%d`.
+const ANY_NAME: &[u8; 8] = b"eth%d\0\0\0";
 
 /// A connection to the network namespace of the thread that made it.
 pub struct Netlink {
@@ -68,9 +71,20 @@ impl Netlink {
             .context(format_args!("giving {name} the address {address}/{prefix}"))
     }
 
-    /// Moves an interface to another network namespace.
+    /// Moves an interface to another network namespace, which has none of that name.
     pub fn move_to(&self, name: &str, namespace: impl AsFd) -> Result<()> {
+        let message = Message::link(self.index(name)?, 0);
+        self.finish_move(name, namespace, message)
+    }
+
+    /// Moves an interface to another network namespace, where it gets the first name that is free.
+    pub fn move_back(&self, name: &str, namespace: impl AsFd) -> Result<()> {
         let mut message = Message::link(self.index(name)?, 0);
+        message.attribute(IFLA_IFNAME, ANY_NAME);
+        self.finish_move(name, namespace, message)
+    }
+
+    fn finish_move(&self, name: &str, namespace: impl AsFd, mut message: Message) -> Result<()> {
         message.attribute(IFLA_NET_NS_FD, &namespace.as_fd().as_raw_fd().to_ne_bytes());
         self.request(message).context(format_args!("moving {name}"))
     }

@@ -8,6 +8,7 @@ mod entropy;
 mod memory;
 mod net;
 mod pci;
+mod sriov;
 
 use std::fmt;
 use std::thread;
@@ -48,7 +49,7 @@ impl fmt::Display for Found {
 type Run = fn(&Request) -> Result<Found>;
 
 /// Name, parameters, what runs. The README says what each does.
-const SCENARIOS: [(&str, &[&str], Run); 20] = [
+const SCENARIOS: [(&str, &[&str], Run); 28] = [
     ("boot", &[], boot::run),
     ("pci", &[], pci::run),
     ("poweroff", &[], |_| power::end(RebootCommand::PowerOff)),
@@ -73,6 +74,14 @@ const SCENARIOS: [(&str, &[&str], Run); 20] = [
     ("shell", &[], console::shell),
     ("memory-touch", &["mib"], memory::touch),
     ("demo", &["disks", "networks"], demo::run),
+    ("sriov-enable", &["pf", "n", "drivers"], sriov::enable),
+    ("sriov-disable", &["pf"], sriov::disable),
+    ("sriov-rounds", &["pf", "n", "rounds"], sriov::rounds),
+    ("sriov-ping", &["pf", "n", "mib"], sriov::ping),
+    ("sriov-block", &["pf", "n", "mib"], sriov::block),
+    ("flr-io", &["pf", "n", "rounds"], sriov::flr_io),
+    ("admin-user", &["pf", "n", "strict"], sriov::admin_user),
+    ("dmesg-clean", &[], sriov::dmesg_clean),
 ];
 
 /// Runs one scenario.

@@ -1,12 +1,10 @@
 //! `net-*`: packets between two interfaces of this guest, and between one and the world outside.
 //!
-//! A kernel sends packets between its own addresses over `lo`, whatever interface has them. So the second interface is
-//! moved to a network namespace of its own, where a thread plays the other host.
+//! The second interface belongs to another [`Host`].
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,20 +13,20 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, recv
 
 use super::Found;
 use crate::cmdline::Request;
+use crate::host::{Host, PREFIX};
 use crate::netlink::Netlink;
 use crate::pattern::{self, Buffer, CHUNK};
-use crate::{Context, Failure, Result, check, sys};
+use crate::{Context, Failure, Result, check};
 
 /// How long the other side may take to answer the first time: it may still be coming up.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a transfer may stand still.
 const STALL: Duration = Duration::from_secs(60);
 /// Round trips that must succeed in a row.
-const PINGS: u16 = 5;
+pub const PINGS: u16 = 5;
 
 const OUR_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 const OTHER_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
-const PREFIX: u8 = 24;
 const PORT: u16 = 7000;
 const SEED_THERE: u64 = 0xab;
 const SEED_BACK: u64 = 0xba;
@@ -40,17 +38,20 @@ pub fn ping(request: &Request) -> Result<Found> {
     let netlink = Netlink::open()?;
     netlink.index(a)?;
     netlink.index(b)?;
-    let other = OtherHost::start(&netlink, b, chunks)?;
+    let other = Host::start(b, OTHER_ADDRESS)?;
+    let listener = listen(&other)?;
+    let served = other.begin(move || serve(&listener, chunks));
     netlink.address(a, OUR_ADDRESS, PREFIX)?;
     netlink.up(a)?;
     let round_trip = ping_until_answered(OTHER_ADDRESS)?;
     let began = Instant::now();
-    let (there, back) = transfer(chunks)?;
+    let (there, back) = transfer(OTHER_ADDRESS, chunks)?;
     let took = began.elapsed();
-    let received = other.end()?;
+    let received = served.wait()?;
     check(received == there, || {
         format!("sent crc32={there:08x}, but {received:08x} arrived")
     })?;
+    other.end()?;
     Ok(Found::default()
         .with("pings", PINGS)
         .with("rtt_us", round_trip.as_micros())
@@ -60,9 +61,30 @@ pub fn ping(request: &Request) -> Result<Found> {
         .with("crc32_back", format_args!("{back:08x}")))
 }
 
+/// Moves `chunks` from one host to another and as many back; how long that took.
+pub fn exchange(from: &Host, to: &Host, chunks: u64) -> Result<Duration> {
+    let listener = listen(to)?;
+    let served = to.begin(move || serve(&listener, chunks));
+    let began = Instant::now();
+    let peer = to.address;
+    let (there, _) = from.run(move || transfer(peer, chunks))?;
+    let took = began.elapsed();
+    let received = served.wait()?;
+    check(received == there, || {
+        format!("sent crc32={there:08x}, but {received:08x} arrived")
+    })?;
+    Ok(took)
+}
+
+/// A socket on which the host waits for a connection.
+fn listen(host: &Host) -> Result<TcpListener> {
+    let address = host.address;
+    host.run(move || TcpListener::bind((address, PORT)).context("listening"))
+}
+
 /// Sends and receives `chunks`; the checksums of what was sent and of what came back, which is checked.
-fn transfer(chunks: u64) -> Result<(u32, u32)> {
-    let mut stream = TcpStream::connect((OTHER_ADDRESS, PORT)).context("connecting")?;
+fn transfer(peer: Ipv4Addr, chunks: u64) -> Result<(u32, u32)> {
+    let mut stream = TcpStream::connect((peer, PORT)).context("connecting")?;
     limit(&stream)?;
     let there = send(&mut stream, SEED_THERE, chunks)?;
     let (back, bytes) = receive(&mut stream)?;
@@ -74,71 +96,6 @@ fn transfer(chunks: u64) -> Result<(u32, u32)> {
         format!("crc32={back:08x} came back instead of {expected:08x}")
     })?;
     Ok((there, back))
-}
-
-/// The thread behind the second interface.
-struct OtherHost {
-    thread: thread::JoinHandle<Result<u32>>,
-}
-
-impl OtherHost {
-    /// Moves interface `name` to a new namespace, and listens there.
-    fn start(netlink: &Netlink, name: &str, chunks: u64) -> Result<Self> {
-        let (namespace_to_us, namespace) = mpsc::channel::<Result<OwnedFd>>();
-        let (moved, interface_is_there) = mpsc::channel::<()>();
-        let (listening, ready) = mpsc::channel::<()>();
-        let interface = name.to_owned();
-        let thread = thread::spawn(move || {
-            let made = new_namespace();
-            let failed = made.is_err();
-            let gone = |_| Failure("the other thread is gone".into());
-            namespace_to_us
-                .send(made)
-                .map_err(|_| Failure("the other thread is gone".into()))?;
-            if failed {
-                return Err(Failure("no namespace".into()));
-            }
-            interface_is_there.recv().map_err(gone)?;
-            let netlink = Netlink::open()?;
-            netlink.address(&interface, OTHER_ADDRESS, PREFIX)?;
-            netlink.up(&interface)?;
-            let listener = TcpListener::bind((OTHER_ADDRESS, PORT)).context("listening")?;
-            listening
-                .send(())
-                .map_err(|_| Failure("the other thread is gone".into()))?;
-            serve(&listener, chunks)
-        });
-        let started = (|| {
-            let namespace = namespace
-                .recv()
-                .map_err(|_| Failure("no namespace".into()))??;
-            netlink.move_to(name, namespace)?;
-            moved.send(()).map_err(|_| Failure("no namespace".into()))?;
-            ready
-                .recv()
-                .map_err(|_| Failure(format!("{name} cannot be used")))
-        })();
-        match started {
-            Ok(()) => Ok(Self { thread }),
-            // Its own error says more.
-            Err(why) if thread.is_finished() => Err(Self { thread }.end().err().unwrap_or(why)),
-            Err(why) => Err(why),
-        }
-    }
-
-    /// The checksum of what it received.
-    fn end(self) -> Result<u32> {
-        self.thread
-            .join()
-            .map_err(|_| Failure("the other side panicked".into()))?
-    }
-}
-
-fn new_namespace() -> Result<OwnedFd> {
-    sys::new_network().context("unshare")?;
-    let namespace =
-        std::fs::File::open("/proc/thread-self/ns/net").context("/proc/thread-self/ns/net")?;
-    Ok(namespace.into())
 }
 
 fn serve(listener: &TcpListener, chunks: u64) -> Result<u32> {
