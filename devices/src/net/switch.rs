@@ -57,7 +57,7 @@ pub struct PortConfig {
 }
 
 /// One port, as it is now.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortInfo {
     /// From [`PortConfig::name`].
     pub name: String,
