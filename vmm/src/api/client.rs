@@ -9,8 +9,8 @@ use serde::de::DeserializeOwned;
 
 use super::Failure;
 
-/// Longest answer that is read.
-const ANSWER_MAX: u64 = 1 << 20;
+/// Longest answer that is read: thousands of virtual functions have something to say.
+const ANSWER_MAX: u64 = 16 << 20;
 /// How long an answer may take: a pause waits for the devices.
 const PATIENCE: Duration = Duration::from_secs(30);
 

@@ -2,7 +2,8 @@
 //!
 //! | module | what it does |
 //! |---|---|
-//! | [`client`] | what `tern info`, `pause`, `resume` and `shutdown` are made of |
+//! | [`client`] | what `tern info`, `pause`, `resume`, `shutdown` and `admin` are made of |
+//! | [`owners`] | SR-IOV owners, their members, administration commands |
 //! | [`routes`] | the requests and their answers |
 //! | [`server`] | a thread that serves them |
 //! | [`socket`] | the socket: one owner, readable by nobody else, gone at the end |
@@ -10,6 +11,7 @@
 //! The document of the API is `resources/openapi.json`; the server hands it out at `/openapi.json`.
 
 pub mod client;
+pub mod owners;
 pub mod routes;
 pub mod server;
 pub mod socket;
@@ -60,8 +62,10 @@ pub struct Info {
     pub kernel: String,
     /// Kernel command line.
     pub cmdline: String,
-    /// Virtio devices.
+    /// Virtio devices that are neither SR-IOV owners nor members.
     pub devices: Vec<Device>,
+    /// SR-IOV owners with their members.
+    pub owners: Vec<owners::Owner>,
 }
 
 /// A virtio device of the guest.

@@ -9,12 +9,13 @@ use axum::extract::State as Extract;
 use axum::http::{StatusCode, header};
 use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodRouter, get, put};
+use axum::routing::{MethodRouter, get, post, put};
 use axum::{Json, Router};
 use tokio::sync::broadcast;
 use tokio_stream::wrappers::BroadcastStream;
 use tokio_stream::{Stream, StreamExt};
 
+use super::owners::{self, AdminCommand, AdminError};
 use super::{Device, Event, Failure, Info, OPENAPI, Shutdown, State, Status};
 use crate::exit::Outcome;
 use crate::machine::{Machine, TransitionError};
@@ -27,8 +28,9 @@ pub(super) struct Context {
 }
 
 /// Every path of the API, and the methods it takes. The OpenAPI document is held against this list.
-pub const PATHS: [(&str, &[&str]); 6] = [
+pub const PATHS: [(&str, &[&str]); 7] = [
     ("/api/v1/info", &["get"]),
+    ("/api/v1/admin", &["post"]),
     ("/api/v1/pause", &["post", "put"]),
     ("/api/v1/resume", &["post", "put"]),
     ("/api/v1/shutdown", &["post", "put"]),
@@ -39,6 +41,7 @@ pub const PATHS: [(&str, &[&str]); 6] = [
 fn handler(path: &str) -> MethodRouter<Context> {
     match path {
         "/api/v1/info" => get(info),
+        "/api/v1/admin" => post(admin),
         "/api/v1/pause" => put(pause).post(pause),
         "/api/v1/resume" => put(resume).post(resume),
         "/api/v1/shutdown" => put(shutdown).post(shutdown),
@@ -104,6 +107,22 @@ pub fn describe(machine: &Machine) -> Info {
                 live: function.virtio.is_live(),
             })
             .collect(),
+        owners: owners::describe(machine),
+    }
+}
+
+async fn admin(Extract(context): Extract<Context>, body: Bytes) -> Response {
+    let command: AdminCommand = match serde_json::from_slice(&body) {
+        Ok(command) => command,
+        Err(error) => return failure(StatusCode::BAD_REQUEST, error),
+    };
+    let machine = context.machine;
+    let executed = tokio::task::spawn_blocking(move || owners::execute(&machine, &command)).await;
+    match executed {
+        Ok(Ok(answer)) => Json(answer).into_response(),
+        Ok(Err(error @ AdminError::Owner { .. })) => failure(StatusCode::NOT_FOUND, error),
+        Ok(Err(error @ AdminError::Data(_))) => failure(StatusCode::BAD_REQUEST, error),
+        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
     }
 }
 

@@ -1,5 +1,6 @@
 use std::collections::BTreeSet;
 
+use devices::net::{MacAddress, PortInfo, Stats};
 use serde_json::Value;
 
 use super::routes::PATHS;
@@ -59,6 +60,7 @@ fn the_schemas_are_those_of_the_answers() {
         kernel: "k".to_owned(),
         cmdline: "c".to_owned(),
         devices: vec![device.clone()],
+        owners: vec![owner()],
     };
     let status = Status {
         state: State::Paused,
@@ -85,6 +87,79 @@ fn the_schemas_are_those_of_the_answers() {
         force_after_ms: Some(1),
     };
     assert_eq!(properties("Shutdown"), (keys(&shutdown), BTreeSet::new()));
+}
+
+fn owner() -> owners::Owner {
+    let function = owners::Function {
+        name: "pf0".to_owned(),
+        place: Some("01:00.0".to_owned()),
+        live: true,
+        status: vec!["DRIVER_OK".to_owned()],
+        features: "0x0".to_owned(),
+        stopped_by: Vec::new(),
+    };
+    let member = owners::Member {
+        id: 1,
+        function: function.clone(),
+    };
+    let port = PortInfo {
+        name: "pf0".to_owned(),
+        mac: MacAddress::derive(0, 0),
+        up: true,
+        waiting: 0,
+        learned: 0,
+        stats: Stats::default(),
+    };
+    owners::Owner {
+        name: "pf0".to_owned(),
+        device: "net".to_owned(),
+        passthrough: false,
+        admin: "v1.4".to_owned(),
+        strict_admin: false,
+        function: Some(function),
+        total_members: 1,
+        existing_members: 1,
+        members: vec![member],
+        switch: vec![port],
+    }
+}
+
+#[test]
+fn the_schemas_of_owners_are_those_of_the_answers() {
+    let owner = owner();
+    let function = owner.function.as_ref().unwrap();
+    let port = &owner.switch[0];
+    let answer = owners::AdminAnswer {
+        status: 0,
+        status_name: "OK".to_owned(),
+        qualifier: 0,
+        qualifier_name: "OK".to_owned(),
+        result: String::new(),
+    };
+    let command = owners::AdminCommand {
+        owner: "pf0".to_owned(),
+        opcode: 0,
+        group: 0,
+        member: 0,
+        data: String::new(),
+    };
+    for (name, keys, optional) in [
+        ("Owner", keys(&owner), &["function"][..]),
+        ("Function", keys(function), &["place"]),
+        ("Port", keys(port), &[]),
+        ("PortStats", keys(&port.stats), &[]),
+        ("AdminAnswer", keys(&answer), &[]),
+        ("AdminCommand", keys(&command), &["member", "data"]),
+    ] {
+        let mut required = keys.clone();
+        required.retain(|key| !optional.contains(&key.as_str()));
+        assert_eq!(properties(name), (keys, required), "{name}");
+    }
+    // A member is a function with a number.
+    let id = BTreeSet::from(["id".to_owned()]);
+    assert_eq!(properties("Member"), (id.clone(), id.clone()));
+    let all: BTreeSet<_> = keys(function).union(&id).cloned().collect();
+    assert_eq!(keys(&owner.members[0]), all);
 }
 
 #[test]

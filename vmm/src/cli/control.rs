@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 use clap::Args;
 
+use super::info;
 use crate::api::client::{ClientError, request};
 use crate::api::{Info, Shutdown, State, Status};
-use crate::layout::format_memory_size;
 
 /// How often a guest that shuts down is looked at.
 const LOOK: Duration = Duration::from_millis(50);
@@ -45,7 +45,7 @@ impl Guest {
         if self.json {
             println!("{}", serde_json::to_string(&info)?);
         } else {
-            println!("{}", describe(&info));
+            println!("{}", info::describe(&info));
         }
         Ok(0)
     }
@@ -59,31 +59,6 @@ impl Guest {
     pub fn resume(&self) -> anyhow::Result<u8> {
         self.change("resume")
     }
-}
-
-fn describe(info: &Info) -> String {
-    let state = match info.state {
-        State::Running => "running",
-        State::Paused => "paused",
-        State::Ended => "ended",
-    };
-    let mut text = format!(
-        "state    {state}\nprocess  {} (tern {})\nvCPUs    {}\nmemory   {}\nkernel   {}\ncmdline  {}",
-        info.pid,
-        info.version,
-        info.cpus,
-        format_memory_size(info.memory),
-        info.kernel,
-        info.cmdline
-    );
-    for device in &info.devices {
-        let driver = if device.live { "in use" } else { "no driver" };
-        text += &format!(
-            "\n{}  {:<8} {} queues, {driver}",
-            device.place, device.name, device.queues
-        );
-    }
-    text
 }
 
 /// `tern shutdown`.

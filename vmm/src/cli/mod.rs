@@ -1,6 +1,8 @@
 //! The command line of `tern`.
 
+pub mod admin;
 pub mod control;
+mod info;
 pub mod run;
 
 use std::process::ExitCode;
@@ -35,6 +37,8 @@ enum Command {
     Resume(control::Guest),
     /// Press the guest's power button and wait until it has powered off
     Shutdown(control::ShutdownArgs),
+    /// Send an administration command to an SR-IOV owner of a running guest
+    Admin(admin::Admin),
     /// Say whether this host can run guests, and if not, why and what to do
     Doctor(Doctor),
 }
@@ -70,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Pause(guest) => guest.pause(),
         Command::Resume(guest) => guest.resume(),
         Command::Shutdown(command) => command.run(),
+        Command::Admin(command) => command.run(),
         Command::Doctor(command) => command.run(),
     };
     terminal::restore();

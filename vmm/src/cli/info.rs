@@ -1,0 +1,142 @@
+//! `tern info` for people.
+
+use devices::net::PortInfo;
+
+use crate::api::owners::{Function, Owner};
+use crate::api::{Device, Info, State};
+use crate::layout::format_memory_size;
+
+/// `info` in lines.
+pub fn describe(info: &Info) -> String {
+    let state = match info.state {
+        State::Running => "running",
+        State::Paused => "paused",
+        State::Ended => "ended",
+    };
+    let mut lines = vec![
+        format!("state    {state}"),
+        format!("process  {} (tern {})", info.pid, info.version),
+        format!("vCPUs    {}", info.cpus),
+        format!("memory   {}", format_memory_size(info.memory)),
+        format!("kernel   {}", info.kernel),
+        format!("cmdline  {}", info.cmdline),
+    ];
+    lines.extend(info.devices.iter().map(device));
+    for owner in &info.owners {
+        lines.extend(describe_owner(owner));
+    }
+    lines.join("\n")
+}
+
+fn device(device: &Device) -> String {
+    let driver = if device.live { "in use" } else { "no driver" };
+    format!(
+        "{}  {:<8} {} queues, {driver}",
+        device.place, device.name, device.queues
+    )
+}
+
+fn describe_owner(owner: &Owner) -> Vec<String> {
+    let whose = if owner.passthrough {
+        ", kept by the monitor"
+    } else {
+        ""
+    };
+    let strict = if owner.strict_admin { ", strict" } else { "" };
+    let mut lines = vec![format!(
+        "\nowner    {} ({}{whose}), {} of {} virtual functions, admin commands {}{strict}",
+        owner.name, owner.device, owner.existing_members, owner.total_members, owner.admin
+    )];
+    lines.extend(owner.function.iter().map(function));
+    lines.extend(
+        owner
+            .members
+            .iter()
+            .map(|member| function(&member.function)),
+    );
+    if !owner.switch.is_empty() {
+        lines.push(format!(
+            "  {:<12} {:<17}  {:<4} {:>10} {:>12} {:>10} {:>12} {:>8}",
+            "switch port", "MAC", "link", "received", "bytes", "sent", "bytes", "dropped"
+        ));
+        lines.extend(owner.switch.iter().map(port));
+    }
+    lines
+}
+
+fn function(function: &Function) -> String {
+    let driver = match (function.live, function.status.as_slice()) {
+        (true, _) => format!("in use, features {}", function.features),
+        (false, []) => "no driver".to_owned(),
+        (false, status) => format!("driver not ready ({})", status.join(", ")),
+    };
+    // Without a driver that is ready there is nothing to stop.
+    let stopped = match function.stopped_by.as_slice() {
+        reasons if function.live && !reasons.is_empty() => {
+            format!(", stopped by {}", reasons.join(", "))
+        }
+        _ => String::new(),
+    };
+    let place = function.place.as_deref().unwrap_or("-");
+    format!("{place:<7}  {:<9} {driver}{stopped}", function.name)
+}
+
+fn port(port: &PortInfo) -> String {
+    let stats = port.stats;
+    let dropped = stats.rx_overflow
+        + stats.rx_oversize
+        + stats.tx_malformed
+        + stats.tx_refused
+        + stats.tx_spoofed;
+    format!(
+        "  {:<12} {:<17}  {:<4} {:>10} {:>12} {:>10} {:>12} {:>8}",
+        port.name,
+        port.mac,
+        if port.up { "up" } else { "down" },
+        stats.rx_frames,
+        stats.rx_bytes,
+        stats.tx_frames,
+        stats.tx_bytes,
+        dropped
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn a_function(status: &[&str], stopped_by: &[&str]) -> Function {
+        Function {
+            name: "pf0-vf1".to_owned(),
+            place: Some("01:00.1".to_owned()),
+            live: status.contains(&"DRIVER_OK"),
+            status: status.iter().map(|s| (*s).to_owned()).collect(),
+            features: "0x3".to_owned(),
+            stopped_by: stopped_by.iter().map(|s| (*s).to_owned()).collect(),
+        }
+    }
+
+    #[test]
+    fn functions_show_their_driver_and_what_stops_them() {
+        for (status, stopped_by, text) in [
+            (&[][..], &["NO_DRIVER"][..], "01:00.1  pf0-vf1   no driver"),
+            (
+                &["ACKNOWLEDGE"],
+                &["NO_DRIVER"],
+                "01:00.1  pf0-vf1   driver not ready (ACKNOWLEDGE)",
+            ),
+            (
+                &["DRIVER_OK"],
+                &[],
+                "01:00.1  pf0-vf1   in use, features 0x3",
+            ),
+            (
+                &["DRIVER_OK"],
+                &["PAUSED"],
+                "01:00.1  pf0-vf1   in use, features 0x3, stopped by PAUSED",
+            ),
+        ] {
+            assert_eq!(function(&a_function(status, stopped_by)), text);
+        }
+    }
+}
