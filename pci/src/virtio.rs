@@ -31,12 +31,14 @@ use crate::cap;
 use crate::cap::pcie::{self, PortType};
 use crate::cap::virtio as vendor;
 use crate::config::{ConfigBuilder, ConfigError, ConfigSpace};
+use crate::ecap::ari;
 use crate::ecap::sriov::{Declaration, Sriov, SriovError};
 use crate::function::{BarSlot, ConfigTarget, Decoded, FunctionDoorbell, PciFunction, Resource};
 use crate::header::{self, Command};
 use crate::msi::MsiController;
 use crate::msix::{Msix, VectorCount};
 use crate::owner::registers::SriovRegisters;
+use crate::topology::DevFn;
 use capabilities::Offsets;
 use common::CommonConfig;
 use layout::{Layout, MAX_DEVICE_LEN, Region};
@@ -312,6 +314,14 @@ impl VirtioPci {
         let access = vendor::access(&self.config(), self.offsets.pci_cfg)?;
         let end = u64::from(access.offset) + u64::from(access.len);
         (access.bar == BAR && end <= self.layout.size()).then_some(access)
+    }
+
+    /// On a bus of several functions behind a port: the one after this is at `next`. Once told, for good; the last
+    /// function is not. Guests that enumerate by ARI follow this list.
+    pub fn set_next_function(&self, next: DevFn) {
+        if let Some(at) = self.offsets.ari {
+            ari::set_next(&mut self.config(), at, next);
+        }
     }
 
     fn decoded_by(&self, config: &ConfigSpace) -> Vec<Decoded> {

@@ -2,7 +2,7 @@
 //!
 //! A driver enables ARI forwarding in the port above only if function 0 below it has this capability (D1).
 
-use crate::config::{Block, Register};
+use crate::config::{Block, ConfigSpace, Register};
 use crate::topology::DevFn;
 
 /// Extended capability ID.
@@ -29,6 +29,11 @@ pub fn block(next: Option<DevFn>) -> Block {
     }
 }
 
+/// Makes `next` the successor of the function whose capability is at `at`, for good.
+pub fn set_next(config: &mut ConfigSpace, at: u16, next: DevFn) {
+    config.hardwire_byte(at + CAPABILITY + 1, next.0);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -47,6 +52,9 @@ mod tests {
             config.write(at + 4, &[0xff; 4]);
             assert_eq!(config.dword(at), 0x0001_000e);
             assert_eq!(config.dword(at + CAPABILITY), expected);
+            set_next(&mut config, at, DevFn(9));
+            config.reset();
+            assert_eq!(config.dword(at + CAPABILITY), 0x0900);
         }
     }
 }

@@ -15,6 +15,8 @@ pub(super) struct Offsets {
     pub pcie: u16,
     pub msix: u16,
     pub pci_cfg: u16,
+    /// Behind a port.
+    pub ari: Option<u16>,
 }
 
 /// Lays out the capability lists, but for SR-IOV.
@@ -57,13 +59,15 @@ pub(super) fn add(
     let notify = vendor::notify_block(structure(Region::Notify), NOTIFY_MULTIPLIER);
     builder.capability(vendor::ID, &notify)?;
     let pci_cfg = builder.capability(vendor::ID, &vendor::access_block())?;
-    if port_type == PortType::Endpoint {
+    let ari = match port_type {
         // The list of functions ends here: VFs are not in it, wherever they are.
-        builder.extended(ari::ID, ari::VERSION, &ari::block(None))?;
-    }
+        PortType::Endpoint => Some(builder.extended(ari::ID, ari::VERSION, &ari::block(None))?),
+        _ => None,
+    };
     Ok(Offsets {
         pcie,
         msix,
         pci_cfg,
+        ari,
     })
 }
