@@ -7,9 +7,6 @@ use std::path::Path;
 use super::{ConfigError, MAX_DEVICES, Machine, NetBackend, PfDevice};
 use crate::console::Target;
 
-/// The most places on the root bus: 32 devices of eight functions, without the host bridge.
-const MAX_ROOT_PLACES: usize = 255;
-
 fn contradiction(first: String, second: String, reason: &'static str) -> ConfigError {
     ConfigError::Contradiction {
         first,
@@ -53,24 +50,14 @@ impl Machine {
     }
 
     fn check_places(&self) -> Result<(), ConfigError> {
-        let too_many = |reason| {
-            Err(ConfigError::Value {
-                option: "--disk, --net and --pf",
-                reason,
-            })
-        };
         if self.device_count() > MAX_DEVICES {
-            return too_many(format!(
-                "{} devices are too many; a guest has at most {MAX_DEVICES}",
-                self.device_count()
-            ));
-        }
-        if self.root_places() > MAX_ROOT_PLACES {
-            return too_many(format!(
-                "they need {} places on the root bus, which has {MAX_ROOT_PLACES}; use fewer virtual functions with \
-                 passthrough, each 8 of which take one",
-                self.root_places()
-            ));
+            return Err(ConfigError::Value {
+                option: "--disk, --net and --pf",
+                reason: format!(
+                    "{} devices are too many; a guest has at most {MAX_DEVICES}",
+                    self.device_count()
+                ),
+            });
         }
         Ok(())
     }

@@ -28,10 +28,8 @@ pub const DEFAULT_MEMORY: u64 = 256 * layout::MIB;
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
 /// The most vCPUs: local APIC ids of 8 bits, of which 255 means all.
 pub const MAX_CPUS: u8 = 254;
-/// The most virtio devices, owners included and members not.
+/// The most virtio devices, owners included and members not: one bus has 32 places, one of which is the host bridge's.
 const MAX_DEVICES: usize = 31;
-/// Functions behind one port, where the monitor keeps an owner and passes its members through: a device has eight.
-pub const MEMBERS_PER_PORT: usize = 8;
 
 /// The configuration file, and the command line in the same form. Everything is optional; unknown keys are errors.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -226,13 +224,7 @@ impl Machine {
         let slots = self.disks.iter().map(|d| d.bus);
         let slots = slots.chain(self.nets.iter().map(|n| n.bus));
         let ports = slots.filter(|slot| *slot == Slot::Port).count();
-        (1 + ports + self.pfs.iter().map(Pf::port_count).sum::<usize>()) as u16
-    }
-
-    /// Places taken on the root bus, without the host bridge's.
-    fn root_places(&self) -> usize {
-        let owners = self.pfs.iter().map(Pf::port_count).sum::<usize>();
-        self.device_count() - self.pfs.len() + owners
+        (1 + ports + self.pfs.len()) as u16
     }
 }
 

@@ -9,7 +9,6 @@ use devices::net::MacAddress;
 use devices::virtio::DeviceType;
 use serde::{Deserialize, Serialize};
 
-use super::MEMBERS_PER_PORT;
 use super::options::{fields, interface_name, interface_name_rule, unknown};
 
 /// The most virtual functions: with their owner they fill a bus.
@@ -76,14 +75,6 @@ impl Pf {
                 true => Strictness::Strict,
                 false => Strictness::Lenient,
             },
-        }
-    }
-
-    /// Root ports it takes: one with the whole group behind it, or one for each eight members passed through.
-    pub fn port_count(&self) -> usize {
-        match self.passthrough {
-            true => usize::from(self.vfs).div_ceil(MEMBERS_PER_PORT),
-            false => 1,
         }
     }
 

@@ -1,8 +1,8 @@
 //! An SR-IOV owner and its members, from one declaration: devices, addresses, switch ports, functions, their places.
 //!
 //! [`GroupBackend::open`] claims what the host must give; [`Group::plug`] puts functions around it. There are two ways
-//! to show them: all on one bus behind a root port, where the guest's driver of the owner enables the members; or the
-//! members alone, as plain endpoints, while the monitor keeps the owner and drives it.
+//! to show them on a bus behind a root port: all of them, where the guest's driver of the owner enables the members; or
+//! the members alone, as plain endpoints, while the monitor keeps the owner and drives it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -23,7 +23,7 @@ use pci::virtio::{Options, VirtioPci};
 
 use super::functions::FunctionError;
 use crate::config::pf::{member_path, nth_mac};
-use crate::config::{MEMBERS_PER_PORT, Pf, PfDevice};
+use crate::config::{Pf, PfDevice};
 
 /// Threads that the disks of an owner and its members share.
 const DISK_THREADS: usize = 4;
@@ -177,8 +177,8 @@ pub struct Group {
     pub pf: Option<Arc<VirtioFunction>>,
     /// All members, whether or not they exist now.
     pub members: Vec<Arc<VirtioFunction>>,
-    /// The root ports they are behind.
-    ports: Vec<Bdf>,
+    /// The root port they are behind.
+    port: Bdf,
     switch: Option<Switch>,
     /// What the monitor negotiated as a driver of the owner.
     session: Mutex<Session>,
@@ -201,22 +201,17 @@ impl Group {
         }
         let group = members.iter().map(|vf| Arc::clone(vf) as Arc<dyn Member>);
         let owner = admin::Owner::new(group.collect(), backend.declaration.admin_options());
-        let mut ports = Vec::new();
-        let pf = match backend.pf {
+        let (pf, port) = match backend.pf {
             Some(device) => {
                 let owner = Arc::clone(&owner);
                 let pf = VirtioFunction::new_owner(name.clone(), device, ram.view()?, owner)?;
                 let options = owner::Options::default();
                 let bus = OwnerPci::new(Arc::clone(&pf), members.clone(), msi, options)?;
-                ports.push(pci.add_root_port(bus)?);
-                Some(pf)
+                (Some(pf), pci.add_root_port(bus)?)
             }
             None => {
                 owner.set_membership(Arc::new(FixedMembership(backend.declaration.vfs)));
-                for device in members.chunks(MEMBERS_PER_PORT) {
-                    ports.push(pci.add_root_port(Device::new(device, msi)?)?);
-                }
-                None
+                (None, pci.add_root_port(Members::new(&members, msi)?)?)
             }
         };
         for function in pf.iter().chain(&members) {
@@ -231,7 +226,7 @@ impl Group {
             owner,
             pf,
             members,
-            ports,
+            port,
             switch: backend.switch,
             session: Mutex::default(),
         })
@@ -245,14 +240,11 @@ impl Group {
     /// Where function `number` is on the bus now, or would be if it existed; 0 is the owner. `None` while the guest
     /// has not numbered the bus, and for an owner that is not on one.
     pub fn place(&self, pci: &PciRoot, number: u16) -> Option<Bdf> {
-        let (port, function) = match self.pf {
-            Some(_) => (0, usize::from(number)),
-            None => {
-                let index = usize::from(number.checked_sub(1)?);
-                (index / MEMBERS_PER_PORT, index % MEMBERS_PER_PORT)
-            }
+        let function = match self.pf {
+            Some(_) => number,
+            None => number.checked_sub(1)?,
         };
-        let bus = pci.secondary_bus(*self.ports.get(port)?)?;
+        let bus = pci.secondary_bus(self.port)?;
         Some(Bdf::new(bus, DevFn(u8::try_from(function).ok()?)))
     }
 
@@ -269,10 +261,10 @@ impl Group {
     }
 }
 
-/// Up to eight members as the functions of one device behind a port.
-struct Device(Vec<Arc<VirtioPci>>);
+/// Members that are passed through: plain functions on one bus, as ARI numbers them.
+struct Members(Vec<Arc<VirtioPci>>);
 
-impl Device {
+impl Members {
     fn new(
         members: &[Arc<VirtioFunction>],
         msi: &dyn MsiController,
@@ -280,14 +272,22 @@ impl Device {
         let show =
             |vf: &Arc<VirtioFunction>| VirtioPci::new(Arc::clone(vf), msi, Options::BEHIND_PORT);
         let functions = members.iter().map(show).collect::<Result<Vec<_>, _>>()?;
+        for (function, next) in functions
+            .iter()
+            .zip(1..)
+            .take(functions.len().saturating_sub(1))
+        {
+            function.set_next_function(DevFn(next));
+        }
         if let [first, _, ..] = functions.as_slice() {
+            // For guests without ARI, which see the first eight.
             first.set_multi_function();
         }
         Ok(Arc::new(Self(functions)))
     }
 }
 
-impl Children for Device {
+impl Children for Members {
     fn at(&self, devfn: DevFn) -> Option<Arc<dyn ConfigTarget>> {
         let function = self.0.get(usize::from(devfn.0))?;
         Some(Arc::clone(function) as _)
