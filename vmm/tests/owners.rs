@@ -1,5 +1,8 @@
 //! What one `--pf` puts on the bus, as a driver finds it: without KVM, over mock memory and interrupts.
 
+// The helpers state what must hold, like the tests they are part of.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::HashSet;
 
 use devices::admin::{GroupType, Request};
