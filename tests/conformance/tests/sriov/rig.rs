@@ -5,16 +5,16 @@ use std::sync::Arc;
 use devices::admin::{Options, Owner};
 use devices::virtio::VirtioFunction;
 use driver::access::{DmaExt, Function, FunctionExt};
-use driver::host::{Controls, HostDma, HostFunction, Loopback, Machine, Shape};
+use driver::host::{Controls, HostDma, HostFunction, Loopback, Machine, Shape, VirtualFunction};
 use driver::pci::{
     Address, change_command, command, find_capability, find_extended_capability, header, id,
 };
-use driver::virtio::{Buffer, SplitQueue, Transport};
+use driver::virtio::{Buffer, SplitQueue, Transport, feature};
 use pci::owner::{self, OwnerPci};
 
 /// Features of an owner.
-pub const SR_IOV: u64 = 1 << 37;
-pub const ADMIN_VQ: u64 = 1 << 41;
+pub const SR_IOV: u64 = feature::SR_IOV;
+pub const ADMIN_VQ: u64 = feature::ADMIN_VQ;
 
 /// Registers of the SR-IOV capability, by byte offset.
 pub mod sriov {
@@ -28,7 +28,6 @@ pub mod sriov {
     pub const VF_DEVICE_ID: u16 = 0x1a;
     pub const SUPPORTED_PAGES: u16 = 0x1c;
     pub const SYSTEM_PAGE: u16 = 0x20;
-    pub const VF_BAR0: u16 = 0x24;
     /// VF Enable, VF MSE, ARI Capable Hierarchy.
     pub const ON: u16 = 0x19;
     pub const OFF: u16 = 0x10;
@@ -131,25 +130,8 @@ impl Rig {
     }
 
     /// VF `index`, from 1, as a driver reaches it.
-    pub fn vf(&self, index: u8) -> Vf {
-        let register = |half: u16| self.sriov(sriov::VF_BAR0) + half;
-        let low: u32 = self.at(0).config(register(0));
-        let high: u32 = self.at(0).config(register(4));
-        self.at(0).set_config(register(0), u32::MAX);
-        let mask: u32 = self.at(0).config(register(0));
-        self.at(0).set_config(register(0), low);
-        let size = u64::from(!(mask & !0xf)) + 1;
-        let base = u64::from(high) << 32 | u64::from(low & !0xf);
-        Vf {
-            inner: self.at(index),
-            ids: [0xf4, 0x1a].into_iter().chain(self.vf_device()).collect(),
-            bar: base + u64::from(index - 1) * size,
-        }
-    }
-
-    fn vf_device(&self) -> [u8; 2] {
-        let id: u16 = self.at(0).config(self.sriov(sriov::VF_DEVICE_ID));
-        id.to_le_bytes()
+    pub fn vf(&self, index: u8) -> VirtualFunction {
+        VirtualFunction::new(&self.at(0), index).unwrap().unwrap()
     }
 
     /// A driver of `function` with `features`, all queues enabled, and the administration queue if it has one.
@@ -198,42 +180,6 @@ fn enable_vectors<F: Function>(transport: &Transport<F>) {
         msix.set_entry(transport.function(), vector, entry);
     }
     msix.set_control(transport.function(), true, false);
-}
-
-/// A virtual function: its configuration space gives no ids and no BAR, so a driver takes the ids from the PF's
-/// capability and the address from the PF's VF BAR.
-#[derive(Clone)]
-pub struct Vf {
-    inner: HostFunction,
-    ids: Vec<u8>,
-    bar: u64,
-}
-
-impl Function for Vf {
-    fn read_config(&self, offset: u16, data: &mut [u8]) {
-        self.inner.read_config(offset, data);
-        for (at, byte) in (usize::from(offset)..).zip(data) {
-            *byte = self.ids.get(at).copied().unwrap_or(*byte);
-        }
-    }
-
-    fn write_config(&self, offset: u16, data: &[u8]) {
-        self.inner.write_config(offset, data);
-    }
-
-    fn read_bar(&self, bar: u8, offset: u64, data: &mut [u8]) {
-        assert_eq!(bar, 0, "a VF has one BAR");
-        self.inner.machine().read(self.bar + offset, data);
-    }
-
-    fn write_bar(&self, bar: u8, offset: u64, data: &[u8]) {
-        assert_eq!(bar, 0, "a VF has one BAR");
-        self.inner.machine().write(self.bar + offset, data);
-    }
-
-    fn relax(&self) {
-        self.inner.relax();
-    }
 }
 
 /// A driver and a function that is live.

@@ -8,6 +8,7 @@ mod machine;
 mod memory;
 mod msi;
 mod pump;
+mod virtual_function;
 
 pub use loopback::{Controls, Loopback, Shape};
 pub use machine::{
@@ -16,3 +17,4 @@ pub use machine::{
 pub use memory::HostDma;
 pub use msi::{Delivery, MockMsi};
 pub use pump::Pump;
+pub use virtual_function::VirtualFunction;
