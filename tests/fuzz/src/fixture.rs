@@ -12,10 +12,11 @@ use devices::memory::GuestSlice;
 use devices::net::{MacAddress, Net, PortConfig, Switch};
 use devices::rng::Rng;
 use devices::virtio::{VirtioDevice, VirtioFunction};
-use driver::access::DmaExt;
+use driver::access::{DmaExt, Function};
 use driver::host::{Controls, HostDma, HostFunction, Loopback, Machine, Place, Pump, Shape};
 use driver::pci::{Address, change_command, command};
 use driver::virtio::{Buffer, SplitQueue, Transport, feature, status};
+use pci::root::Doorbell;
 
 /// How long anything may take that a thread of its own does.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -170,29 +171,38 @@ impl Board {
         assert!(self.machine.settle(), "a device never rests");
     }
 
-    /// The doorbells that are registered are the ones that should be.
+    /// See [`check_doorbells`].
     pub fn check_doorbells(&self) {
-        let addresses = |list: Vec<pci::root::Doorbell>| -> BTreeSet<u64> {
-            list.iter().map(|d| d.address).collect()
-        };
-        let registered = addresses(self.machine.registered_doorbells());
-        let due = addresses(self.machine.root().doorbells());
-        assert_eq!(registered, due, "a layout change was not reported");
+        check_doorbells(&self.machine);
     }
 
-    /// Every interrupt so far went somewhere.
+    /// See [`check_interrupts`].
     pub fn check_interrupts(&self) {
-        for delivery in self.machine.msi().take() {
-            assert!(delivery.message.is_some(), "no route: {delivery:?}");
-        }
+        check_interrupts(&self.machine);
+    }
+}
+
+/// The doorbells that are registered are the ones that should be.
+pub fn check_doorbells(machine: &Machine) {
+    let addresses =
+        |list: Vec<Doorbell>| -> BTreeSet<u64> { list.iter().map(|d| d.address).collect() };
+    let registered = addresses(machine.registered_doorbells());
+    let due = addresses(machine.root().doorbells());
+    assert_eq!(registered, due, "a layout change was not reported");
+}
+
+/// Every interrupt so far went somewhere.
+pub fn check_interrupts(machine: &Machine) {
+    for delivery in machine.msi().take() {
+        assert!(delivery.message.is_some(), "no route: {delivery:?}");
     }
 }
 
 /// Starts the device behind `function` from reset and has it echo: whatever happened to it before, it works again.
-pub fn assert_works(board: &Board, function: &HostFunction) {
-    let transport = Transport::new(function.clone()).expect("capabilities");
+pub fn assert_works(machine: &Machine, function: impl Function) {
+    let transport = Transport::new(function).expect("capabilities");
     transport.negotiate(feature::EVENT_IDX).expect("features");
-    let dma = board.machine.dma();
+    let dma = machine.dma();
     let mut queue = SplitQueue::new(dma.clone(), 8, true).expect("memory");
     transport
         .enable_queue(1, queue.layout(), 0xffff)
@@ -208,7 +218,7 @@ pub fn assert_works(board: &Board, function: &HostFunction) {
     if queue.publish() {
         transport.notify(1);
     }
-    board.settle();
+    assert!(machine.settle(), "a device never rests");
     let used = queue.take().expect("a used ring by the rules");
     assert_eq!(used.map(|u| u.len), Some(len));
     assert_eq!(dma.bytes(to, 11), bytes);

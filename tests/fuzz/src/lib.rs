@@ -7,28 +7,34 @@
 // A target states what must hold, like a test.
 #![allow(clippy::expect_used, clippy::panic)]
 
+mod admin;
 mod fixture;
 mod host;
 mod input;
 mod net;
 mod queues;
 mod registers;
+mod sriov;
 
+pub use admin::admin_commands;
 pub use host::{configuration, kernel_image};
 pub use net::net_frames;
 pub use queues::{queue_device_side, queue_driver_side};
 pub use registers::{pci_config, virtio_registers};
+pub use sriov::sriov_config;
 
 /// A target's name and its function.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
 pub const TARGETS: &[Target] = &[
+    ("admin_commands", admin_commands),
     ("configuration", configuration),
     ("kernel_image", kernel_image),
     ("net_frames", net_frames),
     ("pci_config", pci_config),
     ("queue_device_side", queue_device_side),
     ("queue_driver_side", queue_driver_side),
+    ("sriov_config", sriov_config),
     ("virtio_registers", virtio_registers),
 ];

@@ -115,7 +115,7 @@ fn recover(board: &Board) {
         change_command(function, command::MEMORY | command::BUS_MASTER, 0);
     }
     for function in &board.functions {
-        assert_works(board, function);
+        assert_works(&board.machine, function);
     }
 }
 
@@ -154,7 +154,7 @@ pub fn virtio_registers(data: &[u8]) {
         board.check_doorbells();
         board.check_interrupts();
     }
-    assert_works(&board, function);
+    assert_works(&board.machine, function);
 }
 
 fn any_access(input: &mut Input<'_>, function: &HostFunction, start: u64, len: u64) {

@@ -70,11 +70,13 @@ macro_rules! smoke {
 }
 
 smoke! {
+    admin_commands
     configuration
     kernel_image
     net_frames
     pci_config
     queue_device_side
     queue_driver_side
+    sriov_config
     virtio_registers
 }
