@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use crate::trial;
 use crate::vm::Vm;
 
-const MIB: u64 = 1 << 20;
+pub const MIB: u64 = 1 << 20;
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -41,7 +41,7 @@ fn option(path: &Path, more: &str) -> String {
 }
 
 /// The CRC-32 of the first `mib` MiB of the file.
-fn checksum(path: &Path, mib: u64) -> Result<u32> {
+pub fn checksum(path: &Path, mib: u64) -> Result<u32> {
     let mut hasher = crc32fast::Hasher::new();
     let mut file = File::open(path)?.take(mib * MIB);
     let mut buffer = vec![0; 64 * 1024];

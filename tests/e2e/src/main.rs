@@ -15,6 +15,7 @@ mod boot;
 mod console;
 mod net;
 mod refusals;
+mod sriov;
 mod vm;
 
 use libtest_mimic::{Arguments, Trial};
@@ -26,6 +27,7 @@ fn main() -> std::process::ExitCode {
         block::trials(),
         net::trials(),
         console::trials(),
+        sriov::trials(),
         api::trials(),
         refusals::trials(),
     ]

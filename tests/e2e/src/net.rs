@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 
 use crate::trial;
-use crate::vm::Vm;
+use crate::vm::{Outcome, Vm};
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -42,13 +42,20 @@ fn ip(arguments: &str) -> Result<()> {
     Ok(())
 }
 
-fn tap() -> Result<()> {
+/// Makes tap `name` with address `192.168.NETWORK.1`, and expects that the guest reads all that is sent there: `run`
+/// gets the parameters for the scenario `net-tap`.
+pub fn with_tap(
+    name: &str,
+    network: u8,
+    run: impl FnOnce(String) -> Result<Outcome>,
+) -> Result<()> {
     const BYTES: usize = 4 << 20;
-    ip("tuntap add dev terntest0 mode tap")?;
+    ip(&format!("tuntap add dev {name} mode tap"))?;
     let result = (|| {
-        ip("addr add 192.168.77.1/24 dev terntest0")?;
-        ip("link set terntest0 up")?;
-        let listener = TcpListener::bind("192.168.77.1:0")?;
+        let host = format!("192.168.{network}.1");
+        ip(&format!("addr add {host}/24 dev {name}"))?;
+        ip(&format!("link set {name} up"))?;
+        let listener = TcpListener::bind((host.as_str(), 0))?;
         let port = listener.local_addr()?.port();
         let data: Vec<u8> = (0..BYTES).map(|i| (i * 7 + i / 251) as u8).collect();
         let crc = format!("{:08x}", crc32fast::hash(&data));
@@ -56,11 +63,7 @@ fn tap() -> Result<()> {
             let (mut stream, _) = listener.accept()?;
             stream.write_all(&data)
         });
-        let outcome = Vm::new(format!(
-            "net-tap:peer=192.168.77.1:port={port}:addr=192.168.77.2"
-        ))
-        .args(["--net", "tap=terntest0"])
-        .run_ok()?;
+        let outcome = run(format!("peer={host}:port={port}:addr=192.168.{network}.2"))?;
         ensure!(
             outcome.value("net-tap", "crc32")? == crc,
             "{}",
@@ -72,6 +75,14 @@ fn tap() -> Result<()> {
         );
         Ok(())
     })();
-    ip("link del terntest0")?;
+    ip(&format!("link del {name}"))?;
     result
+}
+
+fn tap() -> Result<()> {
+    with_tap("terntest0", 77, |parameters| {
+        Vm::new(format!("net-tap:{parameters}"))
+            .args(["--net", "tap=terntest0"])
+            .run_ok()
+    })
 }

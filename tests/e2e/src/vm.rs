@@ -40,7 +40,9 @@ pub struct Vm {
     kernel: &'static str,
     series: &'static str,
     scenario: String,
+    parameters: &'static str,
     arguments: Vec<OsString>,
+    patience: Duration,
 }
 
 impl Vm {
@@ -50,13 +52,27 @@ impl Vm {
             kernel: "vmlinuz-6.12",
             series: "6.12",
             scenario: scenario.into(),
+            parameters: "",
             arguments: Vec::new(),
+            patience: PATIENCE,
         }
     }
 
     /// Boots `kernel`, of the series (6.12, 6.1) whose modules the initramfs must hold.
     pub fn kernel(mut self, kernel: &'static str, series: &'static str) -> Self {
         (self.kernel, self.series) = (kernel, series);
+        self
+    }
+
+    /// Gives the kernel more parameters.
+    pub fn parameters(mut self, parameters: &'static str) -> Self {
+        self.parameters = parameters;
+        self
+    }
+
+    /// Waits so long for the end: for a guest that sleeps longer than [`PATIENCE`] all in all.
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
         self
     }
 
@@ -77,8 +93,8 @@ impl Vm {
             .arg(image(&format!("initramfs-{}.cpio", self.series))?)
             .arg("--cmdline")
             .arg(format!(
-                "console=ttyS0 quiet panic=-1 tern.run={}",
-                self.scenario
+                "console=ttyS0 quiet panic=-1 {} tern.run={}",
+                self.parameters, self.scenario
             ))
             .args(&self.arguments);
         Ok(command)
@@ -93,7 +109,7 @@ impl Vm {
     pub fn run(&self) -> Result<Outcome> {
         let mut running = self.spawn()?;
         running.close_input();
-        running.wait()
+        running.wait_for_end(self.patience)
     }
 
     /// Runs the guest to its end and expects it to power off with no scenario failed.
@@ -180,8 +196,13 @@ impl Running {
     }
 
     /// Waits for the end of the process.
-    pub fn wait(mut self) -> Result<Outcome> {
-        let deadline = Instant::now() + PATIENCE;
+    pub fn wait(self) -> Result<Outcome> {
+        self.wait_for_end(PATIENCE)
+    }
+
+    /// Waits for the end of the process, so long at most.
+    pub fn wait_for_end(mut self, patience: Duration) -> Result<Outcome> {
+        let deadline = Instant::now() + patience;
         let status = loop {
             if let Some(status) = self.child.try_wait()? {
                 break status;
@@ -190,7 +211,7 @@ impl Running {
                 self.child.kill()?;
                 self.child.wait()?;
                 bail!(
-                    "no end after {PATIENCE:?}\n{}\n{}",
+                    "no end after {patience:?}\n{}\n{}",
                     self.stdout.text(),
                     self.stderr.text()
                 );

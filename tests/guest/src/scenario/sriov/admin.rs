@@ -49,6 +49,7 @@ pub fn run(request: &Request) -> Result<Found> {
     })?;
     let driver = UserDriver::start(&owner)?;
     let commands = driver.examine(n, strict)?;
+    log.check_clean()?;
     owner.function.unbind()?;
     // An empty line takes it back.
     owner.function.set("driver_override", "\n")?;
@@ -57,7 +58,10 @@ pub fn run(request: &Request) -> Result<Found> {
         "the stock driver did not take the PF back".into()
     })?;
     owner.function.virtio_driver()?;
-    log.check_clean()?;
+    // Linux asks about virtual functions before there are any, and says so when it is refused.
+    if !strict {
+        log.check_clean()?;
+    }
     Ok(Found::default()
         .with("pf", &owner.function.address)
         .with("commands", commands)

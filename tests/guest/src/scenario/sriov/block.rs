@@ -19,10 +19,7 @@ pub fn run(request: &Request) -> Result<Found> {
         .iter()
         .map(|member| Ok(Disk::new(&member.disk()?)))
         .collect::<Result<_>>()?;
-    let mut found = Vec::new();
-    for disk in &disks {
-        found.push(format!("{:08x}", disk.checksum(1)?));
-    }
+    let found = checksums(&disks, 1)?;
     std::thread::scope(|scope| {
         let writers: Vec<_> = (1..)
             .zip(&disks)
@@ -44,6 +41,13 @@ pub fn run(request: &Request) -> Result<Found> {
     log.check_clean()?;
     Ok(Found::default()
         .with("disks", disks.len())
-        .with("crc32", found.join("+"))
-        .with("written", disks.len() as u64 * chunks * CHUNK as u64))
+        .with("crc32", found)
+        .with("bytes", disks.len() as u64 * chunks * CHUNK as u64)
+        .with("written", checksums(&disks, chunks)?))
+}
+
+/// The checksums of the first `chunks` MiB of each, joined by `+`.
+fn checksums(disks: &[Disk], chunks: u64) -> Result<String> {
+    let one = |disk: &Disk| Ok(format!("{:08x}", disk.checksum(chunks)?));
+    Ok(disks.iter().map(one).collect::<Result<Vec<_>>>()?.join("+"))
 }
