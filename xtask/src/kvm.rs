@@ -23,7 +23,7 @@ use crate::packages;
 /// Exit status when the time limit was reached, as `timeout` has it.
 pub const TIMED_OUT: i32 = 124;
 /// Exit status when there was no session.
-const NO_SESSION: i32 = 125;
+pub const NO_SESSION: i32 = 125;
 
 /// Variables that mean the same inside. Others, credentials among them, stay outside unless `--env` names them.
 const PASSED_ON: [&str; 10] = [
