@@ -15,8 +15,11 @@ const KEY_POWER: u16 = 116;
 /// `struct input_event` on a 64-bit machine: time (16 bytes), type, code (2 bytes each), value (4 bytes).
 const EVENT_SIZE: usize = 24;
 
-/// Flushes the disks and ends the guest.
+/// Flushes the console and the disks, and ends the guest.
 pub fn end(how: RebootCommand) -> ! {
+    // The kernel says goodbye past the terminal's buffer, in the middle of a line that is still in it. What is no
+    // terminal has nothing to wait for.
+    let _ = rustix::termios::tcdrain(std::io::stdout());
     rustix::fs::sync();
     if let Err(error) = reboot(how) {
         say(format_args!("FAIL power {error}"));
