@@ -13,9 +13,40 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{KvmError, failed};
 
+/// Who takes ioeventfds: KVM, for one VM.
+pub trait Ioeventfds {
+    /// Makes writes at `place` signal `event`.
+    fn register(&self, place: Place, event: &EventFd) -> Result<(), kvm_ioctls::Error>;
+
+    /// Undoes [`Self::register`].
+    fn unregister(&self, place: Place, event: &EventFd) -> Result<(), kvm_ioctls::Error>;
+}
+
+impl Ioeventfds for VmFd {
+    fn register(&self, (address, value): Place, event: &EventFd) -> Result<(), kvm_ioctls::Error> {
+        let address = IoEventAddress::Mmio(address);
+        match value {
+            Some(value) => self.register_ioevent(event, &address, value),
+            None => self.register_ioevent(event, &address, NoDatamatch),
+        }
+    }
+
+    fn unregister(
+        &self,
+        (address, value): Place,
+        event: &EventFd,
+    ) -> Result<(), kvm_ioctls::Error> {
+        let address = IoEventAddress::Mmio(address);
+        match value {
+            Some(value) => self.unregister_ioevent(event, &address, value),
+            None => self.unregister_ioevent(event, &address, NoDatamatch),
+        }
+    }
+}
+
 /// The ioeventfds of one VM.
-pub struct Doorbells {
-    vm: Arc<VmFd>,
+pub struct Doorbells<K = VmFd> {
+    vm: Arc<K>,
     registered: Mutex<Registered>,
 }
 
@@ -27,11 +58,11 @@ struct Registered {
 }
 
 /// Where a doorbell is: guest physical address, and the 16 bits that must be written there, if it matters.
-type Place = (u64, Option<u16>);
+pub type Place = (u64, Option<u16>);
 
-impl Doorbells {
+impl<K: Ioeventfds> Doorbells<K> {
     /// None registered yet.
-    pub fn new(vm: Arc<VmFd>) -> Self {
+    pub fn new(vm: Arc<K>) -> Self {
         Self {
             vm,
             registered: Mutex::default(),
@@ -66,7 +97,8 @@ impl Doorbells {
             .collect();
         for place in stale {
             if let Some(event) = registered.remove(&place) {
-                self.unregister(place, &event)?;
+                let gone = self.vm.unregister(place, &event);
+                gone.map_err(failed("unregister a doorbell"))?;
             }
         }
         let wanted = desired.len();
@@ -74,7 +106,7 @@ impl Doorbells {
             let Entry::Vacant(slot) = registered.entry(place) else {
                 continue;
             };
-            match self.register(place, &event) {
+            match self.vm.register(place, &event) {
                 Ok(()) => {
                     slot.insert(event);
                 }
@@ -92,23 +124,66 @@ impl Doorbells {
         }
         Ok(())
     }
+}
 
-    fn register(&self, place: Place, event: &EventFd) -> Result<(), kvm_ioctls::Error> {
-        let (address, datamatch) = place;
-        let address = IoEventAddress::Mmio(address);
-        match datamatch {
-            Some(value) => self.vm.register_ioevent(event, &address, value),
-            None => self.vm.register_ioevent(event, &address, NoDatamatch),
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    /// Has room for so many.
+    struct Room(usize, Mutex<BTreeSet<Place>>);
+
+    impl Ioeventfds for Room {
+        fn register(&self, place: Place, _event: &EventFd) -> Result<(), kvm_ioctls::Error> {
+            let mut taken = self.1.lock().unwrap();
+            if taken.len() == self.0 {
+                return Err(kvm_ioctls::Error::new(libc::ENOSPC));
+            }
+            assert!(taken.insert(place), "{place:?} twice");
+            Ok(())
+        }
+
+        fn unregister(&self, place: Place, _event: &EventFd) -> Result<(), kvm_ioctls::Error> {
+            assert!(self.1.lock().unwrap().remove(&place), "{place:?} unknown");
+            Ok(())
         }
     }
 
-    fn unregister(&self, place: Place, event: &EventFd) -> Result<(), KvmError> {
-        let (address, datamatch) = place;
-        let address = IoEventAddress::Mmio(address);
-        match datamatch {
-            Some(value) => self.vm.unregister_ioevent(event, &address, value),
-            None => self.vm.unregister_ioevent(event, &address, NoDatamatch),
+    fn rig(room: usize) -> (Arc<Room>, Doorbells<Room>, Vec<Doorbell>) {
+        let vm = Arc::new(Room(room, Mutex::default()));
+        let doorbell = |n: u64| Doorbell {
+            address: 0x1000 + 4 * n,
+            datamatch: None,
+            event: Arc::new(EventFd::new(0).unwrap()),
+        };
+        let doorbells = (0..6).map(doorbell).collect();
+        (Arc::clone(&vm), Doorbells::new(vm), doorbells)
+    }
+
+    fn addresses(vm: &Room) -> Vec<u64> {
+        vm.1.lock().unwrap().iter().map(|place| place.0).collect()
+    }
+
+    #[test]
+    fn what_is_registered_follows_what_should_be() {
+        let (vm, doorbells, all) = rig(10);
+        for range in [0..0, 0..4, 2..6, 0..6, 3..3] {
+            let wanted = all[range].to_vec();
+            doorbells.reconcile(|| wanted.clone()).unwrap();
+            let expected: Vec<_> = wanted.iter().map(|d| d.address).collect();
+            assert_eq!(addresses(&vm), expected);
         }
-        .map_err(failed("unregister a doorbell"))
+    }
+
+    #[test]
+    fn without_room_the_lowest_are_registered_and_the_others_when_there_is_some() {
+        let (vm, doorbells, all) = rig(3);
+        doorbells.reconcile(|| all.clone()).unwrap();
+        assert_eq!(addresses(&vm), [0x1000, 0x1004, 0x1008]);
+        doorbells.reconcile(|| all[1..].to_vec()).unwrap();
+        assert_eq!(addresses(&vm), [0x1004, 0x1008, 0x100c]);
+        doorbells.reconcile(Vec::new).unwrap();
+        assert!(addresses(&vm).is_empty());
     }
 }
