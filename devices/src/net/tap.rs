@@ -261,7 +261,7 @@ impl Link for Tap {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     #[test]
@@ -305,7 +305,7 @@ mod tests {
     }
 
     /// Runs `work` where it may create interfaces that nobody else sees. False without the privilege.
-    fn in_a_network_of_its_own(work: fn()) -> bool {
+    pub fn in_a_network_of_its_own(work: fn()) -> bool {
         // SAFETY: the call affects this thread alone, which runs nothing else.
         let isolate = || unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
         let thread = std::thread::spawn(move || {
@@ -319,7 +319,7 @@ mod tests {
     }
 
     /// A raw socket on interface `name`, which it brings up.
-    fn packet_socket(name: &str) -> File {
+    pub fn packet_socket(name: &str) -> File {
         use std::os::fd::{FromRawFd, OwnedFd};
         let protocol = 0x88b5u16.to_be();
         // SAFETY: plain system calls; `request` and `address` are valid for their lengths, and the new descriptor
