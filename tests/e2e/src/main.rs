@@ -14,6 +14,7 @@ mod block;
 mod boot;
 mod console;
 mod net;
+mod owner_api;
 mod refusals;
 mod sriov;
 mod vm;
@@ -29,6 +30,7 @@ fn main() -> std::process::ExitCode {
         console::trials(),
         sriov::trials(),
         api::trials(),
+        owner_api::trials(),
         refusals::trials(),
     ]
     .into_iter()

@@ -138,6 +138,58 @@ const REFUSALS: &[Refusal] = &[
         &["colour"],
     ),
     refusal(
+        "an_owner_of_nobody",
+        &["--kernel", "{kernel}", "--pf", "net,vfs=0"],
+        2,
+        &["vfs=0", "255"],
+    ),
+    refusal(
+        "more_vfs_than_a_bus_has_places",
+        &["--kernel", "{kernel}", "--pf", "net,vfs=256"],
+        2,
+        &["vfs=256", "255"],
+    ),
+    refusal(
+        "an_owner_of_disks_without_disks",
+        &["--kernel", "{kernel}", "--pf", "block,vfs=2"],
+        2,
+        &["path="],
+    ),
+    refusal(
+        "one_file_for_all_vfs",
+        &[
+            "--kernel",
+            "{kernel}",
+            "--pf",
+            "block,vfs=2,path={dir}/a.raw,vf-path={dir}/b.raw",
+        ],
+        2,
+        &["vf-path", "%d"],
+    ),
+    refusal(
+        "a_vf_whose_disk_is_missing",
+        &[
+            "--kernel",
+            "{kernel}",
+            "--pf",
+            "block,vfs=2,path={dir}/huge,vf-path={dir}/none-%d.raw",
+        ],
+        1,
+        &["none-1.raw"],
+    ),
+    refusal(
+        "an_owner_with_unknown_commands",
+        &["--kernel", "{kernel}", "--pf", "net,vfs=2,admin=v9"],
+        2,
+        &["v9", "draft"],
+    ),
+    refusal(
+        "a_disk_for_a_network_owner",
+        &["--kernel", "{kernel}", "--pf", "net,vfs=2,path={dir}/huge"],
+        2,
+        &["path=", "block"],
+    ),
+    refusal(
         "a_tap_name_that_is_too_long",
         &[
             "--kernel",

@@ -1,0 +1,151 @@
+//! Owners and members through the control API, while the guest's own driver uses them.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::trial;
+use crate::vm::{Running, Vm, tern};
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("owner_api::info_follows_the_guest", info),
+        trial("owner_api::commands_have_a_session_of_their_own", commands),
+        trial("owner_api::traffic_of_vfs_goes_on_after_a_pause", pause),
+    ]
+}
+
+/// A running guest with a control socket.
+struct Guest {
+    vm: Running,
+    socket: PathBuf,
+    _directory: TempDir,
+}
+
+impl Guest {
+    fn start(vm: Vm) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let socket = directory.path().join("api.sock");
+        let vm = vm
+            .args(["--api-socket".as_ref(), socket.as_os_str()])
+            .spawn()?;
+        Ok(Self {
+            vm,
+            socket,
+            _directory: directory,
+        })
+    }
+
+    /// `tern VERB --json --api-socket … WORDS…`
+    fn tern(&self, verb: &str, words: &[&str]) -> Result<Output> {
+        Command::new(tern()?)
+            .args([verb, "--json", "--api-socket"])
+            .arg(&self.socket)
+            .args(words)
+            .output()
+            .context("cannot run tern")
+    }
+
+    /// The same, expecting success.
+    fn ask(&self, verb: &str, words: &[&str]) -> Result<Value> {
+        let output = self.tern(verb, words)?;
+        ensure!(output.status.success(), "tern {verb} {words:?}: {output:?}");
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+}
+
+fn info() -> Result<()> {
+    let vm = Vm::new("sriov-enable:n=3,sleep:seconds=3,sriov-disable,hang").args([
+        "--cpus",
+        "2",
+        "--pf",
+        "net,vfs=4",
+    ]);
+    let mut guest = Guest::start(vm)?;
+    guest.vm.wait_for("tern-guest: ok sriov-enable", 0)?;
+    let answer = guest.ask("info", &[])?;
+    let owner = &answer["owners"][0];
+    ensure!(
+        owner["name"] == "pf0" && owner["device"] == "net",
+        "{owner}"
+    );
+    ensure!(owner["total_members"] == 4 && owner["existing_members"] == 3);
+    let members = owner["members"].as_array().context("members")?;
+    ensure!(
+        members.len() == 3 && owner["function"]["live"] == true,
+        "{owner}"
+    );
+    for (number, member) in (1..).zip(members) {
+        let place = format!("01:00.{number}");
+        ensure!(member["id"] == number && member["live"] == true, "{member}");
+        let at = member["place"].as_str().unwrap_or_default();
+        ensure!(at.ends_with(&place), "{at} instead of {place}");
+    }
+    guest.vm.wait_for("tern-guest: ok sriov-disable", 0)?;
+    let answer = guest.ask("info", &[])?;
+    ensure!(answer["owners"][0]["existing_members"] == 0, "{answer}");
+    Ok(())
+}
+
+fn commands() -> Result<()> {
+    let vm = Vm::new("sriov-enable:n=2,hang").args(["--cpus", "2", "--pf", "net,vfs=4"]);
+    let mut guest = Guest::start(vm)?;
+    guest.vm.wait_for("tern-guest: tick", 0)?;
+    for group in ["self", "sriov"] {
+        let answer = guest.ask("admin", &["pf0", "list-query", "--group", group])?;
+        ensure!(answer["status"] == 0, "{answer}");
+    }
+    let raw = |opcode, group, data| {
+        guest.tern(
+            "admin",
+            &[
+                "pf0", "raw", "--opcode", opcode, "--group", group, "--data", data,
+            ],
+        )
+    };
+    // The monitor gives LIST_QUERY up, for itself.
+    ensure!(raw("1", "0", "0200000000000000")?.status.success());
+    let refused = raw("0", "0", "")?;
+    ensure!(!refused.status.success(), "{refused:?}");
+    let answer: Value = serde_json::from_slice(&refused.stdout)?;
+    ensure!(
+        answer["status"] == 22 && answer["qualifier"] == 2,
+        "{answer}"
+    );
+    let no_group: Value = serde_json::from_slice(&raw("0", "0x77", "")?.stdout)?;
+    ensure!(no_group["qualifier"] == 4, "{no_group}");
+    let nobody = guest.tern("admin", &["pf7", "list-query"])?;
+    let said = String::from_utf8_lossy(&nobody.stderr);
+    ensure!(!nobody.status.success() && said.contains("pf0"), "{said}");
+    Ok(())
+}
+
+/// Pauses in the middle of what VFs send each other: nothing of it is lost, checksums tell.
+fn pause() -> Result<()> {
+    let vm = Vm::new("sriov-enable:n=3,sriov-ping:n=3:mib=40,dmesg-clean").args([
+        "--cpus",
+        "2",
+        "--pf",
+        "net,vfs=3",
+    ]);
+    let mut guest = Guest::start(vm)?;
+    guest.vm.wait_for("tern-guest: ok sriov-enable", 0)?;
+    for _ in 0..5 {
+        std::thread::sleep(Duration::from_millis(500));
+        if guest.vm.console().contains("tern-guest: ok sriov-ping") {
+            break;
+        }
+        guest.ask("pause", &[])?;
+        let answer = guest.ask("info", &[])?;
+        let stopped = answer["owners"][0]["function"]["stopped_by"].to_string();
+        ensure!(stopped.contains("PAUSED"), "{answer}");
+        std::thread::sleep(Duration::from_millis(300));
+        guest.ask("resume", &[])?;
+    }
+    guest.vm.wait()?.expect_ok()
+}
