@@ -9,7 +9,7 @@ use driver::host::{HostFunction, Machine, Shape, VirtualFunction};
 use driver::pci::{
     Address, change_command, command, find_extended_capability, header, id, request_flr,
 };
-use driver::virtio::{Transport, common, feature};
+use driver::virtio::{Layout, NO_VECTOR, Transport, common, feature};
 use pci::owner::{self, OwnerPci};
 
 use crate::fixture::{assert_works, check_doorbells, check_interrupts, loopback};
@@ -42,9 +42,17 @@ pub fn sriov_config(data: &[u8]) {
     let mut input = Input::new(data);
     let group = Group::new();
     while !input.is_empty() {
+        let (enabled, vfs) = (group.enabled() != 0, group.register(NUM_VFS));
         group.step(&mut input);
         assert!(group.machine.settle(), "a device never rests");
         group.check();
+        // A reset alone takes NumVFs back while VFs are enabled.
+        let now = group.register(NUM_VFS);
+        let reset = now == 0 && group.register(CONTROL) & 1 == 0;
+        assert!(
+            !enabled || now == vfs || reset,
+            "NumVFs went from {vfs} to {now}"
+        );
     }
     group.recover();
 }
@@ -136,10 +144,13 @@ impl Group {
                 self.set_register(CONTROL, u16::from(input.pick(32)));
             }
             6 => {
-                request_flr(&self.at(input.pick(TOTAL + 1)));
-                // As a driver does that wants it back.
-                self.machine.power_on().expect("addresses");
-                change_command(&self.at(0), command::MEMORY | command::BUS_MASTER, 0);
+                let devfn = input.pick(TOTAL + 1);
+                request_flr(&self.at(devfn));
+                if devfn == 0 {
+                    // As a driver does that wants it back.
+                    self.machine.power_on().expect("addresses");
+                    change_command(&self.at(0), command::MEMORY | command::BUS_MASTER, 0);
+                }
             }
             7 => {
                 self.port.set_config(BRIDGE_CONTROL, SECONDARY_BUS_RESET);
@@ -156,7 +167,7 @@ impl Group {
         }
     }
 
-    /// A driver brings a VF up, if it can.
+    /// A driver brings a VF up with one queue, if it can.
     fn start(&self, number: u8) {
         let vf = self.vf(number);
         change_command(&vf, command::BUS_MASTER, 0);
@@ -167,6 +178,10 @@ impl Group {
         let queues: u16 = transport.get(common::NUM_QUEUES);
         if queues != u16::MAX {
             transport.negotiate(feature::EVENT_IDX).expect("features");
+            let layout = Layout::allocate(self.machine.dma(), 8).expect("memory");
+            transport
+                .enable_queue(0, &layout, NO_VECTOR)
+                .expect("a queue");
             transport.start();
         }
     }
