@@ -25,6 +25,7 @@ Examples:
   tern run --kernel vmlinuz --initrd initrd.img
   tern run --kernel vmlinuz --initrd initrd.img --cpus 2 --memory 1G \\
            --disk path=root.img --net tap=tap0 --cmdline 'console=ttyS0 root=/dev/vda1'
+  tern run --kernel vmlinuz --initrd initrd.img --pf net,vfs=4 --pf block,vfs=2,path=pf.raw,vf-path=vf%d.raw
   tern run --config guest.json --api-socket /run/guest.sock
 
 The console is raw on a terminal: every key goes to the guest, Ctrl-C too. Ctrl-A x ends the guest.";

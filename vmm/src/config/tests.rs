@@ -206,9 +206,16 @@ proptest! {
 }
 
 #[test]
-fn the_example_is_a_configuration() {
-    let text = include_str!("../../../resources/examples/guest.json");
-    let config: Config = serde_json::from_str(text).unwrap();
-    let machine = config.resolve().unwrap();
-    assert_eq!((machine.device_count(), machine.bus_count()), (5, 2));
+fn the_examples_are_configurations() {
+    for (text, devices, buses) in [
+        (include_str!("../../../resources/examples/guest.json"), 5, 2),
+        (include_str!("../../../resources/examples/sriov.json"), 5, 4),
+    ] {
+        let config: Config = serde_json::from_str(text).unwrap();
+        let machine = config.resolve().unwrap();
+        assert_eq!(
+            (machine.device_count(), machine.bus_count()),
+            (devices, buses)
+        );
+    }
 }
