@@ -246,10 +246,11 @@ fn expect_plain(outcome: &Outcome, functions: u64) -> Result<()> {
 }
 
 fn passthrough() -> Result<()> {
-    let outcome = vm("pci,net-ping:a=eth0:b=eth1:mib=10,dmesg-clean")
-        .args(["--pf", "net,vfs=2,passthrough"])
+    // More than a device without ARI has functions.
+    let outcome = vm("pci,net-ping:a=eth0:b=eth15:mib=10,dmesg-clean")
+        .args(["--pf", "net,vfs=16,passthrough"])
         .run_ok()?;
-    expect_plain(&outcome, 2)
+    expect_plain(&outcome, 16)
 }
 
 fn passthrough_disks() -> Result<()> {
