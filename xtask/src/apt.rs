@@ -3,6 +3,7 @@
 //! Kernels and busybox are only unpacked, into the cache: installing a kernel would touch the boot loader of the host
 //! that happens to run the tests. apt's own lists say which hash a package must have.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -209,6 +210,33 @@ pub fn install(packages: &[&str]) -> Result<()> {
         update()?;
         try_once().with_context(|| format!("`{command}` failed"))?;
     }
+    step.done();
+    Ok(())
+}
+
+/// Installs a package and what it needs from `release`, one that only the source list in `list` names.
+pub fn install_from(list: &Path, release: &str, package: &str) -> Result<()> {
+    let mut source = OsString::from("Dir::Etc::SourceList=");
+    source.push(list);
+    if !can_install() {
+        bail!(
+            "as root, run: apt-get -o {0} update; apt-get -o {0} install -t {release} {package}",
+            source.display()
+        );
+    }
+    let step = Step::begin(format!("installing {package} from {release}"));
+    let with_list = || {
+        let mut command = apt_get();
+        command.arg("-o").arg(&source);
+        command
+    };
+    tools::logged("apt-update", with_list().arg("update"))?;
+    tools::logged(
+        "apt-install",
+        with_list()
+            .args(["install", "--no-install-recommends", "-y", "-t", release])
+            .arg(package),
+    )?;
     step.done();
     Ok(())
 }

@@ -17,8 +17,8 @@ use machine::protocol::{Share, Start};
 use machine::qemu::{EmulatedHost, die_with_parent};
 use machine::session::{self, Outcome, Request};
 
-use crate::image;
 use crate::packages;
+use crate::{emulator, image};
 
 /// Exit status when the time limit was reached, as `timeout` has it.
 pub const TIMED_OUT: i32 = 124;
@@ -165,7 +165,7 @@ fn direct(options: &Options, command: &[OsString]) -> Result<i32> {
 }
 
 fn emulated(options: &Options, command: &[OsString]) -> Result<i32> {
-    packages::ensure(&[packages::QEMU])?;
+    emulator::ensure()?;
     let image = image::machine()?;
     let host = EmulatedHost {
         qemu: packages::QEMU.name.into(),

@@ -8,6 +8,7 @@ mod bench;
 mod bzimage;
 mod cpio;
 mod demo;
+mod emulator;
 mod fuzz;
 mod image;
 mod kvm;
