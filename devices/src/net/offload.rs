@@ -111,8 +111,8 @@ pub fn admit(frame: &mut [u8], features: u64) -> bool {
         0
     };
     features & (needed | ecn) == needed | ecn
-        && header.gso_size.get() != 0
         && usize::from(header.hdr_len.get()) <= bytes.len()
+        && Tcp::locate(header, bytes).is_some()
 }
 
 /// True if a driver with `features` takes the admitted `frame` as it is.
@@ -138,24 +138,52 @@ fn missing_segmentation(header: &Header, features: u64) -> u64 {
     (kind | ecn) & !features
 }
 
+/// What an admitted frame was turned into. Segments are made as they are taken, so that a frame never takes much more
+/// memory than it has itself.
+#[derive(Default)]
+pub enum Adapted {
+    /// Nothing is left.
+    #[default]
+    Done,
+    One(Vec<u8>),
+    Many(Segments),
+}
+
+impl Iterator for Adapted {
+    type Item = Vec<u8>;
+
+    fn next(&mut self) -> Option<Vec<u8>> {
+        if let Self::Many(segments) = self {
+            return segments.next();
+        }
+        match std::mem::take(self) {
+            Self::One(frame) => Some(frame),
+            _ => None,
+        }
+    }
+}
+
 /// Turns an admitted frame into frames that any driver with `features` takes. None at all if it is not what its
 /// header says.
-pub fn adapt(mut frame: Vec<u8>, features: u64) -> Vec<Vec<u8>> {
+pub fn adapt(mut frame: Vec<u8>, features: u64) -> Adapted {
     if fits(&frame, features) {
-        return vec![frame];
+        return Adapted::One(frame);
     }
     let Some((header, bytes)) = split(&mut frame) else {
-        return Vec::new();
+        return Adapted::Done;
     };
     if header.gso_type != GSO_NONE {
-        return segment(header, bytes).unwrap_or_default();
+        return match Tcp::locate(header, bytes) {
+            Some(at) => Adapted::Many(Segments { frame, at, next: 0 }),
+            None => Adapted::Done,
+        };
     }
     let start = usize::from(header.csum_start.get());
     let field = start + usize::from(header.csum_offset.get());
     *header = Header::default();
     match finish_checksum(bytes, start, field) {
-        Some(()) => vec![frame],
-        None => Vec::new(),
+        Some(()) => Adapted::One(frame),
+        None => Adapted::Done,
     }
 }
 
@@ -203,7 +231,7 @@ fn be16(bytes: &[u8], at: usize) -> Option<u16> {
         .map(u16::from_be_bytes)
 }
 
-/// Where the headers of a TCP frame are.
+/// Where the headers of a TCP frame are, and how it is to be divided.
 struct Tcp {
     ip: usize,
     tcp: usize,
@@ -211,31 +239,61 @@ struct Tcp {
     v4: bool,
     /// Source and destination address.
     addresses: Range<usize>,
+    /// Payload of each segment but the last.
+    size: usize,
+    segments: usize,
 }
 
 const ETHERTYPE_VLAN: u16 = 0x8100;
-const PROTOCOL_TCP: u64 = 6;
+const ETHERTYPE_SERVICE_VLAN: u16 = 0x88a8;
+const PROTOCOL_TCP: u8 = 6;
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const DESTINATION_OPTIONS: u8 = 60;
 const TCP_FIN_PSH: u8 = 0x01 | 0x08;
 const TCP_CWR: u8 = 0x80;
 
+/// The longest headers of a TCP frame, all of which each segment repeats: two VLAN tags, IPv6 with 58 bytes of
+/// extensions, TCP with all options.
+const MAX_HEADERS: usize = 180;
+/// The least payload of a segment: what fits the smallest MTU of IPv4, 68 (RFC 791).
+const MIN_SIZE: usize = 28;
+/// So few segments may be smaller: receive offloads merge what peers sent in smaller pieces.
+const FEW_SEGMENTS: usize = 64;
+
 impl Tcp {
+    /// None for what is no TCP in the IP the header says, or whose segments would be many times as long as the frame:
+    /// all of them together have at most 8 times its length, or 12 KiB more than it.
     fn locate(header: &Header, bytes: &[u8]) -> Option<Self> {
-        let ip = if be16(bytes, 12)? == ETHERTYPE_VLAN {
-            18
-        } else {
-            14
-        };
+        let mut ip = 14;
+        for _ in 0..2 {
+            if matches!(
+                be16(bytes, ip - 2)?,
+                ETHERTYPE_VLAN | ETHERTYPE_SERVICE_VLAN
+            ) {
+                ip += 4;
+            }
+        }
         let v4 = header.gso_type & !GSO_ECN == GSO_TCPV4;
-        let version = if v4 { 4 } else { 6 };
-        let tcp = usize::from(header.csum_start.get());
-        let ip_min = if v4 { 20 } else { 40 };
+        let tcp = if v4 {
+            behind_ipv4(bytes, ip)?
+        } else {
+            behind_ipv6(bytes, ip)?
+        };
         let payload = tcp + usize::from(bytes.get(tcp + 12)? >> 4) * 4;
-        let consistent = bytes.get(ip)? >> 4 == version
-            && tcp >= ip + ip_min
+        let longest = if v4 { 0xffff } else { 40 + 0xffff };
+        let consistent = tcp == usize::from(header.csum_start.get())
             && header.csum_offset.get() == 16
             && payload >= tcp + 20
-            && payload < bytes.len();
-        consistent.then_some(Self {
+            && payload <= MAX_HEADERS
+            && payload < bytes.len()
+            && bytes.len() - ip <= longest;
+        let size = usize::from(header.gso_size.get());
+        if !consistent || size == 0 {
+            return None;
+        }
+        let segments = (bytes.len() - payload).div_ceil(size);
+        (size >= MIN_SIZE || segments <= FEW_SEGMENTS).then_some(Self {
             ip,
             tcp,
             payload,
@@ -245,53 +303,105 @@ impl Tcp {
             } else {
                 ip + 8..ip + 40
             },
+            size,
+            segments,
         })
     }
 }
 
-/// Divides a TCP frame into segments with all checksums.
-fn segment(header: &Header, bytes: &[u8]) -> Option<Vec<Vec<u8>>> {
-    let at = Tcp::locate(header, bytes)?;
-    let (headers, payload) = bytes.split_at_checked(at.payload)?;
-    let size = usize::from(header.gso_size.get());
-    let sequence = u32::from_be_bytes(bytes.get(at.tcp + 4..at.tcp + 8)?.try_into().ok()?);
-    let identification = be16(bytes, at.ip + 4)?;
-    let last = payload.len().div_ceil(size) - 1;
-    let mut frames = Vec::with_capacity(last + 1);
-    for (i, piece) in payload.chunks(size).enumerate() {
-        let mut frame = vec![0; HEADER_LEN];
-        frame.extend_from_slice(headers);
-        frame.extend_from_slice(piece);
-        let wire = frame.get_mut(HEADER_LEN..)?;
-        let sequence = sequence.wrapping_add((i * size) as u32);
-        put(wire, at.tcp + 4, &sequence.to_be_bytes())?;
-        let flags = wire.get_mut(at.tcp + 13)?;
-        if i != 0 {
-            *flags &= !TCP_CWR;
-        }
-        if i != last {
-            *flags &= !TCP_FIN_PSH;
-        }
-        if at.v4 {
-            let total = (wire.len() - at.ip) as u16;
-            put(wire, at.ip + 2, &total.to_be_bytes())?;
-            let identification = identification.wrapping_add(i as u16);
-            put(wire, at.ip + 4, &identification.to_be_bytes())?;
-            put(wire, at.ip + 10, &[0; 2])?;
-            let sum = fold(add(0, wire.get(at.ip..at.tcp)?));
-            put(wire, at.ip + 10, &sum.to_be_bytes())?;
-        } else {
-            let len = (wire.len() - at.ip - 40) as u16;
-            put(wire, at.ip + 4, &len.to_be_bytes())?;
-        }
-        let len = (wire.len() - at.tcp) as u64;
-        put(wire, at.tcp + 16, &[0; 2])?;
-        let pseudo = add(PROTOCOL_TCP + len, wire.get(at.addresses.clone())?);
-        let sum = fold(add(pseudo, wire.get(at.tcp..)?));
-        put(wire, at.tcp + 16, &sum.to_be_bytes())?;
-        frames.push(frame);
+/// Where TCP starts behind the IPv4 header at `ip`.
+fn behind_ipv4(bytes: &[u8], ip: usize) -> Option<usize> {
+    let first = *bytes.get(ip)?;
+    let len = usize::from(first & 0xf) * 4;
+    let fragment = be16(bytes, ip + 6)? & 0x3fff != 0;
+    let is_tcp = first >> 4 == 4 && len >= 20 && !fragment && *bytes.get(ip + 9)? == PROTOCOL_TCP;
+    is_tcp.then_some(ip + len)
+}
+
+/// Where TCP starts behind the IPv6 header at `ip` and its extensions.
+fn behind_ipv6(bytes: &[u8], ip: usize) -> Option<usize> {
+    if bytes.get(ip)? >> 4 != 6 {
+        return None;
     }
-    Some(frames)
+    let mut next = *bytes.get(ip + 6)?;
+    let mut at = ip + 40;
+    while at < MAX_HEADERS {
+        match next {
+            PROTOCOL_TCP => return Some(at),
+            HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS => {
+                next = *bytes.get(at)?;
+                at += (usize::from(*bytes.get(at + 1)?) + 1) * 8;
+            }
+            _ => return None,
+        }
+    }
+    None
+}
+
+/// The segments of a TCP frame, with all checksums.
+pub struct Segments {
+    frame: Vec<u8>,
+    at: Tcp,
+    next: usize,
+}
+
+impl Iterator for Segments {
+    type Item = Vec<u8>;
+
+    fn next(&mut self) -> Option<Vec<u8>> {
+        let i = self.next;
+        if i >= self.at.segments {
+            // Free it now: whoever holds this may not look again soon.
+            self.frame = Vec::new();
+            return None;
+        }
+        self.next += 1;
+        segment(self.frame.get(HEADER_LEN..)?, &self.at, i)
+    }
+}
+
+/// Segment `i` of the TCP frame `bytes`.
+fn segment(bytes: &[u8], at: &Tcp, i: usize) -> Option<Vec<u8>> {
+    let (headers, payload) = bytes.split_at_checked(at.payload)?;
+    let offset = i * at.size;
+    let end = payload.len().min(offset + at.size);
+    let piece = payload.get(offset..end)?;
+    let mut frame = Vec::with_capacity(HEADER_LEN + headers.len() + piece.len());
+    frame.resize(HEADER_LEN, 0);
+    frame.extend_from_slice(headers);
+    frame.extend_from_slice(piece);
+    let wire = frame.get_mut(HEADER_LEN..)?;
+    let sequence = u32::from_be_bytes(bytes.get(at.tcp + 4..at.tcp + 8)?.try_into().ok()?);
+    let sequence = sequence.wrapping_add(offset as u32);
+    put(wire, at.tcp + 4, &sequence.to_be_bytes())?;
+    let flags = wire.get_mut(at.tcp + 13)?;
+    if i != 0 {
+        *flags &= !TCP_CWR;
+    }
+    if i + 1 != at.segments {
+        *flags &= !TCP_FIN_PSH;
+    }
+    if at.v4 {
+        let total = (wire.len() - at.ip) as u16;
+        put(wire, at.ip + 2, &total.to_be_bytes())?;
+        let identification = be16(bytes, at.ip + 4)?.wrapping_add(i as u16);
+        put(wire, at.ip + 4, &identification.to_be_bytes())?;
+        put(wire, at.ip + 10, &[0; 2])?;
+        let sum = fold(add(0, wire.get(at.ip..at.tcp)?));
+        put(wire, at.ip + 10, &sum.to_be_bytes())?;
+    } else {
+        let len = (wire.len() - at.ip - 40) as u16;
+        put(wire, at.ip + 4, &len.to_be_bytes())?;
+    }
+    let len = (wire.len() - at.tcp) as u64;
+    put(wire, at.tcp + 16, &[0; 2])?;
+    let pseudo = add(
+        u64::from(PROTOCOL_TCP) + len,
+        wire.get(at.addresses.clone())?,
+    );
+    let sum = fold(add(pseudo, wire.get(at.tcp..)?));
+    put(wire, at.tcp + 16, &sum.to_be_bytes())?;
+    Some(frame)
 }
 
 #[cfg(test)]
@@ -385,7 +495,7 @@ mod tests {
         for v4 in [true, false] {
             let frame = tcp(v4, 4000, 1448);
             let payload = frame[frame.len() - 4000..].to_vec();
-            let segments = adapt(frame, GUEST_CSUM);
+            let segments: Vec<_> = adapt(frame, GUEST_CSUM).collect();
             assert_eq!(segments.len(), 3);
             let mut all = Vec::new();
             for segment in &segments {
@@ -411,7 +521,7 @@ mod tests {
     #[test]
     fn a_missing_checksum_is_completed() {
         let frame = tcp(true, 99, 0);
-        let [done] = adapt(frame, 0).try_into().unwrap();
+        let done = adapt(frame, 0).next().unwrap();
         // The test's own IP header has no checksum, which is not the device's to complete.
         let bytes = &done[HEADER_LEN..];
         let sum = add(add(6 + 119, &bytes[ETH + 12..ETH + 20]), &bytes[ETH + 20..]);
@@ -422,7 +532,7 @@ mod tests {
     #[test]
     fn a_frame_that_fits_passes_as_it_is() {
         let frame = tcp(true, 4000, 1448);
-        assert_eq!(adapt(frame.clone(), ALL), vec![frame]);
+        assert_eq!(adapt(frame.clone(), ALL).collect::<Vec<_>>(), [frame]);
     }
 
     #[test]
@@ -479,6 +589,95 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_tcp_or_would_multiply_is_not_admitted_for_segmentation() {
+        type Spoil = fn(&mut Vec<u8>);
+        const IP: usize = HEADER_LEN + ETH;
+        let cases: &[(&str, bool, Spoil, bool)] = &[
+            ("as it is", true, |_| {}, true),
+            ("as it is, IPv6", false, |_| {}, true),
+            (
+                "checksum far behind the IP header",
+                true,
+                |f| {
+                    f[6..8].copy_from_slice(&32_000u16.to_le_bytes());
+                    f[HEADER_LEN + 32_000 + 12] = 0x50;
+                },
+                false,
+            ),
+            ("IP header longer than said", true, |f| f[IP] = 0x46, false),
+            ("IP header too short", true, |f| f[IP] = 0x44, false),
+            ("not TCP", true, |f| f[IP + 9] = 17, false),
+            ("a fragment", true, |f| f[IP + 6] = 0x20, false),
+            ("not TCP, IPv6", false, |f| f[IP + 6] = 17, false),
+            ("extensions missing", false, |f| f[IP + 6] = 60, false),
+            (
+                "an extension",
+                false,
+                |f| {
+                    f[IP + 6] = 60;
+                    f.splice(IP + 40..IP + 40, [6, 0, 1, 4, 0, 0, 0, 0]);
+                    f[6] += 8;
+                },
+                true,
+            ),
+            (
+                "an extension without end",
+                false,
+                |f| {
+                    f[IP + 6] = 60;
+                    let mut long = vec![0; 2048];
+                    long[..2].copy_from_slice(&[6, 255]);
+                    f.splice(IP + 40..IP + 40, long);
+                    let start = (ETH + 40 + 2048) as u16;
+                    f[6..8].copy_from_slice(&start.to_le_bytes());
+                },
+                false,
+            ),
+            (
+                "a VLAN tag",
+                true,
+                |f| {
+                    f.splice(HEADER_LEN + 12..HEADER_LEN + 12, [0x81, 0, 0, 5]);
+                    f[6] += 4;
+                },
+                true,
+            ),
+            (
+                "segments of one byte",
+                true,
+                |f| f[4..6].copy_from_slice(&[1, 0]),
+                false,
+            ),
+            (
+                "segments of 27 bytes",
+                true,
+                |f| f[4..6].copy_from_slice(&[27, 0]),
+                false,
+            ),
+            (
+                "segments of 28 bytes",
+                true,
+                |f| f[4..6].copy_from_slice(&[28, 0]),
+                true,
+            ),
+            (
+                "a few segments of one byte",
+                true,
+                |f| {
+                    f[4..6].copy_from_slice(&[1, 0]);
+                    f.truncate(IP + 40 + 64);
+                },
+                true,
+            ),
+        ];
+        for (name, v4, spoil, admitted) in cases {
+            let mut frame = tcp(*v4, 60_000, 1448);
+            spoil(&mut frame);
+            assert_eq!(admit(&mut frame, ALL), *admitted, "{name}");
+        }
+    }
+
+    #[test]
     fn a_driver_without_offloads_has_its_header_cleared() {
         let mut frame = tcp(true, 100, 50);
         assert!(admit(&mut frame, 0));
@@ -514,6 +713,45 @@ mod tests {
                     prop_assert!(frame.len() >= HEADER_LEN);
                     prop_assert_eq!(&frame[..HEADER_LEN], &[0; HEADER_LEN]);
                 }
+            }
+        }
+
+        /// Whatever the headers say, what comes out is no large multiple of what went in.
+        #[test]
+        fn segments_are_bounded_by_the_frame(
+            v4 in any::<bool>(),
+            payload in 1usize..60_000,
+            gso_size in prop_oneof![0u16..64, any::<u16>()],
+            csum_start in prop::option::of(any::<u16>()),
+            ihl in prop::option::of(0u8..16),
+            data_offset in prop::option::of(0u8..16),
+            extension in prop::option::of(any::<u8>()),
+        ) {
+            let mut frame = tcp(v4, payload, gso_size);
+            let ip = HEADER_LEN + ETH;
+            let mut l4 = if v4 { 20 } else { 40 };
+            if let Some(ihl) = ihl.filter(|_| v4) {
+                frame[ip] = 0x40 | ihl;
+                l4 = usize::from(ihl) * 4;
+            }
+            if let Some(units) = extension.filter(|_| !v4) {
+                frame[ip + 6] = 60;
+                let mut header = vec![0; (usize::from(units) + 1) * 8];
+                header[..2].copy_from_slice(&[6, units]);
+                l4 += header.len();
+                frame.splice(ip + 40..ip + 40, header);
+            }
+            let start = csum_start.unwrap_or((ETH + l4) as u16);
+            frame[6..8].copy_from_slice(&start.to_le_bytes());
+            if let Some(words) = data_offset
+                && let Some(byte) = frame.get_mut(HEADER_LEN + usize::from(start) + 12)
+            {
+                *byte = words << 4;
+            }
+            let input = frame.len();
+            if admit(&mut frame, ALL) {
+                let output: usize = adapt(frame, 0).map(|f| f.len()).sum();
+                prop_assert!(output <= (8 * input).max(input + 64 * 192), "{} of {}", output, input);
             }
         }
     }

@@ -14,8 +14,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::MacAddress;
 use super::link::{Counters, FRAME_MAX, FRAME_MIN, HEADER_LEN, Link, Stats, frame_len};
-use super::{MacAddress, offload};
+use super::offload::{self, Adapted};
 use crate::memory::View;
 use crate::virtio::Chain;
 
@@ -234,6 +235,8 @@ impl Switch {
             outgoing: Vec::new(),
             to_wake: Vec::new(),
             incoming: VecDeque::new(),
+            adapted: Adapted::Done,
+            front: None,
             consumed: Vec::new(),
         })
     }
@@ -283,8 +286,12 @@ pub struct SwitchPort {
     outgoing: Vec<u8>,
     /// Ports that got frames since the last flush and did not have any before.
     to_wake: Vec<Arc<Shared>>,
-    /// Frames taken from the inbox and not yet consumed.
+    /// Frames taken from the inbox, as they were sent.
     incoming: VecDeque<Vec<u8>>,
+    /// What the last of them is turned into for the driver.
+    adapted: Adapted,
+    /// The frame that waits to be consumed.
+    front: Option<Vec<u8>>,
     /// Buffers to be given back with the next look into the inbox.
     consumed: Vec<Vec<u8>>,
 }
@@ -379,21 +386,21 @@ impl SwitchPort {
         std::mem::swap(&mut self.incoming, &mut inbox.frames);
         inbox.bytes = 0;
         drop(inbox);
-        if self.incoming.is_empty() {
-            return false;
+        !self.incoming.is_empty()
+    }
+
+    /// The next frame as the driver takes it.
+    fn next(&mut self) -> Option<Vec<u8>> {
+        loop {
+            if let Some(frame) = self.adapted.next() {
+                return Some(frame);
+            }
+            if self.incoming.is_empty() && !self.collect() {
+                return None;
+            }
+            let frame = self.incoming.pop_front()?;
+            self.adapted = offload::adapt(frame, self.features);
         }
-        let features = self.features;
-        if !self
-            .incoming
-            .iter()
-            .all(|frame| offload::fits(frame, features))
-        {
-            let frames = self.incoming.drain(..);
-            self.incoming = frames
-                .flat_map(|frame| offload::adapt(frame, features))
-                .collect();
-        }
-        true
     }
 }
 
@@ -414,6 +421,8 @@ impl Link for SwitchPort {
     fn down(&mut self) {
         self.features = 0;
         self.incoming.clear();
+        self.adapted = Adapted::Done;
+        self.front = None;
         self.consumed = Vec::new();
         *self.shared.inbox() = Inbox::default();
     }
@@ -440,16 +449,14 @@ impl Link for SwitchPort {
     }
 
     fn peek(&mut self) -> Option<&mut [u8]> {
-        while self.incoming.is_empty() {
-            if !self.collect() {
-                return None;
-            }
+        if self.front.is_none() {
+            self.front = self.next();
         }
-        self.incoming.front_mut().map(Vec::as_mut_slice)
+        self.front.as_deref_mut()
     }
 
     fn consume(&mut self) {
-        self.consumed.extend(self.incoming.pop_front());
+        self.consumed.extend(self.front.take());
     }
 
     fn counters(&self) -> &Arc<Counters> {
