@@ -13,7 +13,8 @@ use crate::bus::Effect;
 use crate::gate::{Gate, Reasons};
 use crate::memory::View;
 
-/// Chains one call may fetch before the other queues get their turn.
+/// Chains one call may fetch, however often it looks at its ring, before others get their turn at the function: its
+/// other queues, and vCPUs that wait for its lock.
 const BUDGET: u32 = 1024;
 
 /// ISR status bit: a virtqueue was used.
@@ -448,7 +449,7 @@ impl VirtioFunction {
     pub fn on_event(&self, token: u16) {
         let mut guard = self.lock();
         let core = &mut *guard;
-        let (device, _, mut io) = core.io();
+        let (device, _, mut io) = core.io(BUDGET);
         let outcome = device.on_event(token, &mut io);
         let (more, changed) = (io.more, io.config_changed);
         core.note_config(changed);
@@ -465,17 +466,20 @@ impl VirtioFunction {
         if core.hides(index) || !core.queues.get(slot).is_some_and(usable) {
             return Ok(());
         }
+        let mut budget = BUDGET;
         loop {
             if let Some(queue) = core.queues.get_mut(slot) {
                 queue.disable_kicks(&core.view)?;
             }
             let is_admin = core.is_admin(index);
-            let (device, admin, mut io) = core.io();
+            let (device, admin, mut io) = core.io(budget);
             let progress = match admin.filter(|_| is_admin) {
                 Some(admin) => admin.process(index, &mut io)?,
                 None => device.process(index, &mut io)?,
             };
             let (more, changed) = (io.more, io.config_changed);
+            // A driver that keeps adding chains does not get a new budget with each of them.
+            budget = io.budget;
             core.note_config(changed);
             if more {
                 self.kick(index);
@@ -637,13 +641,13 @@ impl Core {
         }
     }
 
-    /// Splits the core into the device and what it may touch.
-    fn io(&mut self) -> (&mut dyn VirtioDevice, Option<&mut AdminQueue>, Io<'_>) {
+    /// Splits the core into the device and what it may touch, to fetch at most `budget` chains.
+    fn io(&mut self, budget: u32) -> (&mut dyn VirtioDevice, Option<&mut AdminQueue>, Io<'_>) {
         let io = Io {
             view: &self.view,
             queues: &mut self.queues,
             gate: &mut self.gate,
-            budget: BUDGET,
+            budget,
             more: false,
             config_changed: false,
         };

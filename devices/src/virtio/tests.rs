@@ -36,6 +36,8 @@ struct Control {
     /// Take the chains of queue 0 only when there are as many.
     together: usize,
     popped: u32,
+    /// Called when queue 0 was found empty.
+    refill: Option<Box<dyn FnMut() + Send>>,
     resets: u32,
     activated: Option<u64>,
 }
@@ -108,6 +110,9 @@ impl VirtioDevice for Probe {
             } else {
                 io.push(queue, chain.head(), chain.writable_len() as u32)?;
             }
+        }
+        if let Some(refill) = &mut control.refill {
+            refill();
         }
         Ok(Progress::Exhausted)
     }
@@ -517,6 +522,27 @@ fn an_empty_ring_asks_for_a_kick() {
             driver.kick_wanted(0, event_index),
             "event index: {event_index}"
         );
+    }
+}
+
+#[test]
+fn a_ring_that_is_fed_without_end_is_left_after_the_budget() {
+    for event_index in [false, true] {
+        let wanted = if event_index { feature::EVENT_IDX } else { 0 };
+        let (probe, mut driver) = live(wanted);
+        driver.add(0, &one());
+        let (view, ring) = (driver.view.clone(), driver.rings[0]);
+        let mut index = ring.avail_idx;
+        // The ring's only chain, again and again.
+        probe.control().refill = Some(Box::new(move || {
+            index = index.wrapping_add(1);
+            view.write_obj(index, GuestAddress(ring.avail + 2)).unwrap();
+        }));
+        while driver.was_kicked(0) {}
+        let function = Arc::clone(&driver.function);
+        in_time(move || function.service(0));
+        assert_eq!(probe.control().popped, 1024);
+        assert!(driver.was_kicked(0), "nobody would come back for the rest");
     }
 }
 
