@@ -5,11 +5,12 @@
 //! [`Reasons`] bit. The gate is open when no bit is set.
 //!
 //! * Closing is a request: the bit is set at once, so nothing new is fetched, but what is in flight goes on until it
-//!   is used and signalled. The stop is *acknowledged* when [`Gate::drained`] is true.
+//!   is used and signalled. The stop is *acknowledged* when nothing is.
 //! * Opening removes one bit. Removing the last one obliges the owner to look at every enabled ring again, since
 //!   kicks that arrived in between were not remembered.
 //!
-//! In flight means: fetched from a ring and not yet returned to it.
+//! In flight means: fetched from a ring and not yet returned to it. Each virtqueue counts its own; the gate counts
+//! nothing.
 
 use bitflags::bitflags;
 
@@ -30,20 +31,16 @@ bitflags! {
     }
 }
 
-/// The set of reasons, and the count of requests in flight. See the [module documentation](self).
+/// The set of reasons. See the [module documentation](self).
 #[derive(Debug)]
 pub struct Gate {
     reasons: Reasons,
-    in_flight: u32,
 }
 
 impl Gate {
-    /// A gate closed for `reasons`, with nothing in flight.
+    /// A gate closed for `reasons`.
     pub fn closed_for(reasons: Reasons) -> Self {
-        Self {
-            reasons,
-            in_flight: 0,
-        }
+        Self { reasons }
     }
 
     /// Adds `reason`.
@@ -68,22 +65,6 @@ impl Gate {
     pub fn reasons(&self) -> Reasons {
         self.reasons
     }
-
-    /// True if no request is in flight; with a closed gate, nothing more will happen.
-    pub fn drained(&self) -> bool {
-        self.in_flight == 0
-    }
-
-    /// A request was fetched.
-    pub(crate) fn enter(&mut self) {
-        self.in_flight += 1;
-    }
-
-    /// A request was used, or put back.
-    pub(crate) fn leave(&mut self) {
-        debug_assert!(self.in_flight > 0, "a request left that never entered");
-        self.in_flight = self.in_flight.saturating_sub(1);
-    }
 }
 
 #[cfg(test)]
@@ -103,18 +84,6 @@ mod tests {
     fn removing_a_reason_from_an_open_gate_opens_nothing() {
         let mut gate = Gate::closed_for(Reasons::empty());
         assert!(!gate.open(Reasons::PAUSED));
-    }
-
-    #[test]
-    fn a_closed_gate_drains_when_the_last_request_leaves() {
-        let mut gate = Gate::closed_for(Reasons::empty());
-        gate.enter();
-        gate.enter();
-        gate.close(Reasons::RESET);
-        gate.leave();
-        assert!(!gate.drained());
-        gate.leave();
-        assert!(gate.drained());
     }
 
     proptest! {

@@ -76,7 +76,7 @@ pub trait VirtioDevice: Send {
 pub struct Io<'a> {
     pub(super) view: &'a View,
     pub(super) queues: &'a mut [Virtqueue],
-    pub(super) gate: &'a mut Gate,
+    pub(super) gate: &'a Gate,
     /// Chains that may still be fetched in this call, so that one busy queue cannot starve the others.
     pub(super) budget: u32,
     /// Set when the budget ran out with chains left.
@@ -114,7 +114,6 @@ impl<'a> Io<'a> {
         let chain = ring.pop(self.view)?;
         if chain.is_some() {
             self.budget -= 1;
-            self.gate.enter();
         }
         Ok(chain)
     }
@@ -124,7 +123,6 @@ impl<'a> Io<'a> {
         drop(chain);
         if let Some(ring) = self.queues.get_mut(usize::from(queue)) {
             ring.unpop();
-            self.gate.leave();
         }
     }
 
@@ -133,7 +131,6 @@ impl<'a> Io<'a> {
         let Some(ring) = self.queues.get_mut(usize::from(queue)) else {
             return Ok(());
         };
-        self.gate.leave();
         ring.push(self.view, head, len)
     }
 

@@ -404,7 +404,7 @@ impl VirtioFunction {
         let deadline = Instant::now() + patience;
         let mut core = self.lock();
         core.gate.close(reason);
-        while !core.gate.drained() {
+        while !core.drained() {
             let Some(left) = deadline.checked_duration_since(Instant::now()) else {
                 return false;
             };
@@ -540,7 +540,7 @@ impl VirtioFunction {
         for queue in &mut core.queues {
             queue.finish_reset();
         }
-        if !core.gate.drained() {
+        if !core.drained() {
             return;
         }
         if core.gate.reasons().contains(Reasons::RESET) {
@@ -646,12 +646,17 @@ impl Core {
         let io = Io {
             view: &self.view,
             queues: &mut self.queues,
-            gate: &mut self.gate,
+            gate: &self.gate,
             budget,
             more: false,
             config_changed: false,
         };
         (&mut *self.device, self.admin.as_mut(), io)
+    }
+
+    /// True if nothing is in flight; with a closed gate, nothing more will happen.
+    fn drained(&self) -> bool {
+        self.queues.iter().all(Virtqueue::is_drained)
     }
 
     fn reset(&mut self) {

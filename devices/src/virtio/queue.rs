@@ -69,6 +69,7 @@ pub struct Virtqueue {
     ring: Option<Queue>,
     /// The driver asked for a reset of this queue and requests are still in flight.
     resetting: bool,
+    /// Chains that were fetched and not yet returned. The only count of them.
     in_flight: u32,
     /// Chains were used since the driver was last notified.
     unsignalled: bool,
@@ -175,7 +176,7 @@ impl Virtqueue {
 
     /// Completes a requested reset if nothing is in flight. The registers return to their defaults.
     pub(super) fn finish_reset(&mut self) -> bool {
-        let ready = self.resetting && self.in_flight == 0;
+        let ready = self.resetting && self.is_drained();
         if ready {
             *self = Self::new(self.max_size);
         }
@@ -207,15 +208,31 @@ impl Virtqueue {
 
     /// Takes back the chain that was popped last, as if it had not been fetched.
     pub(super) fn unpop(&mut self) {
-        if let Some(ring) = &mut self.ring {
+        if self.leave()
+            && let Some(ring) = &mut self.ring
+        {
             ring.go_to_previous_position();
-            self.in_flight = self.in_flight.saturating_sub(1);
         }
+    }
+
+    /// True if every chain that was fetched was returned.
+    pub(super) fn is_drained(&self) -> bool {
+        self.in_flight == 0
+    }
+
+    /// A chain is no longer in flight. False if none was: the device returns what it does not have.
+    fn leave(&mut self) -> bool {
+        debug_assert!(self.in_flight > 0, "a chain left that was never fetched");
+        let left = self.in_flight.checked_sub(1);
+        self.in_flight = left.unwrap_or(0);
+        left.is_some()
     }
 
     /// Returns a chain to the driver with `len` bytes written.
     pub(super) fn push(&mut self, view: &View, head: Head, len: u32) -> Result<(), RingError> {
-        self.in_flight = self.in_flight.saturating_sub(1);
+        if !self.leave() {
+            return Ok(());
+        }
         let Some(ring) = &mut self.ring else {
             return Ok(());
         };

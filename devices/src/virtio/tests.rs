@@ -429,6 +429,30 @@ fn a_configuration_change_behind_a_closed_gate_is_announced_when_it_opens() {
     assert_eq!(driver.function.take_isr(), 2);
 }
 
+#[test]
+fn a_function_is_drained_when_each_of_its_queues_is() {
+    let (probe, mut driver) = live(0);
+    probe.control().hold = true;
+    for _ in 0..2 {
+        driver.add(0, &one());
+        driver.kick(0);
+    }
+    // Another queue that comes to rest says nothing about this one.
+    driver.add(1, &one());
+    probe.control().feed = true;
+    driver.turn();
+    assert!(driver.used(1).is_some());
+    let drained = |driver: &Driver| {
+        driver
+            .function
+            .close_and_drain(Reasons::PAUSED, Duration::ZERO)
+    };
+    assert!(!drained(&driver));
+    probe.control().release = true;
+    driver.turn();
+    assert!(drained(&driver));
+}
+
 // Notifications ----------------------------------------------------------------------------------------------------
 
 #[test]
