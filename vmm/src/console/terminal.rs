@@ -22,6 +22,21 @@ impl RawMode {
         if !is_foreground_terminal() {
             return Ok(None);
         }
+        let mode = Self(());
+        mode.set()?;
+        Ok(Some(mode))
+    }
+
+    /// Enters raw mode again after others may have changed the mode: a shell, while this process was stopped. What is
+    /// restored in the end stays what was there before [`Self::enter`]. No effect in the background.
+    pub fn reenter(&self) -> io::Result<()> {
+        if is_foreground_terminal() {
+            self.set()?;
+        }
+        Ok(())
+    }
+
+    fn set(&self) -> io::Result<()> {
         let stdin = rustix::stdio::stdin();
         let before = termios::tcgetattr(stdin)?;
         let mut raw = before.clone();
@@ -31,8 +46,7 @@ impl RawMode {
         let mut saved = SAVED.lock().unwrap_or_else(PoisonError::into_inner);
         // Saved first: if we die in between, the mode is restored to what it is.
         saved.get_or_insert(before);
-        termios::tcsetattr(stdin, OptionalActions::Now, &raw)?;
-        Ok(Some(Self(())))
+        Ok(termios::tcsetattr(stdin, OptionalActions::Now, &raw)?)
     }
 }
 
@@ -59,5 +73,77 @@ pub fn restore() {
     };
     if let Some(mode) = saved.take() {
         let _ = termios::tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &mode);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    use rustix::termios::LocalModes;
+    use std::process::{Command, Stdio};
+
+    /// Tells the test that it is the process on the terminal.
+    const ON_TERMINAL: &str = "TERN_TEST_ON_TERMINAL";
+
+    fn local_modes() -> LocalModes {
+        let mode = termios::tcgetattr(rustix::stdio::stdin()).unwrap();
+        mode.local_modes & (LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG)
+    }
+
+    fn set_local_modes(modes: LocalModes) {
+        let mut mode = termios::tcgetattr(rustix::stdio::stdin()).unwrap();
+        mode.local_modes = modes;
+        termios::tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &mode).unwrap();
+    }
+
+    fn on_terminal() {
+        // Without the session, this is a process in the background of nothing.
+        assert!(RawMode::enter().unwrap().is_none());
+        rustix::process::setsid().unwrap();
+        rustix::process::ioctl_tiocsctty(rustix::stdio::stdin()).unwrap();
+        let before = LocalModes::ICANON | LocalModes::ISIG;
+        set_local_modes(before);
+
+        let raw = RawMode::enter().unwrap().unwrap();
+        assert_eq!(local_modes(), LocalModes::empty());
+        // What a shell does when a job stops, and the job when it continues, twice.
+        for _ in 0..2 {
+            set_local_modes(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG);
+            raw.reenter().unwrap();
+            assert_eq!(local_modes(), LocalModes::empty());
+        }
+        drop(raw);
+        assert_eq!(local_modes(), before);
+        restore();
+        assert_eq!(local_modes(), before);
+    }
+
+    /// Runs itself in another process, whose standard input is a terminal.
+    #[test]
+    fn raw_mode_can_be_entered_again_and_is_undone_once() {
+        if std::env::var_os(ON_TERMINAL).is_some() {
+            return on_terminal();
+        }
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        grantpt(&master).unwrap();
+        unlockpt(&master).unwrap();
+        let name = ptsname(&master, Vec::new()).unwrap();
+        let slave = rustix::fs::open(
+            name.as_c_str(),
+            rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY,
+            rustix::fs::Mode::empty(),
+        )
+        .unwrap();
+        let this = "console::terminal::tests::raw_mode_can_be_entered_again_and_is_undone_once";
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args([this, "--exact"])
+            .env(ON_TERMINAL, "1")
+            .stdin(Stdio::from(slave))
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{said}");
+        assert!(said.contains("1 passed"), "{said}");
     }
 }

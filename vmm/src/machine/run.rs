@@ -43,7 +43,7 @@ struct Input {
 /// Standard input goes to `sink`; if it is a terminal it is put into raw mode until the return. Without a sink it is
 /// left alone.
 pub fn run(machine: &Machine, signals: &mut Signals, sink: Option<Sink>) -> io::Result<Outcome> {
-    let mut raw = match sink {
+    let raw = match sink {
         Some(_) => RawMode::enter()?,
         None => None,
     };
@@ -69,8 +69,11 @@ pub fn run(machine: &Machine, signals: &mut Signals, sink: Option<Sink>) -> io::
             match signal {
                 Signal::End(number) => machine.finish(Outcome::Signal(number)),
                 // A shell may have changed the mode of the terminal in between.
-                Signal::Continued if terminal => raw = RawMode::enter()?.or(raw),
-                Signal::Continued => {}
+                Signal::Continued => {
+                    if let Some(raw) = &raw {
+                        raw.reenter()?;
+                    }
+                }
             }
         }
         if ready.stdin {
