@@ -122,7 +122,7 @@ enum Meaning {
 
 struct FunctionEvents {
     function: Arc<VirtioFunction>,
-    /// By position: the user data of each watched descriptor.
+    /// What an event of each watched descriptor means.
     meanings: HashMap<RawFd, Meaning>,
 }
 

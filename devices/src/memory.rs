@@ -2,9 +2,9 @@
 //!
 //! [`GuestRam`] owns the RAM of one VM: anonymous memory, which hosts back with large pages unless told not to. (A
 //! memfd gets them only where the administrator allowed it, and a guest in small pages pays for each with an exit.)
-//! A device never touches it directly. Each device function has a [`View`]: the same bytes with a bitmap of the
-//! function's own, which marks the VM-wide [`DirtyPages`] on every write. KVM's dirty log sees what vCPUs write;
-//! this bitmap sees what the monitor and its devices write; a migration sends the union of the two.
+//! A device never touches it directly. Each device function has a [`View`] of its own on the same bytes, which marks
+//! the VM-wide [`DirtyPages`] on every write. KVM's dirty log sees what vCPUs write; this bitmap sees what the monitor
+//! and its devices write; a migration sends the union of the two.
 
 #![allow(unsafe_code)]
 
@@ -36,7 +36,7 @@ pub struct RamRange {
 /// Why guest RAM could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// The kernel refused the memory file.
+    /// The host refused the address space.
     #[error("cannot create {bytes} bytes of guest memory; ask for less with --memory")]
     Allocate {
         /// Bytes asked for.
