@@ -1,14 +1,16 @@
 //! A learning Ethernet switch in this process. Its ports are plugged into functions; nothing of it needs privilege.
 //!
-//! A sender copies its frame from guest memory into the inbox of each receiving port, and the receiver copies it
-//! from there: no function ever touches another one. Locks are taken in the order function, table, inbox, and a
-//! receiver takes only the last of them.
+//! A sender copies its frame from guest memory and puts it into the inbox of each receiving port, and the receiver
+//! copies it from there: no function ever touches another one. A flooded frame is in memory once. Locks are taken in
+//! the order function, table, inbox, and a receiver takes only the last of them.
 //!
-//! Everything is bounded: frames and bytes that wait in an inbox, addresses learned from a port, ports. What does not
-//! fit is dropped and counted, as on a wire.
+//! Everything is bounded: frames and bytes that wait in an inbox and in all of them, addresses learned from a port,
+//! ports. What does not fit is dropped and counted, as on a wire. The less is left for all inboxes, the less one of
+//! them may take of it, so that ports which are not served leave room for the others; and each has a share of its own.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use serde::{Deserialize, Serialize};
@@ -24,12 +26,20 @@ use crate::virtio::Chain;
 const MAX_PORTS: usize = 1024;
 /// Frames that may wait for a port.
 const MAX_FRAMES: usize = 1024;
-/// Bytes that may wait for a port.
+/// Bytes that may wait for a port, if there is plenty.
 const MAX_BYTES: usize = 2 << 20;
+/// Bytes that may wait for a port, whatever the others have: more than the longest frame.
+const MIN_BYTES: usize = 128 << 10;
+/// Bytes that may wait for all ports together, but for the [`MIN_BYTES`] of each.
+const POOL_BYTES: usize = 64 << 20;
+/// One port may have as much as this part of what is left.
+const PART: usize = 8;
+/// What a frame takes besides its bytes, so that short ones are not for free.
+const OVERHEAD: usize = 128;
 /// Addresses that may be learned from one port, besides its own. The oldest makes room.
 const MAX_LEARNED: usize = 256;
-/// Bytes of empty buffers kept for the next frames of a port.
-const SPARE_BYTES: usize = 1 << 20;
+
+const _: () = assert!(HEADER_LEN + FRAME_MAX + OVERHEAD <= MIN_BYTES);
 
 /// Why a port could not be added.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +88,8 @@ pub struct PortInfo {
 #[derive(Clone, Default)]
 pub struct Switch {
     table: Arc<RwLock<Table>>,
+    /// Bytes that wait for all ports.
+    waiting: Arc<AtomicUsize>,
 }
 
 #[derive(Default)]
@@ -107,16 +119,23 @@ struct Shared {
     event: EventFd,
     counters: Arc<Counters>,
     inbox: Mutex<Inbox>,
+    /// Bytes that wait for all ports of the switch; each changes it with its inbox locked.
+    all_waiting: Arc<AtomicUsize>,
+}
+
+/// A frame on its way; flooded ones are shared by their receivers.
+type Frame = Arc<Vec<u8>>;
+
+/// What a frame counts for.
+fn weight(frame: &Frame) -> usize {
+    frame.len() + OVERHEAD
 }
 
 #[derive(Default)]
 struct Inbox {
     up: bool,
-    frames: VecDeque<Vec<u8>>,
+    frames: VecDeque<Frame>,
     bytes: usize,
-    /// Buffers to be used again, and their capacity in bytes.
-    spare: Vec<Vec<u8>>,
-    spare_bytes: usize,
 }
 
 impl Shared {
@@ -124,34 +143,42 @@ impl Shared {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts the frame in `buffer` into the inbox, and some other buffer in its place. True if the receiver must be
-    /// woken.
-    fn accept(&self, buffer: &mut Vec<u8>) -> bool {
+    /// Puts `frame` into the inbox. True if the receiver must be woken.
+    fn accept(&self, frame: Frame) -> bool {
         let mut inbox = self.inbox();
         if !inbox.up {
             return false;
         }
-        if inbox.frames.len() >= MAX_FRAMES || inbox.bytes + buffer.len() > MAX_BYTES {
+        let bytes = weight(&frame);
+        // Two ports at once may both find the last room; a frame too many for each thread does no harm.
+        let left = POOL_BYTES.saturating_sub(self.all_waiting.load(Ordering::Relaxed));
+        let most = (left / PART).clamp(MIN_BYTES, MAX_BYTES);
+        if inbox.frames.len() >= MAX_FRAMES || inbox.bytes + bytes > most {
             self.counters.overflow();
             return false;
         }
         let first = inbox.frames.is_empty();
-        let spare = inbox.spare.pop().unwrap_or_default();
-        inbox.spare_bytes -= spare.capacity().min(inbox.spare_bytes);
-        inbox.bytes += buffer.len();
-        inbox.frames.push_back(std::mem::replace(buffer, spare));
+        inbox.bytes += bytes;
+        self.all_waiting.fetch_add(bytes, Ordering::Relaxed);
+        inbox.frames.push_back(frame);
         first
     }
-}
 
-impl Inbox {
-    fn recycle(&mut self, buffers: &mut Vec<Vec<u8>>) {
-        for buffer in buffers.drain(..) {
-            if self.spare_bytes + buffer.capacity() <= SPARE_BYTES {
-                self.spare_bytes += buffer.capacity();
-                self.spare.push(buffer);
-            }
-        }
+    /// Takes the oldest frame out of the inbox.
+    fn take(&self) -> Option<Frame> {
+        let mut inbox = self.inbox();
+        let frame = inbox.frames.pop_front()?;
+        let bytes = weight(&frame);
+        inbox.bytes -= bytes;
+        self.all_waiting.fetch_sub(bytes, Ordering::Relaxed);
+        Some(frame)
+    }
+
+    /// Drops what waits, and what comes from now on.
+    fn close(&self) {
+        let mut inbox = self.inbox();
+        self.all_waiting.fetch_sub(inbox.bytes, Ordering::Relaxed);
+        *inbox = Inbox::default();
     }
 }
 
@@ -203,6 +230,7 @@ impl Switch {
             event: EventFd::new(EFD_NONBLOCK).map_err(SwitchError::Event)?,
             counters: Arc::default(),
             inbox: Mutex::default(),
+            all_waiting: Arc::clone(&self.waiting),
         });
         let mut table = self.write();
         if table.stations.get(&mac).is_some_and(|s| s.fixed) {
@@ -232,12 +260,9 @@ impl Switch {
             index,
             shared,
             features: 0,
-            outgoing: Vec::new(),
             to_wake: Vec::new(),
-            incoming: VecDeque::new(),
             adapted: Adapted::Done,
             front: None,
-            consumed: Vec::new(),
         })
     }
 
@@ -282,18 +307,13 @@ pub struct SwitchPort {
     shared: Arc<Shared>,
     /// What the driver accepted.
     features: u64,
-    /// The frame that is being sent. Kept for its capacity.
-    outgoing: Vec<u8>,
     /// Ports that got frames since the last flush and did not have any before.
     to_wake: Vec<Arc<Shared>>,
-    /// Frames taken from the inbox, as they were sent.
-    incoming: VecDeque<Vec<u8>>,
-    /// What the last of them is turned into for the driver.
+    /// What the frame that was last taken from the inbox is turned into for the driver. No more than one is taken,
+    /// so that senders see how much waits.
     adapted: Adapted,
     /// The frame that waits to be consumed.
     front: Option<Vec<u8>>,
-    /// Buffers to be given back with the next look into the inbox.
-    consumed: Vec<Vec<u8>>,
 }
 
 impl SwitchPort {
@@ -302,8 +322,9 @@ impl SwitchPort {
         self.shared.event.try_clone().unwrap()
     }
 
-    /// Sends the admitted frame in `outgoing` to whom it concerns.
-    fn forward(&mut self, source: MacAddress, destination: MacAddress) {
+    /// Sends the admitted `frame` to whom it concerns.
+    fn forward(&mut self, frame: Vec<u8>, source: MacAddress, destination: MacAddress) {
+        let frame = Arc::new(frame);
         if !self.switch.read().knows(source, self.index) {
             self.switch.write().learn(source, self.index);
         }
@@ -315,30 +336,27 @@ impl SwitchPort {
                 .port(station.port)
                 .filter(|_| station.port != self.index);
             if let Some(port) = port
-                && port.accept(&mut self.outgoing)
+                && port.accept(frame)
             {
                 self.to_wake.push(Arc::clone(port));
             }
             return;
         }
-        let mut copy = Vec::new();
         for (index, port) in table.ports.iter().enumerate() {
             let Some(port) = port.as_ref().filter(|_| index != self.index) else {
                 continue;
             };
-            copy.clear();
-            copy.extend_from_slice(&self.outgoing);
-            if port.shared.accept(&mut copy) {
+            if port.shared.accept(Arc::clone(&frame)) {
                 self.to_wake.push(Arc::clone(&port.shared));
             }
         }
     }
 
-    /// Sends the frame in `outgoing`, which has `len` bytes after its header, if its addresses are in order.
-    fn dispatch(&mut self, len: usize) {
+    /// Sends the admitted `frame`, if its addresses are in order.
+    fn dispatch(&mut self, frame: Vec<u8>) {
         let counters = &self.shared.counters;
         let address = |at: usize| {
-            let octets = self.outgoing.get(HEADER_LEN + at..HEADER_LEN + at + 6);
+            let octets = frame.get(HEADER_LEN + at..HEADER_LEN + at + 6);
             octets.and_then(|o| o.try_into().ok()).map(MacAddress::new)
         };
         let (Some(destination), Some(source)) = (address(0), address(6)) else {
@@ -351,21 +369,21 @@ impl SwitchPort {
         if config.check_source && source != config.mac {
             return counters.spoofed();
         }
-        counters.sent(len);
-        self.forward(source, destination);
+        counters.sent(frame.len().saturating_sub(HEADER_LEN));
+        self.forward(frame, source, destination);
     }
 
     /// Sends `frame`, header included, which did not come from a driver but from the host.
     pub(super) fn inject(&mut self, frame: &[u8]) {
         let len = frame.len().saturating_sub(HEADER_LEN);
-        self.outgoing.clear();
-        self.outgoing.extend_from_slice(frame);
-        if !(FRAME_MIN..=FRAME_MAX).contains(&len)
-            || !offload::admit(&mut self.outgoing, self.features)
-        {
+        if !(FRAME_MIN..=FRAME_MAX).contains(&len) {
             return self.shared.counters.malformed();
         }
-        self.dispatch(len);
+        let mut frame = frame.to_vec();
+        if !offload::admit(&mut frame, self.features) {
+            return self.shared.counters.malformed();
+        }
+        self.dispatch(frame);
     }
 
     /// Counts a frame that was taken from the port, header included.
@@ -379,26 +397,13 @@ impl SwitchPort {
         let _ = self.shared.event.write(1);
     }
 
-    /// Takes everything out of the inbox. False if there was nothing.
-    fn collect(&mut self) -> bool {
-        let mut inbox = self.shared.inbox();
-        inbox.recycle(&mut self.consumed);
-        std::mem::swap(&mut self.incoming, &mut inbox.frames);
-        inbox.bytes = 0;
-        drop(inbox);
-        !self.incoming.is_empty()
-    }
-
     /// The next frame as the driver takes it.
     fn next(&mut self) -> Option<Vec<u8>> {
         loop {
             if let Some(frame) = self.adapted.next() {
                 return Some(frame);
             }
-            if self.incoming.is_empty() && !self.collect() {
-                return None;
-            }
-            let frame = self.incoming.pop_front()?;
+            let frame = Arc::unwrap_or_clone(self.shared.take()?);
             self.adapted = offload::adapt(frame, self.features);
         }
     }
@@ -420,11 +425,9 @@ impl Link for SwitchPort {
 
     fn down(&mut self) {
         self.features = 0;
-        self.incoming.clear();
         self.adapted = Adapted::Done;
         self.front = None;
-        self.consumed = Vec::new();
-        *self.shared.inbox() = Inbox::default();
+        self.shared.close();
     }
 
     fn send(&mut self, view: &View, chain: &Chain) {
@@ -432,13 +435,11 @@ impl Link for SwitchPort {
         let Some(len) = frame_len(chain) else {
             return counters.malformed();
         };
-        self.outgoing.resize(HEADER_LEN + len, 0);
-        if chain.read(view, 0, &mut self.outgoing).is_err()
-            || !offload::admit(&mut self.outgoing, self.features)
-        {
+        let mut frame = vec![0; HEADER_LEN + len];
+        if chain.read(view, 0, &mut frame).is_err() || !offload::admit(&mut frame, self.features) {
             return counters.malformed();
         }
-        self.dispatch(len);
+        self.dispatch(frame);
     }
 
     fn flush(&mut self) {
@@ -456,7 +457,7 @@ impl Link for SwitchPort {
     }
 
     fn consume(&mut self) {
-        self.consumed.extend(self.front.take());
+        self.front = None;
     }
 
     fn counters(&self) -> &Arc<Counters> {
@@ -470,6 +471,8 @@ impl Drop for SwitchPort {
         if let Some(port) = table.ports.get_mut(self.index) {
             *port = None;
         }
+        // No sender finds it any more.
+        self.shared.close();
         let index = self.index;
         table.stations.retain(|_, station| station.port != index);
     }

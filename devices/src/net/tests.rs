@@ -245,6 +245,85 @@ fn what_waits_for_a_port_is_bounded_in_frames_and_in_bytes() {
 }
 
 #[test]
+fn what_waits_for_all_ports_is_bounded_and_each_has_its_share() {
+    let switch = Switch::new();
+    let mut sender = port(&switch, 1, false);
+    let mut receivers: Vec<_> = (2..=200).map(|n| port(&switch, n, false)).collect();
+    for receiver in &mut receivers {
+        receiver.up(0);
+    }
+    let total = || {
+        let ports = switch.ports();
+        ports.iter().map(|p| p.waiting).sum::<usize>() * (HEADER + 60_000)
+    };
+    let bound = (64 << 20) + 199 * (128 << 10);
+    for _ in 0..2 {
+        // One that is greedy leaves enough to the others.
+        for _ in 0..100 {
+            sender.inject(&frame(mac(2), mac(1), 60_000));
+        }
+        assert_eq!(switch.ports()[1].waiting, 34);
+        for _ in 0..100 {
+            sender.inject(&frame(BROADCAST, mac(1), 60_000));
+        }
+        assert!(total() <= bound, "{} bytes wait", total());
+        assert!(switch.ports()[1..].iter().all(|p| p.waiting >= 2));
+        // What is received, dropped with its driver or with its port makes room again.
+        for (i, receiver) in receivers.iter_mut().enumerate() {
+            if i % 2 == 0 {
+                while receiver.peek().is_some() {
+                    receiver.consume();
+                }
+            } else {
+                receiver.down();
+                receiver.up(0);
+            }
+        }
+        assert_eq!(total(), 0);
+    }
+    for _ in 0..100 {
+        sender.inject(&frame(BROADCAST, mac(1), 60_000));
+    }
+    receivers.truncate(1);
+    while receivers[0].peek().is_some() {
+        receivers[0].consume();
+    }
+    for _ in 0..100 {
+        sender.inject(&frame(BROADCAST, mac(1), 60_000));
+    }
+    assert_eq!(switch.ports()[1].waiting, 34);
+}
+
+#[test]
+fn a_look_takes_one_frame_from_the_inbox() {
+    let switch = Switch::new();
+    let mut sender = port(&switch, 1, false);
+    let mut receiver = port(&switch, 2, false);
+    receiver.up(0);
+    for _ in 0..10 {
+        sender.inject(&frame(mac(2), mac(1), 60));
+    }
+    for _ in 0..3 {
+        assert!(receiver.peek().is_some());
+        assert_eq!(switch.ports()[1].waiting, 9);
+    }
+}
+
+#[test]
+fn receivers_of_a_flood_have_a_frame_each() {
+    let switch = Switch::new();
+    let mut sender = port(&switch, 1, false);
+    let mut receivers = [2, 3].map(|n| port(&switch, n, false));
+    for receiver in &mut receivers {
+        receiver.up(0);
+    }
+    let sent = frame(BROADCAST, mac(1), 60);
+    sender.inject(&sent);
+    receivers[0].peek().unwrap().fill(0xee);
+    assert_eq!(receivers[1].peek().unwrap(), sent);
+}
+
+#[test]
 fn a_port_without_a_driver_keeps_nothing() {
     let switch = Switch::new();
     let mut d = drivers(&switch, 2, PLAIN);
