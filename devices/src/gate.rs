@@ -5,7 +5,7 @@
 //! [`Reasons`] bit. The gate is open when no bit is set.
 //!
 //! * Closing is a request: the bit is set at once, so nothing new is fetched, but what is in flight goes on until it
-//!   is used and signalled. The stop is *acknowledged* when nothing is.
+//!   is used and signalled, or with [`Reasons::RESET`] until it is let go. The stop is *acknowledged* when nothing is.
 //! * Opening removes one bit. Removing the last one obliges the owner to look at every enabled ring again, since
 //!   kicks that arrived in between were not remembered.
 //!
@@ -22,7 +22,8 @@ bitflags! {
         const NO_DRIVER = 1 << 0;
         /// The device found its rings unusable and asked for a reset (DEVICE_NEEDS_RESET).
         const BROKEN = 1 << 1;
-        /// A device reset (status 0, FLR) waits for what is in flight.
+        /// A device reset (status 0, FLR) waits for what is in flight, which completes unseen: the driver may use its
+        /// memory for something else by now.
         const RESET = 1 << 2;
         /// Bus Master Enable is clear: the function may neither reach memory nor send MSI.
         const BUS_MASTER = 1 << 3;

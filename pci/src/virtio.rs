@@ -18,7 +18,6 @@ pub mod common;
 pub mod identity;
 pub mod layout;
 
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -129,18 +128,11 @@ pub struct VirtioPci {
 }
 
 /// The function's interrupts: its MSI-X vectors.
-struct Vectors {
-    msix: Msix,
-    /// A function level reset waits for requests in flight: their completion is nobody's business any more, even if
-    /// the guest has programmed new vectors meanwhile.
-    muted: AtomicBool,
-}
+struct Vectors(Msix);
 
 impl Interrupt for Vectors {
     fn signal(&self, vector: u16) {
-        if !self.muted.load(SeqCst) {
-            self.msix.signal(vector);
-        }
+        self.0.signal(vector);
     }
 }
 
@@ -189,10 +181,8 @@ impl VirtioPci {
             Role::Plain | Role::Member => None,
         };
         let common = CommonConfig::new(vectors.get());
-        let vectors = Arc::new(Vectors {
-            msix: Msix::new(vectors, msi.sink(vectors.get())),
-            muted: AtomicBool::new(false),
-        });
+        let msix = Msix::new(vectors, msi.sink(vectors.get()));
+        let vectors = Arc::new(Vectors(msix));
         function.close(Reasons::BUS_MASTER);
         function.set_interrupt(Arc::clone(&vectors) as _);
         Ok(Arc::new(Self {
@@ -247,17 +237,7 @@ impl VirtioPci {
 
     /// Its MSI-X vectors.
     pub fn msix(&self) -> &Msix {
-        &self.vectors.msix
-    }
-
-    /// Ends the silence after a function level reset once nothing of before is in flight. A driver cannot get the
-    /// device going again without passing here, since until then it accepts no device status.
-    fn unmute(&self) {
-        if self.vectors.muted.load(SeqCst) {
-            let _doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
-            let still = self.function.is_resetting();
-            self.vectors.muted.store(still, SeqCst);
-        }
+        &self.vectors.0
     }
 
     /// Bus Master Enable and the MSI-X switches take effect, as the registers have them now. Returns when nothing is
@@ -452,10 +432,7 @@ impl PciFunction for VirtioPci {
             return Effect::None;
         };
         match region {
-            Region::Common => {
-                self.unmute();
-                return self.common.write(&self.function, offset, data);
-            }
+            Region::Common => return self.common.write(&self.function, offset, data),
             Region::Device => self.function.write_config(offset as usize, data),
             Region::Notify => {
                 if let Some(queue) = Layout::notified_queue(offset) {
@@ -488,15 +465,13 @@ impl PciFunction for VirtioPci {
     }
 
     /// Also what a function level reset does (E3): virtio state, MSI-X and all of configuration space, at once. What
-    /// the device still has in flight completes unseen; Transactions Pending reads 1 until it has.
+    /// the device still has in flight completes unseen, whatever the guest programs meanwhile; Transactions Pending
+    /// reads 1 until it has.
     fn reset(&self) {
         let _doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
         self.function.close(Reasons::BUS_MASTER);
-        self.vectors.muted.store(true, SeqCst);
         // The caller reports the layout change, whatever this says.
         let _ = self.function.request_reset();
-        let still = self.function.is_resetting();
-        self.vectors.muted.store(still, SeqCst);
         self.msix().reset();
         self.common.reset();
         self.config().reset();

@@ -363,8 +363,11 @@ impl VirtioDevice for Block {
     }
 }
 
-/// Writes the status byte and returns the chain, whatever happens.
+/// Writes the status byte, unless nobody waits for it any more, and returns the chain, whatever happens.
 fn answer(queue: u16, chain: &Chain, status: Status, io: &mut Io<'_>) -> Result<(), RingError> {
+    if io.is_resetting() {
+        return io.push(queue, chain.head(), 0);
+    }
     let len = chain.writable_len();
     let written = chain.write(io.memory(), len.saturating_sub(1), &[status as u8]);
     // The status is the last byte, so a driver that believes the length must find all of them covered.

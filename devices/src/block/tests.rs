@@ -545,16 +545,20 @@ fn a_reset_waits_for_a_stuck_request() {
         ..Fake::default()
     });
     let mut driver = Driver::live(block, ALL);
-    for _ in 0..3 {
-        driver.add(0, &[Buf::Out(header(IN, 0)), Buf::In(512), Buf::In(1)]);
-    }
+    let bufs = [Buf::Out(header(IN, 0)), Buf::In(512), Buf::In(1)];
+    let added = [0; 3].map(|_| driver.add(0, &bufs));
     driver.kick(0);
     driver.status(0);
     assert_ne!(driver.function.status(), 0);
     assert!(driver.function.is_resetting());
     drop(go);
     driver.until("the reset", |d| d.function.status() == 0);
-    assert!((0..3).all(|_| driver.used(0).is_some()));
+    assert_eq!(driver.used(0), None);
+    assert!(driver.interrupts.take().is_empty());
+    for chain in added {
+        let (status, _) = chain.writable[1];
+        assert_eq!(driver.bytes(status, 1), [0xee]);
+    }
     driver.start(ALL);
     assert_eq!(read(&mut driver, 0, 1), vec![7; 512]);
 }

@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 use super::DeviceType;
 use super::chain::{Chain, Head};
 use super::queue::{RingError, Virtqueue};
-use crate::gate::Gate;
+use crate::gate::{Gate, Reasons};
 use crate::memory::View;
 
 /// Where a device stands with a queue after it worked on it.
@@ -126,11 +126,23 @@ impl<'a> Io<'a> {
         }
     }
 
-    /// Returns a chain of `queue` to the driver, with `len` bytes written to it.
+    /// True while a reset waits for what is in flight. Chains go back unseen, and nothing may be written to them: the
+    /// driver may have given their memory to someone else.
+    pub fn is_resetting(&self) -> bool {
+        self.gate.reasons().contains(Reasons::RESET)
+    }
+
+    /// Returns a chain of `queue` to the driver, with `len` bytes written to it. While [`Self::is_resetting`] it only
+    /// ceases to be in flight.
     pub fn push(&mut self, queue: u16, head: Head, len: u32) -> Result<(), RingError> {
+        let resetting = self.is_resetting();
         let Some(ring) = self.queues.get_mut(usize::from(queue)) else {
             return Ok(());
         };
+        if resetting {
+            ring.forget();
+            return Ok(());
+        }
         ring.push(self.view, head, len)
     }
 

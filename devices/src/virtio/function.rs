@@ -502,8 +502,7 @@ impl VirtioFunction {
         if let Err(error) = outcome {
             self.needs_reset(core, index, &error);
         }
-        // Without bus mastering, neither rings nor messages: whoever opens the gate comes back for them.
-        let reachable = !core.gate.reasons().contains(Reasons::BUS_MASTER);
+        let reachable = core.may_reach_out();
         for slot in (0..core.queues.len()).filter(|_| reachable) {
             let Some(queue) = core.queues.get_mut(slot) else {
                 continue;
@@ -586,7 +585,7 @@ impl VirtioFunction {
     }
 
     fn send(&self, core: &Core, vector: u16) {
-        if vector == NO_VECTOR || core.gate.reasons().contains(Reasons::BUS_MASTER) {
+        if vector == NO_VECTOR || !core.may_reach_out() {
             return;
         }
         if let Some(interrupt) = self.interrupt.get() {
@@ -652,6 +651,13 @@ impl Core {
             config_changed: false,
         };
         (&mut *self.device, self.admin.as_mut(), io)
+    }
+
+    /// False when neither rings nor messages are within reach. Without bus mastering, whoever opens the gate comes back
+    /// for them; and when a reset was asked for, nobody waits for them any more.
+    fn may_reach_out(&self) -> bool {
+        let unreachable = Reasons::BUS_MASTER | Reasons::RESET;
+        !self.gate.reasons().intersects(unreachable)
     }
 
     /// True if nothing is in flight; with a closed gate, nothing more will happen.

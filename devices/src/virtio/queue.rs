@@ -228,6 +228,11 @@ impl Virtqueue {
         left.is_some()
     }
 
+    /// Lets go of a chain without the driver hearing of it.
+    pub(super) fn forget(&mut self) {
+        self.leave();
+    }
+
     /// Returns a chain to the driver with `len` bytes written.
     pub(super) fn push(&mut self, view: &View, head: Head, len: u32) -> Result<(), RingError> {
         if !self.leave() {

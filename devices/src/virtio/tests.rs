@@ -260,6 +260,21 @@ fn a_reset_waits_for_what_is_in_flight_and_then_reads_0() {
     assert_eq!(driver.request(0, &one()).0, 8);
 }
 
+#[test]
+fn what_comes_back_during_a_reset_is_neither_used_nor_signalled() {
+    let (probe, mut driver) = live(0);
+    probe.control().hold = true;
+    driver.add(0, &one());
+    driver.add(0, &one());
+    driver.kick(0);
+    driver.status(0);
+    probe.control().release = true;
+    driver.turn();
+    assert_eq!(driver.function.status(), 0);
+    assert_eq!(driver.used(0), None);
+    assert!(driver.interrupts.take().is_empty());
+}
+
 // Queues -----------------------------------------------------------------------------------------------------------
 
 #[test]

@@ -1,3 +1,5 @@
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+
 use devices::memory::View;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
