@@ -57,6 +57,8 @@ pub struct Tap {
     /// One frame that was read and not consumed, in its first `waiting` bytes.
     frame: Vec<u8>,
     waiting: usize,
+    /// The interface was deleted, and somebody was told.
+    gone: bool,
     counters: Arc<Counters>,
 }
 
@@ -98,6 +100,7 @@ impl Tap {
             features: 0,
             frame: Vec::new(),
             waiting: 0,
+            gone: false,
             counters: Arc::default(),
         };
         tap.down();
@@ -139,7 +142,11 @@ impl Tap {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    if error.kind() != io::ErrorKind::WouldBlock {
+                    if error.raw_os_error() == Some(libc::EBADFD) {
+                        if !std::mem::replace(&mut self.gone, true) {
+                            tracing::warn!(tap = %self.name, "tap was deleted; its device is cut off");
+                        }
+                    } else if error.kind() != io::ErrorKind::WouldBlock {
                         tracing::debug!(tap = %self.name, %error, "cannot read from tap");
                     }
                     return None;
@@ -344,6 +351,14 @@ pub(super) mod tests {
             assert_eq!(libc::bind(fd, (&raw const address).cast(), len), 0);
             socket.into()
         }
+    }
+
+    /// Deletes interface `name`.
+    pub fn delete(name: &str) {
+        let status = std::process::Command::new("ip")
+            .args(["link", "delete", name])
+            .status();
+        assert!(status.unwrap().success());
     }
 
     #[test]

@@ -50,14 +50,27 @@ impl Uplink {
         }
         self.port.flush();
     }
+
+    /// The interface was deleted: nothing comes from it any more, and nothing needs to wait for it.
+    fn retire(&mut self, ops: &mut EventOps<'_>) {
+        self.port.down();
+        let fd = self.tap.event_fd();
+        if let Err(error) = ops.remove(Events::new_raw(fd, EventSet::IN)) {
+            tracing::error!(tap = self.tap.name(), ?error, "cannot let go of an uplink");
+        }
+    }
 }
 
 impl MutEventSubscriber for Uplink {
-    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
-        if events.fd() == self.tap.event_fd() {
-            self.feed_switch();
-        } else {
-            self.feed_host();
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        if events.fd() != self.tap.event_fd() {
+            return self.feed_host();
+        }
+        self.feed_switch();
+        let gone = EventSet::ERROR | EventSet::HANG_UP;
+        if events.event_set().intersects(gone) {
+            // It stays so and would be reported for ever.
+            self.retire(ops);
         }
     }
 
@@ -79,9 +92,10 @@ mod tests {
     use super::*;
     use crate::io::IoThread;
     use crate::net::link::HEADER_LEN;
-    use crate::net::tap::tests::{in_a_network_of_its_own, packet_socket};
+    use crate::net::tap::tests::{delete, in_a_network_of_its_own, packet_socket};
     use crate::net::{MacAddress, Net, PortConfig, Switch};
     use crate::testing::{Buf, Driver};
+    use event_manager::SubscriberOps;
     use std::io::{Read, Write};
 
     fn frame(destination: [u8; 6], source: [u8; 6]) -> Vec<u8> {
@@ -148,6 +162,40 @@ mod tests {
             assert!(uplink.stats.rx_frames >= 3);
         }
         if !in_a_network_of_its_own(cross) {
+            eprintln!("not run: no privilege to create a tap");
+        }
+    }
+
+    #[test]
+    fn an_uplink_whose_tap_is_deleted_comes_to_rest() {
+        fn vanish() {
+            let switch = Switch::new();
+            let plug = |n| {
+                let port = PortConfig {
+                    name: String::new(),
+                    mac: MacAddress::new([2, 0, 0, 0, 0, n]),
+                    check_source: false,
+                };
+                switch.port(port).unwrap()
+            };
+            let mut sender = plug(1);
+            let uplink = Uplink::new(plug(2), Tap::open("tern-gone").unwrap());
+            let mut events = event_manager::EventManager::<Uplink>::new().unwrap();
+            events.add_subscriber(uplink);
+            let mut rests = || (0..20).any(|_| events.run_with_timeout(0).unwrap() == 0);
+            assert!(rests());
+            assert!(switch.ports()[1].up);
+            delete("tern-gone");
+            assert!(rests(), "the deleted tap is reported for ever");
+            assert!(!switch.ports()[1].up);
+            let mut bytes = vec![0; HEADER_LEN];
+            bytes.extend(frame([0xff; 6], [2, 0, 0, 0, 0, 1]));
+            sender.inject(&bytes);
+            sender.flush();
+            assert!(rests());
+            assert_eq!(switch.ports()[1].waiting, 0);
+        }
+        if !in_a_network_of_its_own(vanish) {
             eprintln!("not run: no privilege to create a tap");
         }
     }
