@@ -14,6 +14,8 @@ use crate::memory::View;
 use crate::virtio::Chain;
 
 const TUN: &str = "/dev/net/tun";
+/// Frames dropped before a driver gets the first: more than the kernel queues, and an end even if the host never stops.
+const DRAIN_MAX: usize = 4096;
 /// The most buffers the kernel takes in one call (IOV_MAX).
 const IOV_MAX: usize = 1024;
 
@@ -133,6 +135,17 @@ impl Tap {
         }
     }
 
+    /// Drops what the kernel queued while there was no driver.
+    fn drain(&mut self) {
+        self.waiting = 0;
+        self.frame.resize(HEADER_LEN + FRAME_MAX, 0);
+        for _ in 0..DRAIN_MAX {
+            if self.read().is_none() {
+                return;
+            }
+        }
+    }
+
     /// Reads frames until one is usable.
     fn read(&mut self) -> Option<usize> {
         loop {
@@ -197,6 +210,7 @@ impl Link for Tap {
     }
 
     fn up(&mut self, features: u64) {
+        self.drain();
         self.features = features;
         self.set_offload(features);
     }
@@ -359,6 +373,39 @@ pub(super) mod tests {
             .args(["link", "delete", name])
             .status();
         assert!(status.unwrap().success());
+    }
+
+    #[test]
+    fn frames_from_before_a_driver_are_not_for_it() {
+        fn rebind() {
+            let mut tap = Tap::open("tern-late").unwrap();
+            let mut host = packet_socket("tern-late");
+            let frame = |n: u8| {
+                let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 9, 0x88, 0xb5];
+                frame.extend([n; 50]);
+                frame
+            };
+            // The host's own chatter comes in too.
+            let next = |tap: &mut Tap| {
+                let got = tap.peek()?[HEADER_LEN..].to_vec();
+                tap.consume();
+                Some(got)
+            };
+            for round in 0..3 {
+                for _ in 0..100 {
+                    host.write_all(&frame(1)).unwrap();
+                }
+                tap.up(0);
+                host.write_all(&frame(2)).unwrap();
+                let got: Vec<_> = std::iter::from_fn(|| next(&mut tap)).collect();
+                assert!(!got.contains(&frame(1)), "round {round}");
+                assert!(got.contains(&frame(2)), "round {round}");
+                tap.down();
+            }
+        }
+        if !in_a_network_of_its_own(rebind) {
+            eprintln!("not run: no privilege to create a tap");
+        }
     }
 
     #[test]
