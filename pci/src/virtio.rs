@@ -49,6 +49,10 @@ const BAR: BarIndex = BarIndex::ZERO;
 /// it (E10). A backend that takes longer is broken, and must not hold up its vCPU as well.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 
+/// How long a function level reset holds up its vCPU for what is in flight. Software waits as long before it touches the
+/// function again (PCIe base specification, "Function Level Reset").
+const RESET_PATIENCE: Duration = Duration::from_millis(100);
+
 /// How a function is shown on the bus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -360,6 +364,14 @@ impl ConfigTarget for VirtioPci {
         }
         if pcie::flr_requested(&written, self.offsets.pcie) {
             self.reset();
+            // Pages that the guest reuses after this should not be written to any more. Storage that takes longer is
+            // seen in Transactions Pending.
+            if !self.function.wait_for_reset(RESET_PATIENCE) {
+                tracing::debug!(
+                    function = self.function.name(),
+                    "still in flight after a function level reset"
+                );
+            }
             effect = Effect::LayoutChanged;
         }
         effect

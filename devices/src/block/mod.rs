@@ -335,6 +335,17 @@ impl VirtioDevice for Block {
         self.stalled = 0;
     }
 
+    fn call_off(&mut self, io: &mut Io<'_>) {
+        let Some(worker) = &self.worker else {
+            return;
+        };
+        let waiting = worker.call_off();
+        if let Err(error) = self.finish(waiting, io) {
+            // During a reset no ring is written to, so there is nothing that could fail.
+            tracing::debug!(%error, "a request that was called off");
+        }
+    }
+
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError> {
         // What was fetched before an error is submitted all the same: it is in flight.
         let progress = self.fetch(queue, io);

@@ -261,6 +261,20 @@ impl Worker {
         Ok(())
     }
 
+    /// Takes back every request but the one that is being worked on: those that wait, which fail, and those that were
+    /// completed since the last call.
+    pub fn call_off(&self) -> Vec<Done> {
+        let mut state = self.shared.lock();
+        let mut done = std::mem::take(&mut state.done);
+        let failed = state.jobs.drain(..).map(|job| Done {
+            queue: job.queue,
+            chain: job.chain,
+            status: Status::IoErr,
+        });
+        done.extend(failed);
+        done
+    }
+
     /// Takes what was completed since the last call.
     pub fn completions(&self) -> Vec<Done> {
         std::mem::take(&mut self.shared.lock().done)

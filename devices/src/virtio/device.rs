@@ -36,7 +36,7 @@ pub struct Source {
 /// own, which announces its result through a [`Source`].
 ///
 /// Order: any number of configuration accesses; `activate` at DRIVER_OK; then `process` and `on_event` in any order;
-/// `reset` once nothing is in flight; and so on from the start.
+/// `call_off` when a reset was asked for and `reset` once nothing is in flight; and so on from the start.
 pub trait VirtioDevice: Send {
     /// The device type.
     fn device_type(&self) -> DeviceType;
@@ -58,6 +58,10 @@ pub trait VirtioDevice: Send {
 
     /// Back to the state after construction. Nothing is in flight.
     fn reset(&mut self);
+
+    /// The driver asked for a reset: requests that can still be called off are, and their chains go back through `io`.
+    /// What has to run to its end comes back later, and the reset waits for it.
+    fn call_off(&mut self, _io: &mut Io<'_>) {}
 
     /// Works on `queue`, because of a kick or because the gate opened.
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError>;

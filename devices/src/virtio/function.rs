@@ -194,6 +194,9 @@ impl VirtioFunction {
         let mut core = self.lock();
         if value == 0 {
             core.gate.close(Reasons::RESET);
+            // The gate is closed, so this fetches nothing.
+            let (device, _, mut io) = core.io(0);
+            device.call_off(&mut io);
             self.settle(&mut core);
             return Effect::LayoutChanged;
         }
@@ -225,6 +228,13 @@ impl VirtioFunction {
     /// Requests the same reset as writing status 0. Used for a function level reset.
     pub fn request_reset(&self) -> Effect {
         self.write_status(0)
+    }
+
+    /// Waits until a requested reset is complete. False if that takes longer than `patience`.
+    #[must_use]
+    pub fn wait_for_reset(&self, patience: Duration) -> bool {
+        let waits = |core: &Core| core.gate.reasons().contains(Reasons::RESET);
+        self.wait_while(self.lock(), patience, waits)
     }
 
     /// True while a requested reset waits for requests in flight.
@@ -401,10 +411,20 @@ impl VirtioFunction {
     /// `patience`; the reason stays.
     #[must_use]
     pub fn close_and_drain(&self, reason: Reasons, patience: Duration) -> bool {
-        let deadline = Instant::now() + patience;
         let mut core = self.lock();
         core.gate.close(reason);
-        while !core.drained() {
+        self.wait_while(core, patience, |core| !core.drained())
+    }
+
+    /// Waits for the drain as long as `unfinished` says so. False if that takes longer than `patience`.
+    fn wait_while(
+        &self,
+        mut core: MutexGuard<'_, Core>,
+        patience: Duration,
+        unfinished: impl Fn(&Core) -> bool,
+    ) -> bool {
+        let deadline = Instant::now() + patience;
+        while unfinished(&core) {
             let Some(left) = deadline.checked_duration_since(Instant::now()) else {
                 return false;
             };

@@ -495,6 +495,32 @@ fn e3_after_flr_under_load_nothing_is_delivered_and_the_driver_recovers() {
 }
 
 #[test]
+fn e3_flr_waits_a_little_for_what_is_in_flight() {
+    let rig = rig();
+    rig.master();
+    rig.start();
+    rig.request(1);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !rig.function.is_resetting() {
+                std::thread::yield_now();
+            }
+            rig.complete();
+        });
+        let _ = rig.flr();
+        assert!(!rig.function.is_resetting());
+    });
+    rig.master();
+    rig.start();
+    rig.release.store(false, SeqCst);
+    rig.request(1);
+    let start = std::time::Instant::now();
+    let _ = rig.flr();
+    assert!(rig.function.is_resetting());
+    assert!(start.elapsed() >= RESET_PATIENCE);
+}
+
+#[test]
 fn virtio_reset_leaves_configuration_space_and_msix_alone() {
     let rig = rig();
     rig.pci.assign(SLOT, 0x4000);
