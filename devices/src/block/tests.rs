@@ -610,6 +610,28 @@ fn dropping_a_disk_drops_what_waits_behind_a_request() {
 }
 
 #[test]
+fn a_disk_whose_storage_is_stuck_can_be_dropped() {
+    let (go, gate) = mpsc::channel();
+    let (backend, block) = fake(Fake {
+        gate: Some(Mutex::new(gate)),
+        ..Fake::default()
+    });
+    let mut driver = Driver::live(block, ALL);
+    driver.add(0, &[Buf::Out(header(IN, 0)), Buf::In(512), Buf::In(1)]);
+    driver.kick(0);
+    driver.until("the read", |_| backend.reads.load(SeqCst) == 1);
+    let (dropped, done) = mpsc::channel();
+    std::thread::spawn(move || {
+        drop(driver);
+        // The test may have given up.
+        let _ = dropped.send(());
+    });
+    let outcome = done.recv_timeout(crate::testing::PATIENCE);
+    assert!(outcome.is_ok(), "it waits for its storage");
+    drop(go);
+}
+
+#[test]
 fn chains_of_very_many_buffers_are_not_all_held_at_once() {
     let (go, gate) = mpsc::channel();
     let (_, block) = fake(Fake {

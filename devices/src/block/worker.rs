@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use vm_memory::bitmap::Bitmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -17,6 +18,12 @@ use crate::virtio::Chain;
 const STACK_BYTES: usize = 128 * 1024;
 /// Requests of one disk before the next disk has its turn.
 const TURN: usize = 16;
+
+/// How long a disk or a pool that goes waits for a request that is being worked on. Storage that takes longer may never
+/// answer, and must not keep the process from ending.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How often a pool that goes looks whether its threads have ended.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// A request on its way through a thread.
 #[derive(Debug)]
@@ -148,10 +155,17 @@ impl Drop for Threads {
     fn drop(&mut self) {
         self.line.lock().stop = true;
         self.line.changed.notify_all();
+        let deadline = Instant::now() + PATIENCE;
         let started = self.started.get_mut();
         for thread in started.unwrap_or_else(PoisonError::into_inner).drain(..) {
-            // A panic on the thread was reported when it happened.
-            let _ = thread.join();
+            while !thread.is_finished() && Instant::now() < deadline {
+                std::thread::sleep(LOOK_EVERY);
+            }
+            // One that does not end is left alone: all it uses is kept by it.
+            if thread.is_finished() {
+                // A panic on the thread was reported when it happened.
+                let _ = thread.join();
+            }
         }
     }
 }
@@ -224,7 +238,8 @@ pub fn completion_event() -> io::Result<Arc<EventFd>> {
     EventFd::new(EFD_NONBLOCK).map(Arc::new)
 }
 
-/// A disk's place in a pool. Dropping it waits for the request that is being worked on; those behind it are dropped.
+/// A disk's place in a pool. Dropping it waits for the request that is being worked on, though not for long; those
+/// behind it are dropped.
 pub struct Worker {
     shared: Arc<Shared>,
     pool: Pool,
@@ -285,9 +300,13 @@ impl Drop for Worker {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         state.jobs.clear();
-        while state.busy {
-            let rested = self.shared.rested.wait(state);
-            state = rested.unwrap_or_else(PoisonError::into_inner);
+        let rested = self
+            .shared
+            .rested
+            .wait_timeout_while(state, PATIENCE, |state| state.busy);
+        let (state, _) = rested.unwrap_or_else(PoisonError::into_inner);
+        if state.busy {
+            tracing::warn!("storage of a disk does not answer; its last request is abandoned");
         }
     }
 }
