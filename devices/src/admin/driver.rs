@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::envelope::{Failure, GroupType, Request};
+use super::envelope::{Failure, GroupType, Reply, Request};
 use super::list::CommandSet;
 use super::owner::Owner;
 use super::profile::{LIST_QUERY, LIST_USE};
@@ -29,6 +29,11 @@ impl OwnerDriver {
         &self.owner
     }
 
+    /// Executes the command in `request`, the device-readable part, as it is.
+    pub fn execute(&mut self, request: &[u8]) -> Reply {
+        self.owner.execute(&mut self.session, request)
+    }
+
     /// Executes a command; `member_id` is 0 for commands that are not about one member. Returns the command-specific
     /// result.
     pub fn command(
@@ -39,7 +44,7 @@ impl OwnerDriver {
         data: &[u8],
     ) -> Result<Vec<u8>, Failure> {
         let request = Request::encode(opcode, group, member_id, data);
-        self.owner.execute(&mut self.session, &request).0
+        self.execute(&request).0
     }
 
     /// Takes every command `group` has into use; returns what those are.

@@ -11,13 +11,16 @@ use crate::virtio::{Chain, Io, Progress, RingError};
 /// is generous (D4); longer lists go through indirect tables.
 pub const QUEUE_SIZE: u16 = 256;
 
-/// Bytes of command-specific data that are looked at, more than any command defines. The rest is ignored (B-8).
-pub const MAX_DATA: usize = 1 << 20;
+/// Bytes of command-specific data that are looked at: those of the longest there can be, the array of LIST_USE with a bit
+/// for each of the 65536 opcodes. The rest is ignored (B-8).
+pub const MAX_DATA: usize = 8 << 10;
 
 /// The guest driver's way to an owner: its end of the queue, and its session.
 pub struct AdminQueue {
     owner: Arc<Owner>,
     session: Session,
+    /// The command that is being executed. Kept for its capacity.
+    request: Vec<u8>,
 }
 
 impl AdminQueue {
@@ -26,6 +29,7 @@ impl AdminQueue {
         Self {
             owner,
             session: Session::default(),
+            request: Vec::new(),
         }
     }
 
@@ -54,9 +58,10 @@ impl AdminQueue {
     fn answer(&mut self, chain: &Chain, io: &Io<'_>) -> Result<u32, RingError> {
         let most = REQUEST_HEADER_LEN + MAX_DATA;
         let len = usize::try_from(chain.readable_len()).map_or(most, |len| len.min(most));
-        let mut request = vec![0; len];
-        chain.read(io.memory(), 0, &mut request)?;
-        let reply = self.owner.execute(&mut self.session, &request);
+        // All of it is overwritten, so that only what is longer than the command before has to be cleared.
+        self.request.resize(len, 0);
+        chain.read(io.memory(), 0, &mut self.request)?;
+        let reply = self.owner.execute(&mut self.session, &self.request);
         let written = chain.write(io.memory(), 0, &reply.encode())?;
         // An answer is far shorter than 4 GiB.
         Ok(written as u32)
