@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::backend::Backend;
 use super::request::{DATA_OUT, Request, Status};
 use crate::memory::View;
-use crate::virtio::Chain;
+use crate::virtio::{Chain, Warnings};
 
 const STACK_BYTES: usize = 128 * 1024;
 /// Requests of one disk before the next disk has its turn.
@@ -178,6 +178,8 @@ struct Shared {
     /// The request that was being worked on when the disk went is done.
     rested: Condvar,
     completed: Arc<EventFd>,
+    /// About requests that failed.
+    warnings: Warnings,
 }
 
 #[derive(Default)]
@@ -208,7 +210,9 @@ impl Shared {
             let status = match perform(&job, &*self.backend, &self.view) {
                 Ok(()) => Status::Ok,
                 Err(error) => {
-                    tracing::warn!(request = ?job.request, %error, "disk request failed");
+                    if let Some(count) = self.warnings.another() {
+                        tracing::warn!(request = ?job.request, %error, count, "disk request failed");
+                    }
                     Status::IoErr
                 }
             };
@@ -254,6 +258,7 @@ impl Worker {
             state: Mutex::default(),
             rested: Condvar::new(),
             completed,
+            warnings: Warnings::default(),
         });
         Self { shared, pool }
     }

@@ -7,7 +7,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{Io, Progress, Source, VirtioDevice};
 use super::queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
-use super::{DeviceType, Status, feature};
+use super::{DeviceType, Status, Warnings, feature};
 use crate::admin::{self, AdminQueue, Member, Owner};
 use crate::bus::Effect;
 use crate::gate::{Gate, Reasons};
@@ -58,6 +58,8 @@ pub struct VirtioFunction {
     /// Queues of the device; the administration virtqueue of an owner comes after them.
     device_queues: u16,
     owner: Option<Arc<Owner>>,
+    /// About its driver. A reset does not start them over.
+    warnings: Warnings,
 }
 
 struct Core {
@@ -134,6 +136,7 @@ impl VirtioFunction {
             interrupt: OnceLock::new(),
             device_queues,
             owner,
+            warnings: Warnings::default(),
         }))
     }
 
@@ -205,8 +208,10 @@ impl VirtioFunction {
         }
         let mut asked = Status::from_bits_truncate(value) - Status::NEEDS_RESET - core.status;
         if asked.contains(Status::FEATURES_OK) && !core.features_acceptable() {
-            tracing::warn!(function = %self.name, features = %format_args!("{:#x}", core.driver_features),
-                "driver asked for features that are not offered, or not for VIRTIO_F_VERSION_1");
+            if let Some(count) = self.warnings.another() {
+                tracing::warn!(function = %self.name, features = %format_args!("{:#x}", core.driver_features), count,
+                    "driver asked for features that are not offered, or not for VIRTIO_F_VERSION_1");
+            }
             asked -= Status::FEATURES_OK | Status::DRIVER_OK;
         }
         core.status |=
@@ -594,7 +599,10 @@ impl VirtioFunction {
         if core.gate.reasons().contains(Reasons::BROKEN) {
             return;
         }
-        tracing::warn!(function = %self.name, queue = index, %error, "driver broke a virtqueue; device needs reset");
+        if let Some(count) = self.warnings.another() {
+            tracing::warn!(function = %self.name, queue = index, %error, count,
+                "driver broke a virtqueue; device needs reset");
+        }
         core.gate.close(Reasons::BROKEN);
         core.status |= Status::NEEDS_RESET;
         if core.status.contains(Status::DRIVER_OK) {

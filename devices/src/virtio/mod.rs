@@ -13,6 +13,7 @@ mod chain;
 mod device;
 mod function;
 mod queue;
+mod warnings;
 
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,7 @@ pub use chain::{Chain, ChainError, Head};
 pub use device::{Io, Progress, Source, VirtioDevice};
 pub use function::{Interrupt, QueueInfo, VirtioFunction};
 pub use queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
+pub(crate) use warnings::Warnings;
 
 use bitflags::bitflags;
 

@@ -1,5 +1,6 @@
 //! The virtio core, driven through a device that does what a test tells it.
 
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -721,6 +722,51 @@ fn indices_wrap() {
         driver.function.service(0);
         assert!(driver.used(0).is_some(), "request {i}");
     }
+}
+
+/// Counts the warnings of a thread.
+#[derive(Clone, Default)]
+struct Log(Arc<AtomicU32>);
+
+impl tracing::Subscriber for Log {
+    fn enabled(&self, _metadata: &tracing::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _span: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _span: &tracing::span::Id, _values: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _span: &tracing::span::Id, _follows: &tracing::span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        if *event.metadata().level() == tracing::Level::WARN {
+            self.0.fetch_add(1, SeqCst);
+        }
+    }
+
+    fn enter(&self, _span: &tracing::span::Id) {}
+
+    fn exit(&self, _span: &tracing::span::Id) {}
+}
+
+#[test]
+fn a_driver_that_breaks_its_rings_in_a_loop_does_not_fill_the_log() {
+    let (_, mut driver) = live(0);
+    let log = Log::default();
+    tracing::subscriber::with_default(log.clone(), || {
+        for _ in 0..100 {
+            driver.publish(0, u16::MAX);
+            driver.kick(0);
+            assert_ne!(driver.function.status() & NEEDS_RESET, 0);
+            driver.status(0);
+            driver.start(0);
+        }
+    });
+    // 1, 2, 3, 4, 8, 16, 32, 64.
+    assert_eq!(log.0.load(SeqCst), 8);
 }
 
 proptest! {
