@@ -8,11 +8,12 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 
 use super::Failure;
+use crate::machine::DRAIN;
 
 /// Longest answer that is read: thousands of virtual functions have something to say.
 const ANSWER_MAX: u64 = 16 << 20;
-/// How long an answer may take: a pause waits for the devices.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long an answer may take: a pause waits for the devices, and possibly for another pause before it.
+const PATIENCE: Duration = Duration::from_secs(3 * DRAIN.as_secs());
 
 /// Why a request was not answered as hoped.
 #[derive(Debug, thiserror::Error)]

@@ -8,9 +8,11 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use devices::block::{Block, BlockConfig, BlockError};
 use devices::console::Console;
+use devices::gate::Reasons;
 use devices::io::{IoThread, IoThreadError};
 use devices::memory::{GuestRam, MemoryError};
 use devices::net::{MacAddress, Net, PortConfig, Switch, SwitchError, Tap, TapError};
@@ -211,9 +213,50 @@ impl Functions {
         &self.groups
     }
 
+    /// Stops all functions for `reason` and waits until nothing is in flight in any of them, `patience` in all. If that
+    /// is not enough, none is stopped for `reason` any more, and the names of those that were stuck are the error.
+    pub fn close_and_drain(&self, reason: Reasons, patience: Duration) -> Result<(), Vec<String>> {
+        close_and_drain(|| self.all(), reason, patience)
+    }
+
+    /// Lets all functions go on that were stopped for `reason`.
+    pub fn reopen(&self, reason: Reasons) {
+        for function in self.all() {
+            function.reopen(reason);
+        }
+    }
+
     /// All functions, whether or not they exist now, in the order of the configuration.
     pub fn all(&self) -> impl Iterator<Item = &Arc<VirtioFunction>> {
         let single = self.single.iter().map(|function| &function.virtio);
         single.chain(self.groups.iter().flat_map(Group::functions))
     }
 }
+
+/// See [`Functions::close_and_drain`].
+fn close_and_drain<'a, I: Iterator<Item = &'a Arc<VirtioFunction>>>(
+    all: impl Fn() -> I,
+    reason: Reasons,
+    patience: Duration,
+) -> Result<(), Vec<String>> {
+    let deadline = Instant::now() + patience;
+    // All at once: while one drains, none of the others fetches anything more.
+    for function in all() {
+        function.close(reason);
+    }
+    let left = || deadline.saturating_duration_since(Instant::now());
+    let stuck: Vec<_> = all()
+        .filter(|function| !function.close_and_drain(reason, left()))
+        .map(|function| function.name().to_owned())
+        .collect();
+    if stuck.is_empty() {
+        return Ok(());
+    }
+    for function in all() {
+        function.reopen(reason);
+    }
+    Err(stuck)
+}
+
+#[cfg(test)]
+mod tests;

@@ -38,8 +38,8 @@ use crate::serial::SerialPort;
 use crate::vcpu::{self, Control, ControlError, RunState, Wiring, kick};
 use functions::{Backends, FunctionError, Functions};
 
-/// How long a pause waits for what devices have in flight.
-const DRAIN: Duration = Duration::from_secs(10);
+/// How long a pause waits for what devices have in flight, all of them together.
+pub const DRAIN: Duration = Duration::from_secs(10);
 
 /// Why a machine could not be built. Exit status 1.
 #[derive(Debug, thiserror::Error)]
@@ -85,8 +85,8 @@ pub enum TransitionError {
     /// The guest has ended.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// A device did not finish what it had begun.
-    #[error("device {0} still has requests in flight; the guest goes on running")]
+    /// Devices did not finish what they had begun.
+    #[error("requests are still in flight in {0}; the guest goes on running")]
     Busy(String),
 }
 
@@ -244,9 +244,7 @@ impl Machine {
     /// Lets the guest run. No effect on a running machine.
     pub fn resume(&self) -> Result<(), TransitionError> {
         let _transition = self.transition();
-        for function in self.functions.all() {
-            function.reopen(Reasons::PAUSED);
-        }
+        self.functions.reopen(Reasons::PAUSED);
         Ok(self.control.resume()?)
     }
 
@@ -256,19 +254,11 @@ impl Machine {
     pub fn pause(&self) -> Result<(), TransitionError> {
         let _transition = self.transition();
         self.control.pause()?;
-        let busy = self
-            .functions
-            .all()
-            .find(|function| !function.close_and_drain(Reasons::PAUSED, DRAIN));
-        let Some(busy) = busy else {
+        let Err(stuck) = self.functions.close_and_drain(Reasons::PAUSED, DRAIN) else {
             return Ok(());
         };
-        let name = busy.name().to_owned();
-        for function in self.functions.all() {
-            function.reopen(Reasons::PAUSED);
-        }
         self.control.resume()?;
-        Err(TransitionError::Busy(name))
+        Err(TransitionError::Busy(stuck.join(", ")))
     }
 
     /// Presses the power button: the guest's operating system is asked to shut down.
