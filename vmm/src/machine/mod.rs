@@ -19,6 +19,7 @@ use std::time::Duration;
 use devices::bus::{Bus, BusError};
 use devices::gate::Reasons;
 use devices::memory::{GuestRam, MemoryError};
+use kvm_ioctls::Cap;
 use pci::root::{AssignError, PciRoot};
 use pci::topology::{LayoutError, PciLayout};
 use vm_memory::{Bytes, GuestAddress};
@@ -182,6 +183,7 @@ impl Machine {
             ports,
             mmio,
             control: Arc::clone(&control),
+            tells_pause: vm.fd().check_extension(Cap::KvmclockCtrl),
             layout_changed: Arc::new(move || {
                 if let Err(error) = doorbells.reconcile(|| root.doorbells()) {
                     ending.finish(Outcome::KvmFailure(error.to_string()));

@@ -38,6 +38,8 @@ pub struct Wiring {
     pub mmio: Arc<Bus>,
     /// State of the machine.
     pub control: Arc<Control>,
+    /// KVM can tell the guest that it was paused.
+    pub tells_pause: bool,
     /// Called after a write that changed the layout, on the thread of the vCPU that wrote.
     pub layout_changed: Arc<dyn Fn() + Send + Sync>,
 }
@@ -94,7 +96,12 @@ impl Vcpu {
                     let effect = self.port_access(direction);
                     self.apply(effect);
                 }
-                Exit::Interrupted => control.park_while_paused(),
+                Exit::Interrupted => {
+                    if control.state() == RunState::Paused {
+                        self.tell_pause();
+                    }
+                    control.park_while_paused();
+                }
                 Exit::End(outcome) => control.finish(outcome),
                 Exit::Failure(what) => {
                     let registers = cpu::describe(&mut self.fd);
@@ -103,6 +110,21 @@ impl Vcpu {
                         "KVM could not go on running vCPU {id}: {what}{registers}"
                     )));
                 }
+            }
+        }
+    }
+
+    /// Has KVM mark the guest's clock, so that the guest's watchdog does not take the pause for a processor that hangs.
+    fn tell_pause(&self) {
+        if !self.wiring.tells_pause {
+            return;
+        }
+        match self.fd.kvmclock_ctrl() {
+            Ok(()) => {}
+            // The guest does not use that clock, or not yet.
+            Err(error) if error.errno() == libc::EINVAL => {}
+            Err(error) => {
+                tracing::warn!(%error, vcpu = self.id, "the guest is not told of the pause")
             }
         }
     }
