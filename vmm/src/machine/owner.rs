@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use devices::admin::{self, FixedMembership, Member, Reply, Session};
+use devices::admin::{self, FixedMembership, Member, OwnerDriver, Reply};
 use devices::block::{Block, BlockConfig, Pool};
 use devices::io::IoThread;
 use devices::memory::GuestRam;
@@ -180,8 +180,8 @@ pub struct Group {
     /// The root port they are behind.
     port: Bdf,
     switch: Option<Switch>,
-    /// What the monitor negotiated as a driver of the owner.
-    session: Mutex<Session>,
+    /// The monitor as a driver of the owner.
+    driver: Mutex<OwnerDriver>,
 }
 
 impl Group {
@@ -223,12 +223,12 @@ impl Group {
         Ok(Self {
             name,
             declaration: backend.declaration,
+            driver: Mutex::new(OwnerDriver::new(Arc::clone(&owner))),
             owner,
             pf,
             members,
             port,
             switch: backend.switch,
-            session: Mutex::default(),
         })
     }
 
@@ -256,8 +256,8 @@ impl Group {
     /// Executes a command as the monitor's own driver of the owner, in its own session. `request` is the
     /// device-readable part.
     pub fn execute(&self, request: &[u8]) -> Reply {
-        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        self.owner.execute(&mut session, request)
+        let mut driver = self.driver.lock().unwrap_or_else(PoisonError::into_inner);
+        driver.execute(request)
     }
 }
 
