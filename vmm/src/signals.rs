@@ -51,6 +51,25 @@ impl Signals {
         Ok(Self { file })
     }
 
+    /// Lets the ending signals do what they do by default, which is to end the process: from now on nobody waits for
+    /// them. Those that have arrived by now are forgotten. Must be called in the thread that called [`Self::block`].
+    pub fn release(mut self) -> io::Result<()> {
+        while self.take().is_some() {}
+        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: `set` is initialised by sigemptyset before its first use, and lives through all calls.
+        let error = unsafe {
+            libc::sigemptyset(set.as_mut_ptr());
+            for signal in ENDING {
+                libc::sigaddset(set.as_mut_ptr(), signal);
+            }
+            libc::pthread_sigmask(libc::SIG_UNBLOCK, set.as_ptr(), null_mut())
+        };
+        match error {
+            0 => Ok(()),
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+
     /// The next signal that arrived, if any.
     pub fn take(&mut self) -> Option<Signal> {
         let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
@@ -67,5 +86,56 @@ impl Signals {
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether this thread blocks `signal`.
+    fn is_blocked(signal: i32) -> bool {
+        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: `set` is initialised by pthread_sigmask before it is looked at.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), set.as_mut_ptr());
+            libc::sigismember(set.as_ptr(), signal) == 1
+        }
+    }
+
+    /// Sends `signal` to this thread.
+    fn raise(signal: i32) {
+        // SAFETY: no preconditions.
+        assert_eq!(unsafe { libc::raise(signal) }, 0);
+    }
+
+    /// A thread of its own has a signal mask of its own.
+    fn in_a_thread(test: fn()) {
+        std::thread::spawn(test).join().unwrap();
+    }
+
+    #[test]
+    fn signals_are_taken_and_not_delivered() {
+        in_a_thread(|| {
+            let mut signals = Signals::block().unwrap();
+            assert_eq!(signals.take(), None);
+            raise(libc::SIGTERM);
+            assert_eq!(signals.take(), Some(Signal::End(libc::SIGTERM)));
+            raise(libc::SIGCONT);
+            assert_eq!(signals.take(), Some(Signal::Continued));
+            assert_eq!(signals.take(), None);
+        });
+    }
+
+    #[test]
+    fn after_the_release_signals_end_the_process_and_earlier_ones_do_not() {
+        in_a_thread(|| {
+            let signals = Signals::block().unwrap();
+            assert!(ENDING.into_iter().all(is_blocked));
+            raise(libc::SIGTERM);
+            raise(libc::SIGINT);
+            signals.release().unwrap();
+            assert!(!ENDING.into_iter().any(is_blocked));
+        });
     }
 }

@@ -7,7 +7,7 @@ use clap::Args;
 use rustix::pipe::PipeFlags;
 
 use crate::api::server::Server;
-use crate::api::socket::Socket;
+use crate::api::socket::{Socket, remove_bound};
 use crate::config::check::console_file;
 use crate::config::{Config, Disk, Net, Pf};
 use crate::console::Target;
@@ -159,7 +159,12 @@ impl Run {
             Some(socket) => Some(Server::start(socket, Arc::clone(&machine))?),
             None => None,
         };
-        let outcome = run::run(&machine, &mut signals, sink)?;
+        let outcome = run::run(&machine, &mut signals, sink);
+        // What follows waits for threads, which may hang together with a disk. Another signal then ends the process
+        // at once, so that nothing may be left to do that outlives it.
+        remove_bound();
+        signals.release()?;
+        let outcome = outcome?;
         if let Some(server) = server {
             server.announce(&outcome);
         }
