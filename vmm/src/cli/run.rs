@@ -138,9 +138,11 @@ impl Run {
             Some(path) => Some(Socket::bind(path)?),
             None => None,
         };
-        let output = match (&config.console, console_file(&config.console)?) {
+        let others = config.boot_files();
+        let mut console = console_file(&config.console, &others)?;
+        let output = match (&config.console, &console) {
             (Target::Stdio, _) => Some(Output::spawn(std::io::stdout())?),
-            (_, Some(file)) => Some(Output::spawn(file)?),
+            (_, Some(file)) => Some(Output::spawn(file.writer()?)?),
             (_, None) => None,
         };
         // A virtio console on standard input gets it through a pipe, so that the escape sequences still work.
@@ -155,6 +157,9 @@ impl Run {
         };
         let backends = Backends::open(&config, input)?;
         let machine = Machine::build(config, backends, output.as_ref(), self.force)?;
+        if let Some(file) = &mut console {
+            file.keep();
+        }
         let server = match socket {
             Some(socket) => Some(Server::start(socket, Arc::clone(&machine))?),
             None => None,

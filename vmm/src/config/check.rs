@@ -3,7 +3,9 @@
 //! Disks and taps check themselves when they are opened, which is before anything of the guest exists
 //! ([`crate::machine::functions::Backends`]).
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::boot::load::explain;
@@ -28,23 +30,89 @@ pub enum HostError {
     Cpus(String),
 }
 
-/// Opens the file a console writes to, if it does.
-pub fn console_file(target: &Target) -> Result<Option<File>, HostError> {
-    match target {
-        Target::Stdio | Target::None => Ok(None),
-        Target::File(path) => create(path).map(Some),
+/// A file a console writes to, locked for it. What was in it stays; a file made for it goes again unless the guest
+/// comes to run, see [`ConsoleFile::keep`].
+#[derive(Debug)]
+pub struct ConsoleFile {
+    file: File,
+    /// Its path, if it was made here.
+    made: Option<PathBuf>,
+}
+
+impl ConsoleFile {
+    /// The guest runs: the file stays.
+    pub fn keep(&mut self) {
+        self.made = None;
+    }
+
+    /// A handle to write to.
+    pub fn writer(&self) -> io::Result<File> {
+        self.file.try_clone()
     }
 }
 
-fn create(path: &Path) -> Result<File, HostError> {
-    File::create(path).map_err(|e| HostError::Console {
-        path: path.to_owned(),
-        reason: match e.kind() {
-            std::io::ErrorKind::NotFound => "its directory does not exist; create it".to_owned(),
-            std::io::ErrorKind::IsADirectory => "is a directory; give a file".to_owned(),
-            _ => explain(&e),
-        },
-    })
+impl Drop for ConsoleFile {
+    fn drop(&mut self) {
+        if let Some(path) = self.made.take() {
+            // Made a moment ago and locked since; one that is gone needs no removal.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Opens the file a console writes to, if it does. It is appended to, so that a mistyped path destroys nothing; and it
+/// cannot be one of `others`, files the guest is made from, nor one that a disk or another console has locked.
+pub fn console_file(target: &Target, others: &[&Path]) -> Result<Option<ConsoleFile>, HostError> {
+    match target {
+        Target::Stdio | Target::None => Ok(None),
+        Target::File(path) => open(path, others).map(Some).map_err(|reason| {
+            let path = path.to_owned();
+            HostError::Console { path, reason }
+        }),
+    }
+}
+
+fn open(path: &Path, others: &[&Path]) -> Result<ConsoleFile, String> {
+    let explained = |e: io::Error| match e.kind() {
+        io::ErrorKind::NotFound => "its directory does not exist; create it".to_owned(),
+        io::ErrorKind::IsADirectory => "is a directory; give a file".to_owned(),
+        _ => explain(&e),
+    };
+    let existing = std::fs::metadata(path).ok();
+    if let Some(existing) = &existing {
+        let kind = existing.file_type();
+        // Opening a FIFO would wait for a reader.
+        if !kind.is_file() && !kind.is_char_device() && !kind.is_dir() {
+            return Err("is neither a file nor a terminal; give a file".to_owned());
+        }
+        let is_this = |other: &&&Path| {
+            std::fs::metadata(other)
+                .is_ok_and(|m| (m.dev(), m.ino()) == (existing.dev(), existing.ino()))
+        };
+        if let Some(other) = others.iter().find(is_this) {
+            return Err(format!(
+                "is {}, which the guest needs; give another file",
+                other.display()
+            ));
+        }
+    }
+    let file = File::options()
+        .append(true)
+        .create(true)
+        .open(path)
+        .map_err(explained)?;
+    let console = ConsoleFile {
+        made: existing.is_none().then(|| path.to_owned()),
+        file,
+    };
+    let is_file = console.file.metadata().is_ok_and(|m| m.is_file());
+    match console.file.try_lock() {
+        Err(TryLockError::WouldBlock) if is_file => {
+            Err("is in use, as a disk or by another console; give another file".to_owned())
+        }
+        // Terminals need no lock, and a file system without locks is no reason to refuse.
+        _ => Ok(console),
+    }
 }
 
 #[cfg(test)]
@@ -54,7 +122,50 @@ mod tests {
     #[test]
     fn a_console_file_needs_a_directory() {
         let target = Target::File("/nonexistent/file".into());
-        let message = console_file(&target).unwrap_err().to_string();
+        let message = console_file(&target, &[]).unwrap_err().to_string();
         assert!(message.contains("directory does not exist"), "{message}");
+    }
+
+    #[test]
+    fn what_is_in_a_console_file_stays_and_what_was_made_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (dir.path().join("old"), dir.path().join("new"));
+        std::fs::write(&old, "precious").unwrap();
+        for path in [&old, &new] {
+            drop(console_file(&Target::File(path.clone()), &[]).unwrap());
+        }
+        assert_eq!(std::fs::read_to_string(&old).unwrap(), "precious");
+        assert!(!new.exists());
+        let mut kept = console_file(&Target::File(new.clone()), &[])
+            .unwrap()
+            .unwrap();
+        kept.keep();
+        drop(kept);
+        assert!(new.exists());
+    }
+
+    #[test]
+    fn a_file_in_use_a_fifo_and_the_kernel_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kernel, link, fifo) = (
+            dir.path().join("vmlinuz"),
+            dir.path().join("link"),
+            dir.path().join("fifo"),
+        );
+        std::fs::write(&kernel, "kernel").unwrap();
+        std::os::unix::fs::symlink(&kernel, &link).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(&fifo).status();
+        assert!(made.unwrap().success());
+        let refuse = |path: &Path, others: &[&Path], part: &str| {
+            let message = console_file(&Target::File(path.to_owned()), others)
+                .unwrap_err()
+                .to_string();
+            assert!(message.contains(part), "{message}");
+        };
+        refuse(&link, &[&kernel], "which the guest needs");
+        refuse(&fifo, &[], "neither a file");
+        let first = console_file(&Target::File(kernel.clone()), &[]).unwrap();
+        refuse(&link, &[], "in use");
+        drop(first);
     }
 }

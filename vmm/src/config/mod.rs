@@ -207,6 +207,14 @@ impl Config {
 }
 
 impl Machine {
+    /// The files the guest is booted from, which nothing may write to.
+    pub fn boot_files(&self) -> Vec<&Path> {
+        let initrd = self.boot.initrd.as_deref();
+        std::iter::once(self.boot.kernel.as_path())
+            .chain(initrd)
+            .collect()
+    }
+
     /// Number of virtio devices, owners included and members not.
     pub fn device_count(&self) -> usize {
         self.disks.len()

@@ -121,8 +121,12 @@ impl Backends {
             backends.add("rng".to_owned(), Slot::Root, Rng::new());
         }
         if let Some(target) = &config.virtio_console {
-            let output: Box<dyn Write + Send> = match (target, console_file(target)?) {
-                (_, Some(file)) => Box::new(file),
+            let file = console_file(target, &config.boot_files())?;
+            let output: Box<dyn Write + Send> = match (target, file) {
+                (_, Some(mut file)) => {
+                    file.keep();
+                    Box::new(file.writer()?)
+                }
                 (Target::Stdio, None) => Box::new(std::io::stdout()),
                 (_, None) => Box::new(std::io::sink()),
             };
