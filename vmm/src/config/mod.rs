@@ -128,13 +128,29 @@ pub enum ConfigError {
     },
 }
 
+/// Longest configuration file in bytes; a machine with everything there is needs a small part of that.
+const MAX_FILE: u64 = 1 << 20;
+
 impl Config {
     /// Reads a configuration file.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read(path).map_err(|e| ConfigError::Read {
+        let refuse = |reason: String| ConfigError::Read {
             path: path.to_owned(),
-            reason: crate::boot::load::explain(&e),
-        })?;
+            reason,
+        };
+        let explain = |e: std::io::Error| refuse(crate::boot::load::explain(&e));
+        let metadata = std::fs::metadata(path).map_err(explain)?;
+        // Opening a FIFO would wait for a writer, and a device need not end.
+        if !metadata.is_file() {
+            return Err(refuse("is not a regular file; give a JSON file".to_owned()));
+        }
+        if metadata.len() > MAX_FILE {
+            let limit = MAX_FILE >> 10;
+            return Err(refuse(format!(
+                "is longer than {limit} KiB; is it a configuration?"
+            )));
+        }
+        let text = std::fs::read(path).map_err(explain)?;
         serde_json::from_slice(&text).map_err(|source| ConfigError::Parse {
             path: path.to_owned(),
             source,

@@ -219,3 +219,19 @@ fn the_examples_are_configurations() {
         );
     }
 }
+
+#[test]
+fn what_cannot_be_a_configuration_file_is_refused_unread() {
+    let dir = tempfile::tempdir().unwrap();
+    let long = dir.path().join("long");
+    let file = std::fs::File::create(&long).unwrap();
+    file.set_len(MAX_FILE + 1).unwrap();
+    for (path, part) in [
+        (long.as_path(), "longer than 1024 KiB"),
+        (dir.path(), "not a regular file"),
+        (Path::new("/dev/zero"), "not a regular file"),
+    ] {
+        let message = Config::from_file(path).unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
+    }
+}

@@ -67,7 +67,8 @@ pub enum KvmError {
     /// It is too slow to be of use.
     #[error(
         "/dev/kvm opens but only interprets guest code, at {0} million instructions a second: a kernel would take \
-         minutes to boot. Run where the processor's virtualization is available (see `tern doctor`), or pass --force"
+         minutes to boot. Run where the processor's virtualization is available, or in an \
+         emulated host (`cargo xtask kvm` in tern's source); `tern run --force` tries all the same"
     )]
     Interprets(f64),
     /// An operation failed.
