@@ -31,6 +31,9 @@ pub struct Test {
 
 /// How long the end-to-end tests of one module may take before something is called hung.
 const END_TO_END_LIMIT: u64 = 15 * 60;
+/// Tests that run only when asked for by name. They keep an emulated host busy for minutes on all its CPUs, and it does not
+/// survive that reliably yet: its kernel has died of a corrupted stack under them.
+const ON_DEMAND: &str = "sriov::";
 /// Memory of the emulated host for them: guests of 4 GiB, two at a time, of which few touch all they have.
 const END_TO_END_MEMORY: u64 = 8 * 1024;
 
@@ -95,7 +98,12 @@ impl Test {
         let step = Step::begin("end-to-end tests");
         let filters = match self.filter {
             Some(filter) => vec![filter],
-            None => groups(&tests)?,
+            None => {
+                eprintln!(
+                    "xtask: {ON_DEMAND} tests are left out; run them with: cargo xtask test --e2e {ON_DEMAND}"
+                );
+                groups(&tests)?
+            }
         };
         let mut status = 0;
         let mut lost = 0;
@@ -131,6 +139,7 @@ fn groups(tests: &Path) -> Result<Vec<String>> {
         .filter_map(|line| Some(format!("{}::", line.split_once("::")?.0)))
         .collect();
     groups.dedup();
+    groups.retain(|group| group != ON_DEMAND);
     ensure!(!groups.is_empty(), "there are no end-to-end tests");
     Ok(groups)
 }
