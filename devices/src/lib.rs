@@ -6,6 +6,8 @@
 //! | [`memory`] | guest RAM, and the view through which each function reaches it |
 //! | [`gate`] | the one predicate that says whether a function may touch its rings |
 //! | [`virtio`] | the virtio core: status, features, queues; and the contract a device fulfils |
+//! | [`state`] | what moves with a function: the one struct that saved forms are encodings of |
+//! | [`context`] | that struct as a device context: fields of type, length and value |
 //! | [`admin`] | device groups: an owner, its members, and administration commands |
 //! | [`block`] | virtio-block: a raw image file or block device as a disk |
 //! | [`net`] | virtio-net: on a host tap, or on a switch that connects functions |
@@ -19,11 +21,13 @@ pub mod admin;
 pub mod block;
 pub mod bus;
 pub mod console;
+pub mod context;
 pub mod gate;
 pub mod io;
 pub mod memory;
 pub mod net;
 pub mod rng;
+pub mod state;
 #[cfg(test)]
 mod testing;
 pub mod virtio;
