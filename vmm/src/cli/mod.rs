@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::api::socket;
 use crate::console::terminal;
-use crate::{doctor, exit};
+use crate::{doctor, exit, signals};
 
 #[derive(Debug, Parser)]
 #[command(
@@ -68,6 +68,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     logging();
     clean_up_on_panic();
+    signals::on_crash(terminal::restore);
     let result = match cli.command {
         Command::Run(command) => command.run(),
         Command::Info(guest) => guest.info(),
