@@ -17,6 +17,9 @@ pub const KVM_FAILURE: u8 = 5;
 /// The guest was ended from outside: the escape sequence of the console, or a forced shutdown over the API.
 pub const STOPPED: u8 = 6;
 
+/// The guest powered itself off, but some of its console output was lost: a full disk, or a reader that went away.
+pub const OUTPUT_LOST: u8 = 7;
+
 /// The table of exit statuses, as `tern run --help` prints it.
 pub const TABLE: &str = "\
 Exit status:
@@ -28,7 +31,16 @@ Exit status:
          a guest without it that reboots on panic, as with panic=-1, ends with 3)
   5      KVM could not go on running a vCPU
   6      the guest was ended from outside: Ctrl-A x on the console, or a forced shutdown over the API
+  7      the guest powered itself off, but console output was lost (full disk, reader gone, ...); a warning
+         said so when it began
   128+N  the process was ended by signal N";
+
+/// Ends the process at once, whatever its other threads do: nothing is dropped and nothing waited for.
+#[allow(unsafe_code)]
+pub fn now(status: u8) -> ! {
+    // SAFETY: no preconditions.
+    unsafe { libc::_exit(status.into()) }
+}
 
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,9 +60,20 @@ pub enum Outcome {
     Stopped(&'static str),
     /// A signal ended the process.
     Signal(i32),
+    /// See [`OUTPUT_LOST`]: which console, and why.
+    OutputLost(String),
 }
 
 impl Outcome {
+    /// The outcome of a run whose guest ended like this and that lost console output for the reason `loss`, if it did.
+    /// An end that is no success stays what it is.
+    pub fn with_loss(self, loss: Option<&str>) -> Self {
+        match (self, loss) {
+            (Self::PowerOff, Some(reason)) => Self::OutputLost(reason.to_owned()),
+            (outcome, _) => outcome,
+        }
+    }
+
     /// The exit status of the process.
     pub fn status(&self) -> u8 {
         match self {
@@ -60,6 +83,7 @@ impl Outcome {
             Self::KvmFailure(_) => KVM_FAILURE,
             Self::Stopped(_) => STOPPED,
             Self::Signal(number) => u8::try_from(128 + number).unwrap_or(u8::MAX),
+            Self::OutputLost(_) => OUTPUT_LOST,
         }
     }
 }
@@ -78,6 +102,12 @@ impl fmt::Display for Outcome {
             Self::KvmFailure(what) => f.write_str(what),
             Self::Stopped(who) => write!(f, "the guest was ended by {who}"),
             Self::Signal(number) => write!(f, "ended by signal {number}"),
+            Self::OutputLost(what) => {
+                write!(
+                    f,
+                    "the guest powered off, but console output was lost: {what}"
+                )
+            }
         }
     }
 }
@@ -97,17 +127,26 @@ mod tests {
             Outcome::KvmFailure(String::new()),
             Outcome::Stopped("x"),
             Outcome::Signal(15),
+            Outcome::OutputLost(String::new()),
         ];
         let mut all: Vec<u8> = outcomes.iter().map(Outcome::status).collect();
         all.extend([SETUP, USAGE]);
         all.sort_unstable();
         all.dedup();
-        assert_eq!(all, [0, 1, 2, 3, 4, 5, 6, 143]);
+        assert_eq!(all, [0, 1, 2, 3, 4, 5, 6, 7, 143]);
+    }
+
+    #[test]
+    fn lost_output_spoils_success_alone() {
+        let lost = Outcome::OutputLost("why".to_owned());
+        assert_eq!(Outcome::PowerOff.with_loss(Some("why")), lost);
+        assert_eq!(Outcome::PowerOff.with_loss(None), Outcome::PowerOff);
+        assert_eq!(Outcome::Panic.with_loss(Some("why")), Outcome::Panic);
     }
 
     #[test]
     fn the_table_names_every_status() {
-        for status in [POWER_OFF, SETUP, USAGE, RESET, PANIC, KVM_FAILURE, STOPPED] {
+        for status in POWER_OFF..=OUTPUT_LOST {
             assert!(TABLE.contains(&format!("\n  {status}  ")), "{status}");
         }
     }

@@ -12,6 +12,7 @@ use driver::host::{HostFunction, Machine};
 use driver::pci::{Address, Found, find_extended_capability, header, id, request_flr, scan};
 use pci::topology::Bdf;
 use vmm::config::Config;
+use vmm::console::output::Loss;
 use vmm::machine::functions::{Backends, Functions};
 use vmm::machine::owner::Group;
 
@@ -42,7 +43,7 @@ impl Rig {
             pfs: vec![pf.parse().unwrap()],
             ..Config::default()
         };
-        let backends = Backends::open(&config.resolve().unwrap(), None).unwrap();
+        let backends = Backends::open(&config.resolve().unwrap(), None, &Loss::default()).unwrap();
         let machine = Machine::new().unwrap();
         let (ram, msi) = (machine.dma().ram(), machine.msi());
         let functions = Functions::plug(backends, ram, machine.root(), msi).unwrap();
@@ -210,7 +211,7 @@ fn a_missing_disk_is_an_error_that_names_it() {
         ],
         ..Config::default()
     };
-    let error = Backends::open(&config.resolve().unwrap(), None)
+    let error = Backends::open(&config.resolve().unwrap(), None, &Loss::default())
         .err()
         .unwrap();
     assert!(error.to_string().contains("/nonexistent/pf"), "{error}");

@@ -2,23 +2,26 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Args;
 use rustix::pipe::PipeFlags;
 
 use crate::api::server::Server;
 use crate::api::socket::{Socket, remove_bound};
-use crate::config::check::console_file;
+use crate::config::check::{console_file, remove_made};
 use crate::config::{Config, Disk, Net, Pf};
-use crate::console::Target;
-use crate::console::output::Output;
-use crate::exit;
+use crate::console::output::{Loss, Output};
+use crate::console::{self, Target, terminal};
+use crate::exit::{self, Outcome};
 use crate::limits;
 use crate::machine::functions::Backends;
 use crate::machine::run::Sink;
 use crate::machine::{Machine, run};
-
 use crate::signals::Signals;
+
+/// How long the reader of the console may take for the rest before those who listen to the API are told of the end.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -127,7 +130,9 @@ impl Run {
     /// Runs the guest; returns the exit status.
     pub fn run(mut self) -> anyhow::Result<u8> {
         // First of all: threads inherit the mask.
-        let mut signals = Signals::block()?;
+        let signals = Signals::block()?;
+        // What follows may take long: a kernel on a slow network, memory the host has to find first.
+        let watch = signals.watch(end_set_up)?;
         let base = match &self.config {
             Some(path) => Config::from_file(path)?,
             None => Config::default(),
@@ -140,9 +145,11 @@ impl Run {
         };
         let others = config.boot_files();
         let mut console = console_file(&config.console, &others)?;
+        let loss = Loss::default();
+        let place = config.console.place();
         let output = match (&config.console, &console) {
-            (Target::Stdio, _) => Some(Output::spawn(std::io::stdout())?),
-            (_, Some(file)) => Some(Output::spawn(file.writer()?)?),
+            (Target::Stdio, _) => Some(Output::spawn(console::stdout()?, &place, &loss)?),
+            (_, Some(file)) => Some(Output::spawn(file.writer()?, &place, &loss)?),
             (_, None) => None,
         };
         // A virtio console on standard input gets it through a pipe, so that the escape sequences still work.
@@ -155,7 +162,7 @@ impl Run {
             }
             _ => (None, None),
         };
-        let backends = Backends::open(&config, input)?;
+        let backends = Backends::open(&config, input, &loss)?;
         let machine = Machine::build(config, backends, output.as_ref(), self.force)?;
         if let Some(file) = &mut console {
             file.keep();
@@ -164,21 +171,36 @@ impl Run {
             Some(socket) => Some(Server::start(socket, Arc::clone(&machine))?),
             None => None,
         };
+        let mut signals = watch.finish()?;
         let outcome = run::run(&machine, &mut signals, sink);
         // What follows waits for threads, which may hang together with a disk. Another signal then ends the process
         // at once, so that nothing may be left to do that outlives it.
         remove_bound();
         signals.release()?;
         let outcome = outcome?;
+        if let Some(output) = &output {
+            output.flush(LAST_WORDS);
+        }
         if let Some(server) = server {
-            server.announce(&outcome);
+            server.announce(&outcome.clone().with_loss(loss.reason()));
         }
         drop(machine);
         drop(output);
+        let outcome = outcome.with_loss(loss.reason());
         let status = outcome.status();
         if status != exit::POWER_OFF {
             eprintln!("tern: {outcome}");
         }
         Ok(status)
     }
+}
+
+/// Ends the process on a signal before there is a guest that could be ended in order.
+fn end_set_up(signal: i32) {
+    terminal::restore();
+    remove_bound();
+    remove_made();
+    let outcome = Outcome::Signal(signal);
+    eprintln!("tern: {outcome}, before the guest was set up");
+    exit::now(outcome.status());
 }

@@ -7,6 +7,7 @@ use std::fs::{File, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use crate::boot::load::explain;
 use crate::console::Target;
@@ -30,6 +31,27 @@ pub enum HostError {
     Cpus(String),
 }
 
+/// The file a console writes to that was made for it and whose guest does not run yet, so that an end of the process
+/// that drops nothing can remove it.
+static MADE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Removes files that were made for consoles of a guest that does not run yet.
+pub fn remove_made() {
+    let made = std::mem::take(&mut *MADE.lock().unwrap_or_else(PoisonError::into_inner));
+    for path in made {
+        // Made a moment ago and locked since; one that is gone needs no removal.
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+/// Takes `path` off the list of what [`remove_made`] removes; false if it is not on it.
+fn take_made(path: &Path) -> bool {
+    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = made.len();
+    made.retain(|p| p != path);
+    made.len() != before
+}
+
 /// A file a console writes to, locked for it. What was in it stays; a file made for it goes again unless the guest
 /// comes to run, see [`ConsoleFile::keep`].
 #[derive(Debug)]
@@ -42,7 +64,9 @@ pub struct ConsoleFile {
 impl ConsoleFile {
     /// The guest runs: the file stays.
     pub fn keep(&mut self) {
-        self.made = None;
+        if let Some(path) = self.made.take() {
+            take_made(&path);
+        }
     }
 
     /// A handle to write to.
@@ -53,8 +77,8 @@ impl ConsoleFile {
 
 impl Drop for ConsoleFile {
     fn drop(&mut self) {
-        if let Some(path) = self.made.take() {
-            // Made a moment ago and locked since; one that is gone needs no removal.
+        if let Some(path) = self.made.take().filter(|path| take_made(path)) {
+            // See `remove_made`.
             let _ = std::fs::remove_file(path);
         }
     }
@@ -101,10 +125,12 @@ fn open(path: &Path, others: &[&Path]) -> Result<ConsoleFile, String> {
         .create(true)
         .open(path)
         .map_err(explained)?;
-    let console = ConsoleFile {
-        made: existing.is_none().then(|| path.to_owned()),
-        file,
-    };
+    let made = existing.is_none().then(|| path.to_owned());
+    if let Some(path) = &made {
+        let mut all = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+        all.push(path.clone());
+    }
+    let console = ConsoleFile { made, file };
     let is_file = console.file.metadata().is_ok_and(|m| m.is_file());
     match console.file.try_lock() {
         Err(TryLockError::WouldBlock) if is_file => {

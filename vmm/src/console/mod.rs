@@ -10,6 +10,9 @@ pub mod escape;
 pub mod output;
 pub mod terminal;
 
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -26,6 +29,22 @@ pub enum Target {
     File(PathBuf),
     /// Output is dropped; there is no input.
     None,
+}
+
+impl Target {
+    /// Where output goes, for people.
+    pub fn place(&self) -> String {
+        match self {
+            Self::Stdio => "standard output".to_owned(),
+            Self::File(path) => path.display().to_string(),
+            Self::None => "nowhere".to_owned(),
+        }
+    }
+}
+
+/// Standard output without a buffer of its own: what a write does not take is known at once.
+pub fn stdout() -> io::Result<File> {
+    Ok(io::stdout().as_fd().try_clone_to_owned()?.into())
 }
 
 impl FromStr for Target {

@@ -28,7 +28,8 @@ use pci::virtio::{Options, VirtioPci, VirtioPciError};
 use super::owner::{Group, GroupBackend};
 use crate::config::check::{HostError, console_file};
 use crate::config::{Machine, NetBackend, Slot};
-use crate::console::Target;
+use crate::console::output::{Loss, Reporting};
+use crate::console::{self, Target};
 
 /// Why a function could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -80,8 +81,13 @@ pub struct Backends {
 }
 
 impl Backends {
-    /// Opens what `config` names. `stdin` is the virtio console's input if it is on standard input.
-    pub fn open(config: &Machine, stdin: Option<OwnedFd>) -> Result<Self, FunctionError> {
+    /// Opens what `config` names. `stdin` is the virtio console's input if it is on standard input; what cannot be
+    /// written of its output goes to `loss`.
+    pub fn open(
+        config: &Machine,
+        stdin: Option<OwnedFd>,
+        loss: &Loss,
+    ) -> Result<Self, FunctionError> {
         let mut backends = Self::default();
         for (index, disk) in config.disks.iter().enumerate() {
             let device = Block::open(&BlockConfig {
@@ -125,9 +131,11 @@ impl Backends {
             let output: Box<dyn Write + Send> = match (target, file) {
                 (_, Some(mut file)) => {
                     file.keep();
-                    Box::new(file.writer()?)
+                    Box::new(Reporting::new(file.writer()?, &target.place(), loss))
                 }
-                (Target::Stdio, None) => Box::new(std::io::stdout()),
+                (Target::Stdio, None) => {
+                    Box::new(Reporting::new(console::stdout()?, &target.place(), loss))
+                }
                 (_, None) => Box::new(std::io::sink()),
             };
             let console = Console::new(stdin, output)?;
