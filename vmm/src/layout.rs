@@ -110,7 +110,7 @@ pub fn pci_mmio64(bytes: u64) -> Range<u64> {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SizeError {
     /// Not a number followed by a unit.
-    #[error("'{0}' is not a size; write a number and a unit, as in 256M or 1G")]
+    #[error("'{0}' is not a size; write a number and the unit M or G, between 64M and 256G")]
     Malformed(String),
     /// Outside of what a guest can have.
     #[error("{0} is out of range; a guest has between 64M and 256G of memory")]

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::bail;
 use clap::{Args, Subcommand, ValueEnum};
 use devices::admin::CommandSet;
 use devices::admin::profile::{LIST_QUERY, LIST_USE};
@@ -59,15 +58,15 @@ struct OfGroup {
 #[derive(Debug, Args)]
 struct Raw {
     /// Opcode, decimal or 0x…
-    #[arg(long, value_name = "N", value_parser = number)]
-    opcode: u64,
+    #[arg(long, value_name = "N", value_parser = number16, allow_hyphen_values = true)]
+    opcode: u16,
 
     /// Group type: 0 is the owner itself, 1 its virtual functions
-    #[arg(long, value_name = "G", value_parser = number)]
-    group: u64,
+    #[arg(long, value_name = "G", value_parser = number16, allow_hyphen_values = true)]
+    group: u16,
 
     /// Group member id: 1 is the first virtual function
-    #[arg(long, value_name = "M", value_parser = number, default_value = "0")]
+    #[arg(long, value_name = "M", value_parser = number, default_value = "0", allow_hyphen_values = true)]
     member: u64,
 
     /// Command-specific data in hexadecimal digits
@@ -88,7 +87,13 @@ fn number(text: &str) -> Result<u64, String> {
         Some(digits) => u64::from_str_radix(digits, 16),
         None => text.parse(),
     };
-    parsed.map_err(|_| format!("'{text}' is not a number; write it like 12 or 0xc"))
+    parsed.map_err(|_| "not a number of at most 64 bits; write it like 12 or 0xc".to_owned())
+}
+
+/// The same with 16 bits.
+fn number16(text: &str) -> Result<u16, String> {
+    let number = number(text).ok().and_then(|n| n.try_into().ok());
+    number.ok_or_else(|| "not a number from 0 to 65535; write it like 12 or 0xc".to_owned())
 }
 
 impl Admin {
@@ -135,10 +140,7 @@ impl Admin {
     }
 
     fn raw(&self, raw: &Raw) -> anyhow::Result<u8> {
-        let (Ok(opcode), Ok(group)) = (u16::try_from(raw.opcode), u16::try_from(raw.group)) else {
-            bail!("--opcode and --group are numbers of 16 bits");
-        };
-        let answer = self.send(opcode, group, raw.member, raw.data.clone())?;
+        let answer = self.send(raw.opcode, raw.group, raw.member, raw.data.clone())?;
         let result = match answer.result.as_str() {
             "" => "none",
             result => result,
@@ -238,5 +240,7 @@ mod tests {
     fn numbers_are_decimal_or_hexadecimal() {
         assert_eq!((number("12"), number("0x1f")), (Ok(12), Ok(31)));
         assert!(number("1f").is_err() && number("-1").is_err() && number("").is_err());
+        assert_eq!(number16("0xffff"), Ok(u16::MAX));
+        assert!(number16("65536").is_err() && number16("-1").is_err());
     }
 }

@@ -13,6 +13,9 @@ use crate::api::{Info, Shutdown, State, Status};
 /// How often a guest that shuts down is looked at.
 const LOOK: Duration = Duration::from_millis(50);
 
+/// Longest time that can be given: a year.
+const MAX_SECONDS: u64 = 366 * 24 * 60 * 60;
+
 /// The guest that is meant, and how to answer.
 #[derive(Debug, Args)]
 pub struct Guest {
@@ -68,12 +71,18 @@ pub struct ShutdownArgs {
     guest: Guest,
 
     /// End the guest if it still runs after so many seconds; 0 ends it at once
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, allow_hyphen_values = true)]
     force_after: Option<u64>,
 
     /// Give up waiting for the end of the guest after so many seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds, allow_hyphen_values = true)]
     timeout: u64,
+}
+
+/// Reads a number of seconds.
+fn seconds(text: &str) -> Result<u64, String> {
+    let seconds = text.parse().ok().filter(|n| *n <= MAX_SECONDS);
+    seconds.ok_or_else(|| format!("write a whole number of seconds from 0 to {MAX_SECONDS}"))
 }
 
 impl ShutdownArgs {
@@ -81,7 +90,7 @@ impl ShutdownArgs {
     pub fn run(&self) -> anyhow::Result<u8> {
         let socket = &self.guest.api_socket;
         let body = serde_json::to_vec(&Shutdown {
-            force_after_ms: self.force_after.map(|s| s.saturating_mul(1000)),
+            force_after_ms: self.force_after.map(|s| s * 1000),
         })?;
         let _: Status = request(socket, "PUT", "/api/v1/shutdown", &body)?;
         let start = Instant::now();
@@ -103,5 +112,21 @@ impl ShutdownArgs {
              that acts on it). --force-after 0 ends it",
             self.timeout
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seconds_are_whole_and_no_more_than_a_year() {
+        assert_eq!((seconds("0"), seconds("60")), (Ok(0), Ok(60)));
+        for text in ["-1", "abc", "1.5", "", "31622401", "18446744073709551615"] {
+            assert!(
+                seconds(text).unwrap_err().contains("from 0 to 31622400"),
+                "{text}"
+            );
+        }
     }
 }

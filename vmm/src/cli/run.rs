@@ -10,7 +10,7 @@ use rustix::pipe::PipeFlags;
 use crate::api::server::Server;
 use crate::api::socket::{Socket, remove_bound};
 use crate::config::check::{console_file, remove_made};
-use crate::config::{Config, Disk, Net, Pf};
+use crate::config::{Config, Disk, MAX_CPUS, Net, Pf};
 use crate::console::output::{Loss, Output};
 use crate::console::{self, Target, terminal};
 use crate::exit::{self, Outcome};
@@ -50,11 +50,11 @@ pub struct Run {
     cmdline: Option<String>,
 
     /// Number of vCPUs, 1 to 254 [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = cpus, allow_hyphen_values = true)]
     cpus: Option<u32>,
 
     /// Memory, 64M to 256G [default: 256M]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     memory: Option<String>,
 
     /// Disk from a raw image or block device; may be repeated:
@@ -195,6 +195,14 @@ impl Run {
     }
 }
 
+/// Reads a number of vCPUs.
+fn cpus(text: &str) -> Result<u32, String> {
+    let number = text.parse().ok();
+    number
+        .filter(|n| (1..=MAX_CPUS.into()).contains(n))
+        .ok_or_else(|| format!("a guest has between 1 and {MAX_CPUS} vCPUs"))
+}
+
 /// Ends the process on a signal before there is a guest that could be ended in order.
 fn end_set_up(signal: i32) {
     terminal::restore();
@@ -203,4 +211,20 @@ fn end_set_up(signal: i32) {
     let outcome = Outcome::Signal(signal);
     eprintln!("tern: {outcome}, before the guest was set up");
     exit::now(outcome.status());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_vcpus_no_guest_can_have_are_refused_with_the_range() {
+        assert_eq!((cpus("1"), cpus("254")), (Ok(1), Ok(254)));
+        for text in ["0", "255", "-1", "abc", "1.5", "", "99999999999"] {
+            assert!(
+                cpus(text).unwrap_err().contains("between 1 and 254"),
+                "{text}"
+            );
+        }
+    }
 }

@@ -5,11 +5,13 @@
 //! |---|---|
 //! | [`options`] | one disk, one network interface: their text and JSON forms |
 //! | [`pf`] | one SR-IOV owner with its members, in both forms |
+//! | [`object`] | JSON objects, not arrays in their place |
 //! | [`conflicts`] | options that exclude each other |
 //! | [`check`] | asks the host whether everything named exists and may be used |
 
 pub mod check;
 mod conflicts;
+pub mod object;
 pub mod options;
 pub mod pf;
 
@@ -19,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::console::Target;
 use crate::layout;
+use object::Object;
 pub use options::{Disk, Net, NetBackend, Slot};
 pub use pf::{Pf, PfDevice};
 
@@ -46,10 +49,13 @@ pub struct Config {
     /// Memory, as in `256M`; [`DEFAULT_MEMORY`] if absent.
     pub memory: Option<String>,
     /// Disks, in the order the guest sees them.
+    #[serde(deserialize_with = "object::list")]
     pub disks: Vec<Disk>,
     /// Network interfaces, in the order the guest sees them.
+    #[serde(deserialize_with = "object::list")]
     pub nets: Vec<Net>,
     /// SR-IOV owners, in the order the guest sees them.
+    #[serde(deserialize_with = "object::list")]
     pub pfs: Vec<Pf>,
     /// An entropy device; there is one if absent.
     pub rng: Option<bool>,
@@ -105,6 +111,16 @@ pub enum ConfigError {
         /// Where and why.
         source: serde_json::Error,
     },
+    /// A value in the file is out of range or malformed.
+    #[error("--config {path}: \"{field}\": {reason}")]
+    Field {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file.
+        field: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// No kernel.
     #[error("no kernel; give one with --kernel PATH, or \"kernel\" in the file of --config")]
     NoKernel,
@@ -126,6 +142,23 @@ pub enum ConfigError {
         /// Why they cannot both be.
         reason: &'static str,
     },
+}
+
+/// The number of vCPUs, if it is one a guest can have.
+fn cpus(given: Option<u32>) -> Result<u8, String> {
+    let given = given.unwrap_or(1);
+    let cpus = u8::try_from(given).ok();
+    cpus.filter(|n| (1..=MAX_CPUS).contains(n)).ok_or_else(|| {
+        format!("{given} is out of range; a guest has between 1 and {MAX_CPUS} vCPUs")
+    })
+}
+
+/// Bytes of memory, if a guest can have so many.
+fn memory(given: Option<&str>) -> Result<u64, String> {
+    match given {
+        None => Ok(DEFAULT_MEMORY),
+        Some(text) => layout::parse_memory_size(text).map_err(|e| e.to_string()),
+    }
 }
 
 /// Longest configuration file in bytes; a machine with everything there is needs a small part of that.
@@ -151,10 +184,31 @@ impl Config {
             )));
         }
         let text = std::fs::read(path).map_err(explain)?;
-        serde_json::from_slice(&text).map_err(|source| ConfigError::Parse {
+        let parsed = serde_json::from_slice::<Object<Self>>(&text);
+        let Object(config) = parsed.map_err(|source| ConfigError::Parse {
             path: path.to_owned(),
             source,
-        })
+        })?;
+        // Here, because later nobody knows any more what came from the file.
+        config
+            .check_values()
+            .map_err(|(field, reason)| ConfigError::Field {
+                path: path.to_owned(),
+                field,
+                reason,
+            })?;
+        Ok(config)
+    }
+
+    /// Checks the values that types cannot; the error is the JSON name of the first wrong one, and what is wrong.
+    fn check_values(&self) -> Result<(), (String, String)> {
+        cpus(self.cpus).map_err(|reason| ("cpus".to_owned(), reason))?;
+        memory(self.memory.as_deref()).map_err(|reason| ("memory".to_owned(), reason))?;
+        for (index, disk) in self.disks.iter().enumerate() {
+            let name = |reason| (format!("disks[{index}]"), reason);
+            disk.validate().map_err(name)?;
+        }
+        Ok(())
     }
 
     /// `self`, where `over` does not say otherwise. Disks, interfaces and owners of `over` come after those
@@ -185,22 +239,8 @@ impl Config {
     /// Fills in the defaults and checks everything that can be checked without asking the host.
     pub fn resolve(self) -> Result<Machine, ConfigError> {
         let value = |option, reason: String| ConfigError::Value { option, reason };
-        let cpus = self.cpus.unwrap_or(1);
-        let cpus = u8::try_from(cpus)
-            .ok()
-            .filter(|n| (1..=MAX_CPUS).contains(n))
-            .ok_or_else(|| {
-                value(
-                    "--cpus",
-                    format!("{cpus} is out of range; a guest has between 1 and {MAX_CPUS} vCPUs"),
-                )
-            })?;
-        let memory = match &self.memory {
-            None => DEFAULT_MEMORY,
-            Some(text) => {
-                layout::parse_memory_size(text).map_err(|e| value("--memory", e.to_string()))?
-            }
-        };
+        let cpus = cpus(self.cpus).map_err(|e| value("--cpus", e))?;
+        let memory = memory(self.memory.as_deref()).map_err(|e| value("--memory", e))?;
         let machine = Machine {
             boot: crate::boot::load::Sources {
                 kernel: self.kernel.ok_or(ConfigError::NoKernel)?,

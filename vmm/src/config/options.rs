@@ -73,10 +73,7 @@ impl Disk {
             return Err("path= is empty; write path=PATH".to_owned());
         }
         if !(1..=MAX_QUEUES).contains(&self.queues) {
-            return Err(format!(
-                "queues={} is out of range; a disk has between 1 and {MAX_QUEUES} queues",
-                self.queues
-            ));
+            return Err(queues_rule(&self.queues.to_string()));
         }
         match &self.serial {
             Some(serial)
@@ -89,6 +86,11 @@ impl Disk {
             _ => Ok(()),
         }
     }
+}
+
+/// Why `queues=given` was refused.
+fn queues_rule(given: &str) -> String {
+    format!("queues={given} is not possible; a disk has between 1 and {MAX_QUEUES} queues")
 }
 
 fn printable(text: &str) -> bool {
@@ -112,9 +114,7 @@ impl FromStr for Disk {
                 ("readonly", None) => disk.readonly = true,
                 ("serial", Some(value)) => disk.serial = Some(value.to_owned()),
                 ("queues", Some(value)) => {
-                    disk.queues = value
-                        .parse()
-                        .map_err(|_| format!("queues={value} is not a number"))?;
+                    disk.queues = value.parse().map_err(|_| queues_rule(value))?;
                 }
                 ("bus", Some(value)) => disk.bus = value.parse()?,
                 _ => {

@@ -100,6 +100,11 @@ impl Pf {
     }
 }
 
+/// Why `vfs=given` was refused.
+fn vfs_rule(given: &str) -> String {
+    format!("vfs={given} is not possible; an owner has between 1 and {MAX_VFS} virtual functions")
+}
+
 /// The file of member `number`.
 pub fn member_path(pattern: &str, number: u16) -> PathBuf {
     pattern.replacen(PLACEHOLDER, &number.to_string(), 1).into()
@@ -241,12 +246,7 @@ impl TryFrom<RawPf> for Pf {
         let vfs = u16::try_from(raw.vfs)
             .ok()
             .filter(|n| (1..=MAX_VFS).contains(n))
-            .ok_or_else(|| {
-                format!(
-                    "vfs={} is out of range; an owner has between 1 and {MAX_VFS} virtual functions",
-                    raw.vfs
-                )
-            })?;
+            .ok_or_else(|| vfs_rule(&raw.vfs.to_string()))?;
         let admin = match &raw.admin {
             Some(name) => name.parse().map_err(|e| format!("admin={name}: {e}"))?,
             None => Profile::default(),
@@ -331,7 +331,7 @@ impl FromStr for Pf {
             match (key, value) {
                 ("vfs", Some(value)) => {
                     let number = value.parse::<u32>();
-                    vfs = Some(number.map_err(|_| format!("vfs={value} is not a number"))?);
+                    vfs = Some(number.map_err(|_| vfs_rule(value))?);
                 }
                 ("switch", Some(value)) => raw.switch = Some(value.to_owned()),
                 ("uplink-tap", Some(value)) => raw.uplink_tap = Some(value.to_owned()),

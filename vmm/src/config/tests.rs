@@ -78,7 +78,30 @@ fn numbers_out_of_range_are_refused_with_the_range() {
             memory: Some(memory.to_owned()),
             ..with_kernel()
         };
-        assert!(refused(config).starts_with("--memory"), "{memory}");
+        let message = refused(config);
+        assert!(message.starts_with("--memory"), "{message}");
+        assert!(message.contains("between 64M and 256G"), "{message}");
+    }
+}
+
+#[test]
+fn wrong_values_in_a_file_are_refused_with_file_and_field() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("guest.json");
+    for (text, parts) in [
+        (r#"{"memory": "1T"}"#, ["\"memory\"", "'1T'"]),
+        (r#"{"memory": "1G", "cpus": 300}"#, ["\"cpus\"", "300"]),
+        (
+            r#"{"disks": [{"path": "a"}, {"path": "b", "queues": 0}]}"#,
+            ["\"disks[1]\"", "queues=0"],
+        ),
+        (r#"{"disks": [{"path": ""}]}"#, ["\"disks[0]\"", "path="]),
+        (r#"["vmlinuz"]"#, ["expected an object", "line 1"]),
+    ] {
+        std::fs::write(&path, text).unwrap();
+        let message = Config::from_file(&path).unwrap_err().to_string();
+        assert!(message.contains("guest.json: "), "{message}");
+        assert!(parts.iter().all(|p| message.contains(p)), "{message}");
     }
 }
 
