@@ -3,6 +3,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`client`] | what `tern info`, `pause`, `resume`, `shutdown` and `admin` are made of |
+//! | `errors` | every error in JSON |
 //! | [`owners`] | SR-IOV owners, their members, administration commands |
 //! | [`routes`] | the requests and their answers |
 //! | [`server`] | a thread that serves them |
@@ -11,6 +12,7 @@
 //! The document of the API is `resources/openapi.json`; the server hands it out at `/openapi.json`.
 
 pub mod client;
+mod errors;
 pub mod owners;
 pub mod routes;
 pub mod server;

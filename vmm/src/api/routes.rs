@@ -15,8 +15,10 @@ use tokio::sync::broadcast;
 use tokio_stream::wrappers::BroadcastStream;
 use tokio_stream::{Stream, StreamExt};
 
+use super::errors::{all_json, failure};
 use super::owners::{self, AdminCommand, AdminError};
-use super::{Device, Event, Failure, Info, OPENAPI, Shutdown, State, Status};
+use super::{Device, Event, Info, OPENAPI, Shutdown, State, Status};
+use crate::config::object::Object;
 use crate::exit::Outcome;
 use crate::machine::{Machine, TransitionError};
 
@@ -56,7 +58,7 @@ pub(super) fn router(context: Context) -> Router {
     for (path, _) in PATHS {
         router = router.route(path, handler(path));
     }
-    router
+    let router = router
         .fallback(async || {
             failure(
                 StatusCode::NOT_FOUND,
@@ -69,12 +71,8 @@ pub(super) fn router(context: Context) -> Router {
                 "this path takes another method; GET /openapi.json lists them",
             )
         })
-        .with_state(context)
-}
-
-fn failure(status: StatusCode, error: impl ToString) -> Response {
-    let error = error.to_string();
-    (status, Json(Failure { error })).into_response()
+        .with_state(context);
+    all_json(router)
 }
 
 async fn openapi() -> impl IntoResponse {
@@ -113,7 +111,7 @@ pub fn describe(machine: &Machine) -> Info {
 
 async fn admin(Extract(context): Extract<Context>, body: Bytes) -> Response {
     let command: AdminCommand = match serde_json::from_slice(&body) {
-        Ok(command) => command,
+        Ok(Object(command)) => command,
         Err(error) => return failure(StatusCode::BAD_REQUEST, error),
     };
     let machine = context.machine;
@@ -161,7 +159,7 @@ async fn shutdown(Extract(context): Extract<Context>, body: Bytes) -> Response {
         Shutdown::default()
     } else {
         match serde_json::from_slice(&body) {
-            Ok(request) => request,
+            Ok(Object(request)) => request,
             Err(error) => return failure(StatusCode::BAD_REQUEST, error),
         }
     };
@@ -175,7 +173,8 @@ async fn shutdown(Extract(context): Extract<Context>, body: Bytes) -> Response {
             if machine.state() == crate::vcpu::RunState::Paused {
                 return failure(
                     StatusCode::CONFLICT,
-                    "the guest is paused and cannot see its power button; resume it first, or force_after_ms 0",
+                    "the guest is paused and cannot see its power button; let it run first (`tern resume`), or end it \
+                     as it is (`tern shutdown --force-after 0`)",
                 );
             }
             if let Err(error) = machine.press_power_button() {

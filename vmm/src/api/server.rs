@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::{broadcast, oneshot};
 
+use super::errors::Listener;
 use super::routes::{self, Context};
 use super::socket::Socket;
 use super::{Event, State};
@@ -84,7 +85,7 @@ fn serve(
         .thread_stack_size(256 << 10)
         .build()?;
     runtime.block_on(async {
-        let listener = tokio::net::UnixListener::from_std(listener)?;
+        let listener = Listener(tokio::net::UnixListener::from_std(listener)?);
         let (begin, mut begun) = broadcast::channel::<()>(1);
         let graceful = async move {
             let _ = stopped.await;
