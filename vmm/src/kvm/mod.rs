@@ -15,6 +15,7 @@ pub mod msi;
 pub mod speed;
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use devices::memory::GuestRam;
@@ -51,10 +52,8 @@ pub enum KvmError {
     )]
     Absent,
     /// The device node may not be opened.
-    #[error(
-        "/dev/kvm may not be opened; add this account to the group that owns it: `usermod -aG kvm $USER`"
-    )]
-    Forbidden,
+    #[error("/dev/kvm may not be opened{0}")]
+    Forbidden(String),
     /// Opening failed otherwise.
     #[error("/dev/kvm cannot be opened: {0}")]
     Open(io::Error),
@@ -95,7 +94,7 @@ pub fn open() -> Result<Kvm, KvmError> {
         let error = io::Error::from(e);
         match error.kind() {
             io::ErrorKind::NotFound => KvmError::Absent,
-            io::ErrorKind::PermissionDenied => KvmError::Forbidden,
+            io::ErrorKind::PermissionDenied => KvmError::Forbidden(how_to_get_access()),
             _ => KvmError::Open(error),
         }
     })?;
@@ -106,6 +105,47 @@ pub fn open() -> Result<Kvm, KvmError> {
     match REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
         Some((_, name)) => Err(KvmError::Capability(name)),
         None => Ok(kvm),
+    }
+}
+
+/// What to do where `/dev/kvm` may not be opened.
+fn how_to_get_access() -> String {
+    let Ok(node) = std::fs::metadata("/dev/kvm") else {
+        return cure(0, 0, "", false);
+    };
+    let groups = rustix::process::getgroups().unwrap_or_default();
+    let member = groups.iter().any(|group| group.as_raw() == node.gid())
+        || rustix::process::getegid().as_raw() == node.gid();
+    let names = std::fs::read_to_string("/etc/group").unwrap_or_default();
+    cure(node.mode(), node.gid(), &names, member)
+}
+
+/// The cure for a node of this mode and group, which may not be opened. `names` is `/etc/group`; `member`: this process
+/// is in the group.
+fn cure(mode: u32, gid: u32, names: &str, member: bool) -> String {
+    const ROOT: u32 = 0;
+    let may = |bits: u32| mode & bits == bits;
+    if may(0o6) || may(0o60) && member {
+        return " although its mode allows it; in a container or a service, pass the device through".to_owned();
+    }
+    if !may(0o60) || gid == ROOT {
+        return ", as it is root's alone; as root, `setfacl -m u:$USER:rw /dev/kvm` lets this account use it until the \
+                next start of the host, and a udev rule that gives it to a group does for good"
+            .to_owned();
+    }
+    let name = names.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)? == gid.to_string()).then_some(name)
+    });
+    match name {
+        Some(name) => format!(
+            "; add this account to the group that owns it, `usermod -aG {name} $USER` as root, and log in anew"
+        ),
+        None => format!(
+            "; it belongs to group number {gid}, which has no name here: in a container, add that group \
+             (`--group-add {gid}`); else name it (`groupadd -g {gid} NAME`) and join it"
+        ),
     }
 }
 
@@ -185,4 +225,27 @@ impl Vm {
 pub(crate) fn event(what: &'static str) -> Result<EventFd, KvmError> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
         .map_err(|source| KvmError::Operation { what, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cure_names_the_group_that_owns_the_node() {
+        const GROUPS: &str = "root:x:0:\nbroken\nvirt:x:36:someone\nkvm:x:104:\n";
+        for (mode, gid, member, part) in [
+            (0o660, 36, false, "usermod -aG virt "),
+            (0o660, 104, false, "usermod -aG kvm "),
+            (0o660, 99, false, "group number 99"),
+            (0o660, 0, false, "setfacl"),
+            (0o600, 104, false, "setfacl"),
+            (0o600, 104, true, "setfacl"),
+            (0o660, 104, true, "container"),
+            (0o666, 0, false, "container"),
+        ] {
+            let text = cure(mode, gid, GROUPS, member);
+            assert!(text.contains(part), "{mode:o} {gid} {member}: {text}");
+        }
+    }
 }
