@@ -42,6 +42,9 @@ use functions::{Backends, FunctionError, Functions};
 /// How long a pause waits for what devices have in flight, all of them together.
 pub const DRAIN: Duration = Duration::from_secs(10);
 
+/// How long a pause waits for vCPUs to leave the guest.
+const LEAVE: Duration = Duration::from_secs(5);
+
 /// Why a machine could not be built. Exit status 1.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
@@ -83,7 +86,7 @@ pub enum BuildError {
 /// Why a machine could not be paused or resumed.
 #[derive(Debug, thiserror::Error)]
 pub enum TransitionError {
-    /// The guest has ended.
+    /// The guest has ended, or a vCPU does not leave it.
     #[error(transparent)]
     Control(#[from] ControlError),
     /// Devices did not finish what they had begun.
@@ -252,10 +255,10 @@ impl Machine {
 
     /// Stops vCPUs, then devices; returns when nothing of the guest happens any more. No effect on a paused machine.
     ///
-    /// If a device does not come to rest the guest goes on running, as if nothing had been asked.
+    /// If a vCPU or a device does not come to rest the guest goes on running, as if nothing had been asked.
     pub fn pause(&self) -> Result<(), TransitionError> {
         let _transition = self.transition();
-        self.control.pause()?;
+        self.control.pause(LEAVE)?;
         let Err(stuck) = self.functions.close_and_drain(Reasons::PAUSED, DRAIN) else {
             return Ok(());
         };

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -27,6 +28,18 @@ pub enum ControlError {
     /// The guest has ended.
     #[error("the guest has ended")]
     Ended,
+    /// vCPUs did not come out of the guest in time.
+    #[error(
+        "{vcpus} of the guest's vCPUs did not come to rest within {} s, and the guest goes on running; the host's kernel \
+         or a disk may be stuck (see `dmesg`)",
+        patience.as_secs_f32()
+    )]
+    Stuck {
+        /// How many.
+        vcpus: usize,
+        /// How long was waited.
+        patience: Duration,
+    },
 }
 
 /// State of the machine as its vCPUs see it. See the [module documentation](super).
@@ -112,19 +125,33 @@ impl Control {
     }
 
     /// Takes all vCPUs out of the guest and waits until they are out. No effect on a paused machine.
-    pub fn pause(&self) -> Result<(), ControlError> {
+    ///
+    /// A kicked vCPU leaves the guest in microseconds, but it can hang in the host's kernel or in an access to a device
+    /// that waits. If one is not out within `patience`, a machine that ran goes on running.
+    pub fn pause(&self, patience: Duration) -> Result<(), ControlError> {
+        let deadline = Instant::now() + patience;
         let mut inner = self.lock();
-        if inner.state == RunState::Running {
+        let ran = inner.state == RunState::Running;
+        if ran {
             self.set(&mut inner, RunState::Paused);
             for thread in &inner.threads {
                 thread.kick();
             }
         }
         while inner.state == RunState::Paused && inner.parked < self.vcpus {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let vcpus = self.vcpus - inner.parked;
+                if ran {
+                    self.set(&mut inner, RunState::Running);
+                }
+                return Err(ControlError::Stuck { vcpus, patience });
+            }
             inner = self
                 .changed
-                .wait(inner)
-                .unwrap_or_else(PoisonError::into_inner);
+                .wait_timeout(inner, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         match inner.state {
             RunState::Ended => Err(ControlError::Ended),
@@ -190,7 +217,8 @@ impl Drop for Membership<'_> {
 mod tests {
     use super::*;
     use std::sync::Arc;
-    use std::time::Duration;
+
+    const LONG: Duration = Duration::from_secs(60);
 
     /// Threads that do what vCPU threads do, with sleeping in place of the guest.
     fn vcpus(control: &Arc<Control>, count: usize) -> Vec<std::thread::JoinHandle<u32>> {
@@ -231,7 +259,7 @@ mod tests {
         let threads = vcpus(&control, 3);
         for _ in 0..20 {
             control.resume().unwrap();
-            control.pause().unwrap();
+            control.pause(LONG).unwrap();
             assert_eq!(control.lock().parked, 3);
         }
         control.resume().unwrap();
@@ -243,11 +271,26 @@ mod tests {
     }
 
     #[test]
+    fn a_vcpu_that_does_not_come_out_ends_the_pause_and_the_machine_runs_on() {
+        let control = Arc::new(Control::new(3).unwrap());
+        let threads = vcpus(&control, 2);
+        control.resume().unwrap();
+        let patience = Duration::from_millis(50);
+        let stuck = ControlError::Stuck { vcpus: 1, patience };
+        assert_eq!(control.pause(patience), Err(stuck));
+        assert_eq!(control.state(), RunState::Running);
+        control.finish(Outcome::PowerOff);
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    }
+
+    #[test]
     fn pausing_ends_when_the_guest_does() {
         let control = Arc::new(Control::new(1).unwrap());
         control.resume().unwrap();
         let other = Arc::clone(&control);
-        let pausing = std::thread::spawn(move || other.pause());
+        let pausing = std::thread::spawn(move || other.pause(LONG));
         control.finish(Outcome::Panic);
         assert_eq!(pausing.join().unwrap(), Err(ControlError::Ended));
         assert_eq!(control.resume(), Err(ControlError::Ended));
