@@ -28,11 +28,21 @@ pub fn describe(info: &Info) -> String {
     lines.join("\n")
 }
 
+/// `number` things of which one is called `thing`.
+fn count(number: u16, thing: &str) -> String {
+    match number {
+        1 => format!("1 {thing}"),
+        _ => format!("{number} {thing}s"),
+    }
+}
+
 fn device(device: &Device) -> String {
     let driver = if device.live { "in use" } else { "no driver" };
     format!(
-        "{}  {:<8} {} queues, {driver}",
-        device.place, device.name, device.queues
+        "{}  {:<8} {}, {driver}",
+        device.place,
+        device.name,
+        count(device.queues, "queue")
     )
 }
 
@@ -44,8 +54,12 @@ fn describe_owner(owner: &Owner) -> Vec<String> {
     };
     let strict = if owner.strict_admin { ", strict" } else { "" };
     let mut lines = vec![format!(
-        "\nowner    {} ({}{whose}), {} of {} virtual functions, admin commands {}{strict}",
-        owner.name, owner.device, owner.existing_members, owner.total_members, owner.admin
+        "\nowner    {} ({}{whose}), {} of {}, admin commands {}{strict}",
+        owner.name,
+        owner.device,
+        owner.existing_members,
+        count(owner.total_members, "virtual function"),
+        owner.admin
     )];
     lines.extend(owner.function.iter().map(function));
     lines.extend(
@@ -114,6 +128,12 @@ mod tests {
             features: "0x3".to_owned(),
             stopped_by: stopped_by.iter().map(|s| (*s).to_owned()).collect(),
         }
+    }
+
+    #[test]
+    fn one_is_not_many() {
+        let counted = [0, 1, 2].map(|number| count(number, "queue"));
+        assert_eq!(counted, ["0 queues", "1 queue", "2 queues"]);
     }
 
     #[test]
