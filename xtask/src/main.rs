@@ -1,4 +1,4 @@
-//! Build, test and run everything: `cargo xtask demo | test | kvm | image | fuzz | bench`.
+//! Build, test and run everything: `cargo xtask demo | test | kvm | image | fuzz | bench | conformance`.
 //!
 //! It installs or unpacks what is missing, so that a fresh machine with Rust needs nothing else, and keeps what it
 //! downloads in `~/.cache/tern`.
@@ -6,6 +6,7 @@
 mod apt;
 mod bench;
 mod bzimage;
+mod conformance;
 mod cpio;
 mod demo;
 mod emulator;
@@ -46,6 +47,8 @@ enum Task {
     Fuzz(fuzz::Fuzz),
     /// Measure, as ratios to other monitors whose binaries are given
     Bench(bench::Bench),
+    /// Write docs/conformance.md: the requirements and the tests that hold them
+    Conformance(conformance::Conformance),
 }
 
 /// `cargo xtask image`
@@ -102,6 +105,7 @@ fn main() {
         Task::Test(test) => test.run(),
         Task::Fuzz(fuzz) => fuzz.run(),
         Task::Bench(bench) => bench.run(),
+        Task::Conformance(conformance) => conformance.run(),
     };
     std::process::exit(done.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");
