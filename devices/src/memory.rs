@@ -4,11 +4,15 @@
 //! memfd gets them only where the administrator allowed it, and a guest in small pages pays for each with an exit.)
 //! A device never touches it directly. Each device function has a [`View`] of its own on the same bytes, which marks
 //! the VM-wide [`DirtyPages`] on every write. KVM's dirty log sees what vCPUs write; this bitmap sees what the monitor
-//! and its devices write; a migration sends the union of the two.
+//! and its devices write; a migration sends the union of the two. A view also keeps the [`records`] of what its own
+//! function wrote, while somebody asks for them.
 
 #![allow(unsafe_code)]
 
 mod mapping;
+pub mod records;
+
+pub use records::Records;
 
 use std::num::NonZeroUsize;
 use std::ops::Deref;
@@ -79,7 +83,7 @@ impl DirtyPages {
 /// The RAM of one VM. See the [module documentation](self).
 #[derive(Debug)]
 pub struct GuestRam {
-    ranges: Vec<RamRange>,
+    ranges: Arc<[RamRange]>,
     mappings: Vec<Mapping>,
     dirty: DirtyPages,
 }
@@ -110,7 +114,7 @@ impl GuestRam {
             dirty.push((*range, Arc::new(AtomicBitmap::new(range.len, PAGE))));
         }
         Ok(Arc::new(Self {
-            ranges: ranges.to_vec(),
+            ranges: ranges.into(),
             mappings,
             dirty: DirtyPages {
                 regions: Arc::new(dirty),
@@ -120,10 +124,14 @@ impl GuestRam {
 
     /// A view of this RAM for one device function (or for the monitor itself, when it loads a kernel).
     pub fn view(self: &Arc<Self>) -> Result<View, MemoryError> {
+        let records = Arc::new(Records::new(Arc::clone(&self.ranges)));
         let mut views = Vec::with_capacity(self.mappings.len());
-        for (mapping, (range, dirty)) in self.mappings.iter().zip(self.dirty.regions.iter()) {
+        let regions = self.mappings.iter().zip(self.dirty.regions.iter());
+        for (region, (mapping, (range, dirty))) in regions.enumerate() {
             let bitmap = ViewBitmap {
                 vm: Arc::clone(dirty),
+                records: Arc::clone(&records),
+                region,
             };
             // SAFETY: `mapping` is a live mapping of exactly `range.len` bytes. `View` keeps this `GuestRam`, the
             // owner of the mapping, alive for as long as any view of it exists, and never gives out the inner
@@ -145,6 +153,7 @@ impl GuestRam {
             GuestMemoryMmap::from_regions(views).map_err(|e| MemoryError::Map(e.to_string()))?;
         Ok(View {
             memory,
+            records,
             ram: Arc::clone(self),
         })
     }
@@ -186,10 +195,13 @@ const PAGE: NonZeroUsize = match NonZeroUsize::new(PAGE_SIZE) {
     None => unreachable!(),
 };
 
-/// What a write through a [`View`] marks: the page in the VM-wide bitmap.
+/// What a write through a [`View`] marks: the page in the VM-wide bitmap, and in the view's [`Records`].
 #[derive(Debug)]
 pub struct ViewBitmap {
     vm: Arc<AtomicBitmap>,
+    records: Arc<Records>,
+    /// Which RAM range offsets are relative to.
+    region: usize,
 }
 
 impl<'a> WithBitmapSlice<'a> for ViewBitmap {
@@ -198,7 +210,9 @@ impl<'a> WithBitmapSlice<'a> for ViewBitmap {
 
 impl Bitmap for ViewBitmap {
     fn mark_dirty(&self, offset: usize, len: usize) {
+        // In this order: see `Records::mark`.
         self.vm.mark_dirty(offset, len);
+        self.records.mark(self.region, offset, len);
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
@@ -216,12 +230,14 @@ impl Bitmap for ViewBitmap {
 /// `slice.bitmap().mark_dirty(0, n)`.
 pub type GuestSlice<'v> = VolatileSlice<'v, RefSlice<'v, ViewBitmap>>;
 
-/// Guest RAM as one device function sees it. Cheap to clone; clones mark the same bitmap.
+/// Guest RAM as one device function sees it. Cheap to clone; clones mark the same bitmap and share
+/// their [`Records`].
 ///
 /// Dereferences to the [`GuestMemoryMmap`] that the rust-vmm crates take.
 #[derive(Clone, Debug)]
 pub struct View {
     memory: GuestMemoryMmap<ViewBitmap>,
+    records: Arc<Records>,
     /// Owns the mapping `memory` points into; declared after it, so dropped after it.
     ram: Arc<GuestRam>,
 }
@@ -230,6 +246,11 @@ impl View {
     /// The RAM this is a view of.
     pub fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
+    }
+
+    /// What the function wrote through this view and its clones, for those who asked.
+    pub fn records(&self) -> &Arc<Records> {
+        &self.records
     }
 
     /// True if every byte of `start..start + len` is RAM. `len` 0 asks about nothing and is true.
