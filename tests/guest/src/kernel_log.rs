@@ -14,7 +14,7 @@ const RECORD_MAX: usize = 8192;
 const WARNING: u64 = 4;
 
 /// What is bad at any level: the kernel reports failed resource assignment as mere information.
-const BAD: [&str; 10] = [
+const BAD: [&str; 14] = [
     "can't assign",
     "can't claim",
     "failed to assign",
@@ -25,6 +25,10 @@ const BAD: [&str; 10] = [
     "kernel bug at",
     "general protection fault",
     "blocked for more than",
+    "soft lockup",
+    "hard lockup",
+    "detected stall",
+    "marking clocksource",
 ];
 /// What Linux 6.1 says early of every machine without the I/O ports of conventional PCI, until ACPI tells it better.
 const HARMLESS: &str = "pci: fatal: no config space access function found";
@@ -142,6 +146,9 @@ mod tests {
             "6,1,0,-;virtio-pci 0000:01:00.0: admin command error: status(0x16) qualifier(0x2)",
             "4,1,0,-;pci 0000:01:00.0: not ready 1023ms after FLR; waiting",
             "3,1,0,-;virtio_net virtio3: something",
+            "0,1,0,-;watchdog: BUG: soft lockup - CPU#0 stuck for 22s! [init:1]",
+            "3,1,0,-;rcu: INFO: rcu_preempt self-detected stall on CPU",
+            "4,1,0,-;clocksource: timekeeping watchdog on CPU0: Marking clocksource 'tsc' as unstable",
         ] {
             assert!(complaint(record), "{record}");
         }

@@ -27,7 +27,14 @@ pub fn echo(_: &Request) -> Result<Found> {
     Ok(Found::default().with("bytes", line.len()))
 }
 
-/// The same on a virtio console, with all the talk there too.
+/// Something that says whether a line has been typed on the console since.
+pub fn watch() -> Result<impl Fn() -> bool> {
+    let mut console = BufReader::new(File::open("/dev/console").context("/dev/console")?);
+    let thread = thread::spawn(move || line_from(&mut console));
+    Ok(move || thread.is_finished())
+}
+
+/// The same as [`echo`] on a virtio console, with all the talk there too.
 pub fn hvc_echo(request: &Request) -> Result<Found> {
     let device = Path::new("/dev").join(request.text("dev", "hvc0"));
     let shown = device.display().to_string();

@@ -2,6 +2,7 @@
 
 mod block;
 mod boot;
+mod clock;
 mod console;
 mod demo;
 mod entropy;
@@ -49,7 +50,7 @@ impl fmt::Display for Found {
 type Run = fn(&Request) -> Result<Found>;
 
 /// Name, parameters, what runs. The README says what each does.
-const SCENARIOS: [(&str, &[&str], Run); 28] = [
+const SCENARIOS: [(&str, &[&str], Run); 32] = [
     ("boot", &[], boot::run),
     ("pci", &[], pci::run),
     ("poweroff", &[], |_| power::end(RebootCommand::PowerOff)),
@@ -57,6 +58,7 @@ const SCENARIOS: [(&str, &[&str], Run); 28] = [
     ("panic", &[], panic),
     ("hang", &[], hang),
     ("sleep", &["seconds"], sleep),
+    ("clock", &["threshold"], clock::run),
     ("block-info", &["dev"], block::info),
     ("block-write", &["dev", "seed", "mib"], block::write),
     ("block-verify", &["dev", "seed", "mib"], block::verify),
@@ -68,6 +70,7 @@ const SCENARIOS: [(&str, &[&str], Run); 28] = [
         &["dev", "addr", "prefix", "peer", "port"],
         net::tap,
     ),
+    ("net-rate", &["a", "b", "mib", "rounds"], net::rate),
     ("entropy", &[], entropy::run),
     ("console-echo", &[], console::echo),
     ("hvc-echo", &["dev"], console::hvc_echo),
@@ -78,8 +81,10 @@ const SCENARIOS: [(&str, &[&str], Run); 28] = [
     ("sriov-disable", &["pf"], sriov::disable),
     ("sriov-rounds", &["pf", "n", "rounds"], sriov::rounds),
     ("sriov-ping", &["pf", "n", "mib"], sriov::ping),
+    ("sriov-traffic", &["pf", "n"], sriov::traffic),
     ("sriov-block", &["pf", "n", "mib"], sriov::block),
     ("flr-io", &["pf", "n", "rounds"], sriov::flr_io),
+    ("flr-pf", &["pf", "n", "rounds"], sriov::flr_pf),
     ("admin-user", &["pf", "n", "strict"], sriov::admin_user),
     ("dmesg-clean", &[], sriov::dmesg_clean),
 ];

@@ -61,6 +61,54 @@ pub fn ping(request: &Request) -> Result<Found> {
         .with("crc32_back", format_args!("{back:08x}")))
 }
 
+/// How fast interface `a` sends to interface `b`, both in namespaces of their own: `mib` MiB over TCP, `rounds` times.
+/// Nothing is computed about the bytes, so that moving them is what takes the time.
+pub fn rate(request: &Request) -> Result<Found> {
+    let bytes = request.number::<u64>("mib", 32)? * CHUNK as u64;
+    let rounds: u32 = request.number("rounds", 3)?;
+    let from = Host::start(request.text("a", "eth0"), OUR_ADDRESS)?;
+    let to = Host::start(request.text("b", "eth1"), OTHER_ADDRESS)?;
+    let round_trip = from.run(|| ping_until_answered(OTHER_ADDRESS))?;
+    let mut took = Vec::new();
+    for _ in 0..rounds {
+        let listener = listen(&to)?;
+        let received = to.begin(move || {
+            let (mut stream, _) = listener.accept().context("accepting")?;
+            limit(&stream)?;
+            let mut buffer = vec![0; 256 * 1024];
+            let mut received = 0;
+            while received < bytes {
+                match stream.read(&mut buffer).context("receiving")? {
+                    0 => break,
+                    n => received += n as u64,
+                }
+            }
+            Ok((received, Instant::now()))
+        });
+        let began = from.run(move || {
+            let mut stream = TcpStream::connect((OTHER_ADDRESS, PORT)).context("connecting")?;
+            limit(&stream)?;
+            let buffer = Buffer::new();
+            let began = Instant::now();
+            for _ in 0..bytes / CHUNK as u64 {
+                stream.write_all(buffer.bytes()).context("sending")?;
+            }
+            Ok(began)
+        })?;
+        let (received, ended) = received.wait()?;
+        check(received == bytes, || {
+            format!("{received} of {bytes} bytes arrived")
+        })?;
+        took.push((ended - began).as_millis().to_string());
+    }
+    from.end()?;
+    to.end()?;
+    Ok(Found::default()
+        .with("bytes", bytes)
+        .with("rtt_us", round_trip.as_micros())
+        .with("ms", took.join("+")))
+}
+
 /// Moves `chunks` from one host to another and as many back; how long that took.
 pub fn exchange(from: &Host, to: &Host, chunks: u64) -> Result<Duration> {
     let listener = listen(to)?;

@@ -24,8 +24,8 @@ use driver::virtio::{Transport, feature};
 
 pub use admin::run as admin_user;
 pub use block::run as block;
-pub use flr::run as flr_io;
-pub use net::ping;
+pub use flr::{physical as flr_pf, run as flr_io};
+pub use net::{ping, traffic};
 
 const DEVICES: &str = "/sys/bus/pci/devices";
 /// Vendor of all virtio functions, as sysfs writes it.

@@ -3,14 +3,14 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use super::super::Found;
 use super::super::net::{PINGS, exchange, ping_until_answered};
+use super::super::{Found, console};
 use super::{Function, Owner};
 use crate::cmdline::Request;
 use crate::host::Host;
 use crate::kernel_log::Mark;
 use crate::pattern::CHUNK;
-use crate::{Failure, Result};
+use crate::{Failure, Result, say};
 
 /// Pings between all of them, then moves `mib` MiB in each direction between the first two virtual functions (the
 /// physical and the virtual one if there is one only), and 1 MiB between the physical function and each of them.
@@ -24,15 +24,7 @@ pub fn ping(request: &Request) -> Result<Found> {
     let log = Mark::now()?;
     let members = owner.ensure(n)?;
     let hosts = hosts(std::iter::once(&owner.function).chain(&members))?;
-    let mut best = Duration::MAX;
-    let mut pairs = 0;
-    for (index, from) in hosts.iter().enumerate() {
-        for to in &hosts[index + 1..] {
-            let peer = to.address;
-            best = best.min(from.run(move || ping_until_answered(peer))?);
-            pairs += 1;
-        }
-    }
+    let (pairs, best) = all_ping(&hosts)?;
     let (Some(first), Some(second), Some(pf)) =
         (hosts.get(1), hosts.get(2).or(hosts.first()), hosts.first())
     else {
@@ -53,6 +45,43 @@ pub fn ping(request: &Request) -> Result<Found> {
         .with("rtt_us", best.as_micros())
         .with("bytes", 2 * chunks * CHUNK as u64)
         .with("ms", took.as_millis()))
+}
+
+/// Has every host ping every other; how many pairs that are, and the best round trip.
+pub fn all_ping(hosts: &[Host]) -> Result<(u32, Duration)> {
+    let mut best = Duration::MAX;
+    let mut pairs = 0;
+    for (index, from) in hosts.iter().enumerate() {
+        for to in &hosts[index + 1..] {
+            let peer = to.address;
+            best = best.min(from.run(move || ping_until_answered(peer))?);
+            pairs += 1;
+        }
+    }
+    Ok((pairs, best))
+}
+
+/// Has the first two virtual functions exchange data until a line is typed on the console, and tells of every MiB.
+pub fn traffic(request: &Request) -> Result<Found> {
+    let owner = Owner::named(request)?;
+    let log = Mark::now()?;
+    let members = owner.ensure(Some(request.number("n", 2)?))?;
+    let hosts = hosts(&members)?;
+    let [first, second, ..] = hosts.as_slice() else {
+        return Err(Failure("it takes two virtual functions: n=2".into()));
+    };
+    let told = console::watch()?;
+    let mut turns = 0u64;
+    while !told() {
+        exchange(first, second, 1)?;
+        turns += 1;
+        say(format_args!("traffic {turns}"));
+    }
+    for host in hosts {
+        host.end()?;
+    }
+    log.check_clean()?;
+    Ok(Found::default().with("turns", turns))
 }
 
 /// A host for each of these network cards, with addresses in their order.
