@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
@@ -12,11 +12,16 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::trial;
-use crate::vm::{Running, Vm, tern};
+use crate::vm::{PATIENCE, Running, Vm, tern};
 
 pub fn trials() -> Vec<Trial> {
     vec![
         trial("api::info_pause_resume_and_shutdown_through_tern", by_tern),
+        trial(
+            "api::a_guest_does_not_mistake_a_pause_for_a_hang",
+            long_pause,
+        ),
+        trial("api::a_stopped_monitor_goes_on_where_it_was", stopped),
         trial("api::curl_speaks_it", by_curl),
         trial("api::the_socket_is_private_and_unique", socket),
         trial("api::a_stale_socket_is_taken_over", stale),
@@ -27,6 +32,9 @@ pub fn trials() -> Vec<Trial> {
     ]
 }
 
+/// A guest whose watchdog is told to bark at processors that do not schedule for this many seconds, twice.
+const WATCHDOG: u64 = 5;
+
 struct Guest {
     vm: Running,
     socket: PathBuf,
@@ -34,9 +42,14 @@ struct Guest {
 }
 
 fn guest() -> Result<Guest> {
+    run(Vm::new("hang"))
+}
+
+/// A running guest that ticks.
+fn run(vm: Vm) -> Result<Guest> {
     let dir = tempfile::tempdir()?;
     let socket = dir.path().join("api.sock");
-    let mut vm = Vm::new("hang")
+    let mut vm = vm
         .args(["--api-socket".as_ref(), socket.as_os_str()])
         .spawn()?;
     vm.wait_for("tern-guest: tick", 0)?;
@@ -76,6 +89,21 @@ fn ticks(vm: &mut Running) -> Result<()> {
     vm.wait_for("tern-guest: tick", next).map(drop)
 }
 
+/// True if the guest, which ticks every second, comes to say nothing for four. What was on its way to the console when
+/// it was paused may take its time.
+fn falls_silent(vm: &mut Running) -> Result<()> {
+    const SILENCE: Duration = Duration::from_secs(4);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let said = vm.console().len();
+        std::thread::sleep(SILENCE);
+        if vm.console().len() == said {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "a paused guest goes on printing");
+    }
+}
+
 fn by_tern() -> Result<()> {
     let Guest {
         mut vm,
@@ -86,11 +114,7 @@ fn by_tern() -> Result<()> {
     ensure!(info["state"] == "running", "{info}");
     succeeds("pause", &socket)?;
     ensure!(succeeds("info", &socket)?["state"] == "paused");
-    // Whatever was on its way to the console arrives; after that the guest is silent.
-    std::thread::sleep(Duration::from_millis(500));
-    let silent = vm.console().len();
-    std::thread::sleep(Duration::from_secs(4));
-    ensure!(vm.console().len() == silent, "a paused guest printed");
+    falls_silent(&mut vm)?;
     succeeds("pause", &socket)?;
     succeeds("resume", &socket)?;
     ticks(&mut vm)?;
@@ -98,6 +122,38 @@ fn by_tern() -> Result<()> {
     vm.wait()?.expect_code(0)?;
     ensure!(!socket.exists(), "the socket outlived its owner");
     Ok(())
+}
+
+/// Longer than its watchdog has patience for. KVM tells the guest that it was paused.
+fn long_pause() -> Result<()> {
+    let scenario = format!("clock:threshold={WATCHDOG},dmesg-clean");
+    let Guest {
+        mut vm,
+        socket,
+        _dir,
+    } = run(Vm::new(scenario).args(["--cpus", "2"]))?;
+    succeeds("pause", &socket)?;
+    std::thread::sleep(Duration::from_secs(3 * WATCHDOG));
+    succeeds("resume", &socket)?;
+    ticks(&mut vm)?;
+    vm.send(b"enough\n")?;
+    vm.wait()?.expect_ok()
+}
+
+/// SIGSTOP cannot be handled, so that nobody tells the guest: it takes up where it was if its watchdog is patient.
+fn stopped() -> Result<()> {
+    let Guest {
+        mut vm,
+        socket,
+        _dir,
+    } = run(Vm::new("clock,dmesg-clean").args(["--cpus", "2"]))?;
+    vm.signal(rustix::process::Signal::STOP)?;
+    falls_silent(&mut vm)?;
+    vm.signal(rustix::process::Signal::CONT)?;
+    ticks(&mut vm)?;
+    ensure!(succeeds("info", &socket)?["state"] == "running");
+    vm.send(b"enough\n")?;
+    vm.wait()?.expect_ok()
 }
 
 fn curl(socket: &Path, method: &str, path: &str) -> Result<(u16, Value)> {

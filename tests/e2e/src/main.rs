@@ -14,7 +14,7 @@ mod block;
 mod boot;
 mod console;
 mod net;
-mod owner_api;
+mod owners;
 mod refusals;
 mod sriov;
 mod vm;
@@ -30,7 +30,7 @@ fn main() -> std::process::ExitCode {
         console::trials(),
         sriov::trials(),
         api::trials(),
-        owner_api::trials(),
+        owners::trials(),
         refusals::trials(),
     ]
     .into_iter()
@@ -39,10 +39,18 @@ fn main() -> std::process::ExitCode {
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
-/// A test that fails with an error and its causes.
+/// A test that fails with an error and its causes. They are told at once: what the runner keeps for its summary is lost
+/// if the machine does not live to see it.
 fn trial(
     name: impl Into<String>,
     test: impl FnOnce() -> anyhow::Result<()> + Send + 'static,
 ) -> Trial {
-    Trial::test(name, move || test().map_err(|e| format!("{e:#}").into()))
+    let name = name.into();
+    let told = name.clone();
+    Trial::test(name, move || {
+        test().map_err(|error| {
+            eprintln!("{told} has failed: {error:#}");
+            "see above".into()
+        })
+    })
 }

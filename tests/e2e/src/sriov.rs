@@ -46,6 +46,21 @@ pub fn trials() -> Vec<Trial> {
             "sriov::flr_of_a_disk_next_to_working_siblings",
             flr_of_disks,
         ),
+        trial(
+            "sriov::flr_of_an_owner_takes_its_members_along",
+            flr_of_owner,
+        ),
+        trial("sriov::flr_of_a_card_that_was_passed_through", || {
+            let outcome = vm("flr-io:pf=none:rounds=2,dmesg-clean")
+                .args(["--pf", "net,vfs=3,passthrough"])
+                .run_ok()?;
+            ensure!(outcome.number("flr-io", "sibling_mib")? > 0);
+            Ok(())
+        }),
+        trial(
+            "sriov::flr_of_a_disk_that_was_passed_through",
+            flr_of_passed_disk,
+        ),
         trial("sriov::a_user_space_owner_driver", || {
             admin("net,vfs=4", "no", vm)
         }),
@@ -150,6 +165,12 @@ impl Disks {
         })
     }
 
+    /// The option with which the monitor keeps the owner, which then has no disk.
+    fn passthrough(&self) -> String {
+        let owner = format!("path={},vf-path", self.files[0].display());
+        format!("{},passthrough", self.option.replace(&owner, "vf-path"))
+    }
+
     /// The checksums of the first `mib` MiB of the members' files, as the guest reports them.
     fn checksums(&self, mib: u64) -> Result<String> {
         let one = |file: &PathBuf| Ok(format!("{:08x}", checksum(file, mib)?));
@@ -180,6 +201,24 @@ fn flr_of_disks() -> Result<()> {
     let disks = Disks::new(4)?;
     let outcome = vm("flr-io:n=4:rounds=3,sriov-disable,dmesg-clean")
         .args(["--pf", &disks.option])
+        .run_ok()?;
+    ensure!(outcome.number("flr-io", "sibling_mib")? > 0);
+    Ok(())
+}
+
+fn flr_of_owner() -> Result<()> {
+    let outcome = vm("flr-pf:n=3:rounds=2,sriov-enable:n=4,sriov-disable,dmesg-clean")
+        .args(["--pf", "net,vfs=4"])
+        .run_ok()?;
+    ensure!(outcome.number("flr-pf", "resets")? == 2);
+    ensure!(outcome.number("sriov-enable", "bound")? == 4);
+    Ok(())
+}
+
+fn flr_of_passed_disk() -> Result<()> {
+    let disks = Disks::new(3)?;
+    let outcome = vm("flr-io:pf=none:rounds=2,dmesg-clean")
+        .args(["--pf", &disks.passthrough()])
         .run_ok()?;
     ensure!(outcome.number("flr-io", "sibling_mib")? > 0);
     Ok(())
@@ -255,12 +294,8 @@ fn passthrough() -> Result<()> {
 
 fn passthrough_disks() -> Result<()> {
     let disks = Disks::new(2)?;
-    let option = disks.option.replace(
-        &format!("path={},vf-path", disks.files[0].display()),
-        "vf-path",
-    );
     let outcome = vm("pci,block-write:dev=vdb:seed=5:mib=4,block-info:dev=vda,dmesg-clean")
-        .args(["--pf", &format!("{option},passthrough")])
+        .args(["--pf", &disks.passthrough()])
         .run_ok()?;
     expect_plain(&outcome, 2)?;
     let written = outcome.value("block-write", "crc32")?;
