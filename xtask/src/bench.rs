@@ -4,6 +4,7 @@
 
 mod boot;
 mod process;
+mod vfs;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -22,6 +23,11 @@ enum What {
     /// Runs inside the machine
     #[command(hide = true)]
     BootInside(boot::Inside),
+    /// What virtual functions cost: time, memory, commands, and the switch against a bridge of the host
+    Vfs(vfs::Vfs),
+    /// Runs inside the machine
+    #[command(hide = true)]
+    VfsInside(vfs::Inside),
 }
 
 impl Bench {
@@ -29,6 +35,8 @@ impl Bench {
         match self.what {
             What::Boot(boot) => boot.run(),
             What::BootInside(inside) => inside.run(),
+            What::Vfs(vfs) => vfs.run(),
+            What::VfsInside(inside) => inside.run(),
         }
     }
 }

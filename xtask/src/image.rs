@@ -30,7 +30,10 @@ const KEPT: Duration = Duration::from_secs(24 * 3600);
 /// `resources/guest/modules`.
 const GUEST_MODULES: &str = include_str!("../../resources/guest/modules");
 /// What the emulated host needs to see the file tree (first), and to run guests (second).
-const MACHINE_MODULES: [&[&str]; 2] = [&["9pnet_virtio", "9p", "overlay"], &["kvm_amd", "tun"]];
+const MACHINE_MODULES: [&[&str]; 2] = [
+    &["9pnet_virtio", "9p", "overlay"],
+    &["kvm_amd", "tun", "bridge"],
+];
 
 /// A kernel of the test guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]

@@ -16,6 +16,8 @@ pub struct Monitor {
     child: Child,
     /// From just before the process was made to the line that was waited for.
     pub took: Duration,
+    /// The lines before that one.
+    pub said: String,
 }
 
 impl Drop for Monitor {
@@ -28,7 +30,16 @@ impl Drop for Monitor {
 
 impl Monitor {
     /// Starts `command` and waits until a line of its standard output contains `marker`.
-    pub fn start(mut command: Command, marker: &'static str) -> Result<Self> {
+    pub fn start(command: Command, marker: &'static str) -> Result<Self> {
+        Self::start_within(command, marker, PATIENCE)
+    }
+
+    /// The same, with another bound on waiting.
+    pub fn start_within(
+        mut command: Command,
+        marker: &'static str,
+        patience: Duration,
+    ) -> Result<Self> {
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -47,7 +58,7 @@ impl Monitor {
                 let line = String::from_utf8_lossy(&line).into_owned();
                 if line.contains(marker) {
                     // Nobody listens any more only if the time was up.
-                    let _ = found.send(Ok(Instant::now()));
+                    let _ = found.send(Ok((Instant::now(), std::mem::take(&mut text))));
                     break;
                 }
                 text.push_str(&line);
@@ -64,10 +75,12 @@ impl Monitor {
         let mut monitor = Self {
             child,
             took: Duration::ZERO,
+            said: String::new(),
         };
-        match seen.recv_timeout(PATIENCE) {
-            Ok(Ok(at)) => {
+        match seen.recv_timeout(patience) {
+            Ok(Ok((at, said))) => {
                 monitor.took = at - began;
+                monitor.said = said;
                 Ok(monitor)
             }
             Ok(Err(said)) => {
@@ -76,7 +89,7 @@ impl Monitor {
                 bail!("the monitor ended before {marker:?}\n{said}{errors}")
             }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                bail!("no {marker:?} within {PATIENCE:?}")
+                bail!("no {marker:?} within {patience:?}")
             }
         }
     }
