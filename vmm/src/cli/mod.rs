@@ -5,6 +5,7 @@ pub mod control;
 mod info;
 pub mod run;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -115,10 +116,13 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 /// Logs go to standard error; `TERN_LOG` chooses, as in `TERN_LOG=debug` or `TERN_LOG=vmm=trace`.
 fn logging() {
+    let colours = std::io::stderr().is_terminal();
     let Ok(filter) = std::env::var("TERN_LOG") else {
         let _ = tracing_subscriber::fmt()
             .with_max_level(tracing::Level::WARN)
             .with_writer(std::io::stderr)
+            .with_ansi(colours)
+            .with_target(false)
             .without_time()
             .try_init();
         return;
@@ -126,6 +130,7 @@ fn logging() {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
         .with_writer(std::io::stderr)
+        .with_ansi(colours)
         .try_init();
 }
 

@@ -9,7 +9,7 @@ use rustix::pipe::PipeFlags;
 
 use crate::api::server::Server;
 use crate::api::socket::{Socket, remove_bound};
-use crate::config::check::{console_file, remove_made};
+use crate::config::check::{console_file, keep_made, remove_made};
 use crate::config::{Config, Disk, MAX_CPUS, Net, Pf};
 use crate::console::output::{Loss, Output};
 use crate::console::{self, Target, terminal};
@@ -143,13 +143,12 @@ impl Run {
             Some(path) => Some(Socket::bind(path)?),
             None => None,
         };
-        let others = config.boot_files();
-        let mut console = console_file(&config.console, &others)?;
+        let file = console_file(&config.console, &config.boot_files())?;
         let loss = Loss::default();
         let place = config.console.place();
-        let output = match (&config.console, &console) {
+        let output = match (&config.console, file) {
             (Target::Stdio, _) => Some(Output::spawn(console::stdout()?, &place, &loss)?),
-            (_, Some(file)) => Some(Output::spawn(file.writer()?, &place, &loss)?),
+            (_, Some(file)) => Some(Output::spawn(file, &place, &loss)?),
             (_, None) => None,
         };
         // A virtio console on standard input gets it through a pipe, so that the escape sequences still work.
@@ -164,9 +163,7 @@ impl Run {
         };
         let backends = Backends::open(&config, input, &loss)?;
         let machine = Machine::build(config, backends, output.as_ref(), self.force)?;
-        if let Some(file) = &mut console {
-            file.keep();
-        }
+        keep_made();
         let server = match socket {
             Some(socket) => Some(Server::start(socket, Arc::clone(&machine))?),
             None => None,

@@ -4,7 +4,7 @@
 //! ([`crate::machine::functions::Backends`]).
 
 use std::fs::{File, TryLockError};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -31,8 +31,8 @@ pub enum HostError {
     Cpus(String),
 }
 
-/// The file a console writes to that was made for it and whose guest does not run yet, so that an end of the process
-/// that drops nothing can remove it.
+/// Files that were made for consoles of a guest that does not run yet, so that an end of the process that drops nothing
+/// can remove them.
 static MADE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// Removes files that were made for consoles of a guest that does not run yet.
@@ -52,8 +52,13 @@ fn take_made(path: &Path) -> bool {
     made.len() != before
 }
 
+/// The guest runs: files that were made for its consoles stay.
+pub fn keep_made() {
+    MADE.lock().unwrap_or_else(PoisonError::into_inner).clear();
+}
+
 /// A file a console writes to, locked for it. What was in it stays; a file made for it goes again unless the guest
-/// comes to run, see [`ConsoleFile::keep`].
+/// comes to run, see [`keep_made`].
 #[derive(Debug)]
 pub struct ConsoleFile {
     file: File,
@@ -61,17 +66,13 @@ pub struct ConsoleFile {
     made: Option<PathBuf>,
 }
 
-impl ConsoleFile {
-    /// The guest runs: the file stays.
-    pub fn keep(&mut self) {
-        if let Some(path) = self.made.take() {
-            take_made(&path);
-        }
+impl Write for ConsoleFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes)
     }
 
-    /// A handle to write to.
-    pub fn writer(&self) -> io::Result<File> {
-        self.file.try_clone()
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
     }
 }
 
@@ -162,10 +163,8 @@ mod tests {
         }
         assert_eq!(std::fs::read_to_string(&old).unwrap(), "precious");
         assert!(!new.exists());
-        let mut kept = console_file(&Target::File(new.clone()), &[])
-            .unwrap()
-            .unwrap();
-        kept.keep();
+        let kept = console_file(&Target::File(new.clone()), &[]).unwrap();
+        keep_made();
         drop(kept);
         assert!(new.exists());
     }

@@ -129,10 +129,7 @@ impl Backends {
         if let Some(target) = &config.virtio_console {
             let file = console_file(target, &config.boot_files())?;
             let output: Box<dyn Write + Send> = match (target, file) {
-                (_, Some(mut file)) => {
-                    file.keep();
-                    Box::new(Reporting::new(file.writer()?, &target.place(), loss))
-                }
+                (_, Some(file)) => Box::new(Reporting::new(file, &target.place(), loss)),
                 (Target::Stdio, None) => {
                     Box::new(Reporting::new(console::stdout()?, &target.place(), loss))
                 }
