@@ -8,6 +8,7 @@
 #![allow(clippy::expect_used, clippy::panic)]
 
 mod admin;
+mod context;
 mod fixture;
 mod host;
 mod input;
@@ -17,6 +18,7 @@ mod registers;
 mod sriov;
 
 pub use admin::admin_commands;
+pub use context::context;
 pub use host::{configuration, kernel_image};
 pub use net::net_frames;
 pub use queues::{queue_device_side, queue_driver_side};
@@ -30,6 +32,7 @@ pub type Target = (&'static str, fn(&[u8]));
 pub const TARGETS: &[Target] = &[
     ("admin_commands", admin_commands),
     ("configuration", configuration),
+    ("context", context),
     ("kernel_image", kernel_image),
     ("net_frames", net_frames),
     ("pci_config", pci_config),

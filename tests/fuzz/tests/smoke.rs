@@ -72,6 +72,7 @@ macro_rules! smoke {
 smoke! {
     admin_commands
     configuration
+    context
     kernel_image
     net_frames
     pci_config
