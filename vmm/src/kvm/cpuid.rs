@@ -192,6 +192,19 @@ mod tests {
         assert_eq!(shown(0xa, request(0, 1)).eax, 0);
     }
 
+    /// KVM itself keeps the sizes in leaf 0xd in step with what the guest enables, and takes them from the host for that.
+    #[test]
+    fn the_leaves_of_extended_state_are_passed_as_they_are() {
+        let supported = [0, 1, 2, 9].map(|index| kvm_cpuid_entry2 {
+            index,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            ..leaf(0xd)
+        });
+        let mut shown = entries(&supported, request(1, 2));
+        shown.retain(|entry| entry.function == 0xd);
+        assert_eq!(shown, supported);
+    }
+
     #[test]
     fn the_topology_counts_cores_of_one_package() {
         for (cpus, bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (254, 8)] {
