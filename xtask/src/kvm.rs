@@ -25,6 +25,9 @@ pub const TIMED_OUT: i32 = 124;
 /// Exit status when there was no session.
 pub const NO_SESSION: i32 = 125;
 
+/// CPUs of an emulated host.
+const CPUS: u32 = 2;
+
 /// Variables that mean the same inside. Others, credentials among them, stay outside unless `--env` names them.
 const PASSED_ON: [&str; 10] = [
     "PATH",
@@ -46,9 +49,9 @@ pub struct Options {
     /// End the command after this many seconds, with exit status 124
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<u64>,
-    /// CPUs of the emulated host
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=32))]
-    pub cpus: u32,
+    /// CPUs of the emulated host; 2 if not said otherwise
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=32))]
+    pub cpus: Option<u32>,
     /// Memory of the emulated host; files that are written there count
     #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = mebibytes)]
     pub memory: u64,
@@ -70,13 +73,44 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             timeout: None,
-            cpus: 2,
+            cpus: None,
             memory: 4096,
             force_emulated: false,
             shares: Vec::new(),
             variables: Vec::new(),
             console: false,
         }
+    }
+}
+
+impl Options {
+    /// The command line that means the same.
+    pub fn arguments(&self) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> =
+            vec!["--memory".into(), format!("{}M", self.memory).into()];
+        let mut option =
+            |name: &str, value: OsString| arguments.extend([OsString::from(name), value]);
+        if let Some(seconds) = self.timeout {
+            option("--timeout", seconds.to_string().into());
+        }
+        if let Some(cpus) = self.cpus {
+            option("--cpus", cpus.to_string().into());
+        }
+        for share in &self.shares {
+            option("--share", share.into());
+        }
+        for variable in &self.variables {
+            option("--env", variable.clone());
+        }
+        for (set, name) in [
+            (self.force_emulated, "--force-emulated"),
+            (self.console, "--console"),
+        ] {
+            if set {
+                arguments.push(name.into());
+            }
+        }
+        arguments
     }
 }
 
@@ -171,7 +205,7 @@ fn emulated(options: &Options, command: &[OsString]) -> Result<i32> {
         qemu: packages::QEMU.name.into(),
         kernel: image.vmlinux,
         initramfs: image.initramfs,
-        cpus: options.cpus,
+        cpus: options.cpus.unwrap_or(CPUS),
         memory_mib: options.memory,
         shares: shares(&options.shares)?,
     };
@@ -301,6 +335,31 @@ mod tests {
             "2000G",
         ] {
             assert!(mebibytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn arguments_mean_the_options_they_come_from() {
+        #[derive(Debug, clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            options: Options,
+        }
+        let options = Options {
+            timeout: Some(9),
+            cpus: Some(3),
+            memory: 512,
+            force_emulated: true,
+            shares: vec!["/a".into(), "/b".into()],
+            variables: vec!["A=1".into(), "B".into()],
+            console: true,
+        };
+        for options in [options, Options::default()] {
+            let line = [OsString::from("kvm")]
+                .into_iter()
+                .chain(options.arguments());
+            let parsed = <Line as clap::Parser>::try_parse_from(line).unwrap();
+            assert_eq!(format!("{:?}", parsed.options), format!("{options:?}"));
         }
     }
 

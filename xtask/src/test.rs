@@ -1,11 +1,20 @@
 //! `cargo xtask test`: every test, from the quickest to the slowest.
 
+use std::collections::VecDeque;
+use std::env;
 use std::ffi::OsString;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use machine::probe;
+use machine::qemu::die_with_parent;
 
 use crate::image::{self, Kernel};
 use crate::tools::{self, Step};
@@ -30,12 +39,18 @@ pub struct Test {
 }
 
 /// How long the end-to-end tests of one module may take before something is called hung.
-const END_TO_END_LIMIT: u64 = 15 * 60;
-/// Tests that run only when asked for by name. They keep an emulated host busy for minutes on all its CPUs, and it does not
-/// survive that reliably yet: its kernel has died of a corrupted stack under them.
-const ON_DEMAND: &str = "sriov::";
-/// Memory of the emulated host for them: guests of 4 GiB, two at a time, of which few touch all they have.
+const END_TO_END_LIMIT: u64 = 25 * 60;
+/// Memory of an emulated host for them: guests of 4 GiB, two at a time, of which few touch all they have.
 const END_TO_END_MEMORY: u64 = 8 * 1024;
+/// CPUs of an emulated host for them. QEMU has a thread for each, and with two that really run at the same time the
+/// kernel of a host that runs SR-IOV guests has died of a corrupted stack within minutes. With one they take turns.
+const END_TO_END_CPUS: u32 = 1;
+/// How many emulated hosts there are at a time, on a machine with as many CPUs.
+const END_TO_END_HOSTS: usize = 2;
+/// The group that takes longest.
+const LONGEST: &str = "sriov::";
+/// Tests that run at the same time in one host: most of the time some guest waits for its own kernel.
+const END_TO_END_THREADS: &str = "--test-threads=2";
 
 impl Test {
     pub fn run(self) -> Result<i32> {
@@ -84,51 +99,126 @@ impl Test {
         let tests = workspace::test_binary("e2e", "e2e")?;
         step.done();
         image::guests(&Kernel::ALL, false)?;
+        let groups = match self.filter {
+            Some(filter) => vec![filter],
+            None => groups(&tests)?,
+        };
+        let step = Step::begin("end-to-end tests");
         let mut machine = self.machine;
+        machine.cpus = machine.cpus.or(Some(END_TO_END_CPUS));
         machine.timeout = machine.timeout.or(Some(END_TO_END_LIMIT));
         machine.memory = machine.memory.max(END_TO_END_MEMORY);
-        let mut variable = |name: &str, value: OsString| {
-            let mut text = OsString::from(name);
-            text.push("=");
-            text.push(value);
-            machine.variables.push(text);
-        };
-        variable("TERN", tern.into());
-        variable("TERN_IMAGES", image::directory()?.into());
-        let step = Step::begin("end-to-end tests");
-        let filters = match self.filter {
-            Some(filter) => vec![filter],
-            None => {
-                eprintln!(
-                    "xtask: {ON_DEMAND} tests are left out; run them with: cargo xtask test --e2e {ON_DEMAND}"
-                );
-                groups(&tests)?
-            }
-        };
-        let mut status = 0;
-        let mut lost = 0;
-        for filter in filters {
-            let command = [tests.clone().into(), filter.clone().into()];
-            let mut group = kvm::run(&machine, &command)?;
-            if group == kvm::NO_SESSION {
-                // No test has failed: the machine under them is gone, which is the emulator's fault or its end.
-                lost += 1;
-                eprintln!("xtask: {filter} has no result; it runs once more, in a new machine");
-                group = kvm::run(&machine, &command)?;
-            }
-            status = status.max(group);
+        for (name, value) in [("TERN", tern), ("TERN_IMAGES", image::directory()?)] {
+            let mut variable = OsString::from(name);
+            variable.push("=");
+            variable.push(value);
+            machine.variables.push(variable);
         }
+        let command = |group: &str| -> Vec<OsString> {
+            vec![
+                tests.clone().into(),
+                END_TO_END_THREADS.into(),
+                group.into(),
+            ]
+        };
+        let status = match groups.as_slice() {
+            [group] => kvm::run(&machine, &command(group))?,
+            _ => side_by_side(&machine, groups, command)?,
+        };
         step.done();
-        if lost > 0 {
-            eprintln!(
-                "xtask: WARNING: {lost} machines were lost under the end-to-end tests and replaced"
-            );
-        }
         Ok(status)
     }
 }
 
-/// The modules of the end-to-end tests, as filters. Each gets a machine of its own, so that what one leaves behind is not
+/// Runs each group in a session of its own, several sessions at a time where hosts are emulated. Returns the highest of
+/// their statuses.
+fn side_by_side(
+    machine: &kvm::Options,
+    groups: Vec<String>,
+    command: impl Fn(&str) -> Vec<OsString> + Sync,
+) -> Result<i32> {
+    let workers = if !machine.force_emulated && probe::measure().usable() {
+        1
+    } else {
+        thread::available_parallelism().map_or(1, |cpus| END_TO_END_HOSTS.min(cpus.get()))
+    };
+    let waiting = Mutex::new(VecDeque::from(groups));
+    let worst = Mutex::new(0);
+    let next = || {
+        let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.pop_front()
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..workers)
+            .map(|_| {
+                scope.spawn(|| -> Result<()> {
+                    while let Some(group) = next() {
+                        let status = session(machine, &group, &command(&group))?;
+                        let mut worst = worst.lock().unwrap_or_else(PoisonError::into_inner);
+                        *worst = status.max(*worst);
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        workers.into_iter().try_for_each(|worker| {
+            worker
+                .join()
+                .unwrap_or_else(|_| bail!("a session's thread panicked"))
+        })
+    })?;
+    Ok(worst.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// `cargo xtask kvm` with these options. Results of tests are shown as they come, all else in one piece at the end.
+fn session(machine: &kvm::Options, group: &str, command: &[OsString]) -> Result<i32> {
+    let began = Instant::now();
+    eprintln!("xtask: {group} begins");
+    let mut session = Command::new(env::current_exe().context("where is xtask?")?);
+    session
+        .arg("kvm")
+        .args(machine.arguments())
+        .arg("--")
+        .args(command)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    die_with_parent(&mut session);
+    let mut session = session.spawn().context("cannot start a session")?;
+    let mut errors = session.stderr.take().context("no standard error")?;
+    let errors = thread::spawn(move || {
+        let mut text = Vec::new();
+        // What cannot be read has not been said.
+        let _ = errors.read_to_end(&mut text);
+        text
+    });
+    let mut text = Vec::new();
+    let lines = BufReader::new(session.stdout.take().context("no standard output")?);
+    for line in lines.split(b'\n') {
+        let mut line = line?;
+        line.push(b'\n');
+        if line.starts_with(b"test ") && !line.starts_with(b"test result") {
+            io::stdout().lock().write_all(&line)?;
+        } else {
+            text.extend(line);
+        }
+    }
+    let status = session.wait()?;
+    let status = status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(&errors.join().unwrap_or_default())?;
+    stdout.write_all(text.trim_ascii())?;
+    writeln!(
+        stdout,
+        "\nxtask: {group} took {:.1} s, status {status}",
+        began.elapsed().as_secs_f64()
+    )?;
+    Ok(status)
+}
+
+/// The modules of the end-to-end tests, as filters; no name of one ends with that of another. Each gets a machine of its own, so that what one leaves behind is not
 /// there for the next.
 fn groups(tests: &Path) -> Result<Vec<String>> {
     let mut list = Command::new(tests);
@@ -139,7 +229,8 @@ fn groups(tests: &Path) -> Result<Vec<String>> {
         .filter_map(|line| Some(format!("{}::", line.split_once("::")?.0)))
         .collect();
     groups.dedup();
-    groups.retain(|group| group != ON_DEMAND);
     ensure!(!groups.is_empty(), "there are no end-to-end tests");
+    // The longest first, so that it is not what all wait for in the end.
+    groups.sort_by_key(|group| group != LONGEST);
     Ok(groups)
 }
