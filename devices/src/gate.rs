@@ -9,10 +9,14 @@
 //! * Opening removes one bit. Removing the last one obliges the owner to look at every enabled ring again, since
 //!   kicks that arrived in between were not remembered.
 //!
-//! In flight means: fetched from a ring and not yet returned to it. Each virtqueue counts its own; the gate counts
-//! nothing.
+//! In flight means: fetched from a ring and not yet returned to it. Each virtqueue knows its own; the gate counts
+//! nothing. So a stop is acknowledged when its reason holds and nothing is in flight: no one has to remember that it was.
+//!
+//! A single virtqueue can be stopped and reset by itself as well; that is the queue's business.
 
 use bitflags::bitflags;
+
+pub use crate::memory::records::Party;
 
 bitflags! {
     /// Why a function is stopped. Any subset may hold at once, in any order.
@@ -29,6 +33,85 @@ bitflags! {
         const BUS_MASTER = 1 << 3;
         /// The monitor paused the VM.
         const PAUSED = 1 << 4;
+        /// The driver suspended the device (SUSPEND; S1, B-41).
+        const SUSPENDED = 1 << 5;
+        /// The driver stopped the device (DEVICE_STOPPED; S2).
+        const DEVICE_STOPPED = 1 << 6;
+        /// The owner's driver in the guest set the mode to Stop.
+        const GUEST_STOP = 1 << 7;
+        /// The owner's driver in the guest set the mode to Freeze.
+        const GUEST_FREEZE = 1 << 8;
+        /// The monitor, as an owner driver, set the mode to Stop.
+        const MONITOR_STOP = 1 << 9;
+        /// The monitor, as an owner driver, set the mode to Freeze.
+        const MONITOR_FREEZE = 1 << 10;
+
+        /// Mode Freeze, whoever set it: writes of the driver change nothing (S3-17).
+        const FREEZE = Self::GUEST_FREEZE.bits() | Self::MONITOR_FREEZE.bits();
+        /// While one of these is acknowledged the device changes nothing by itself, not even its configuration (S1-14,
+        /// S2-10, S3-14). What its backends have for it waits.
+        const STILL = Self::PAUSED.bits() | Self::SUSPENDED.bits() | Self::DEVICE_STOPPED.bits()
+            | Self::GUEST_STOP.bits() | Self::MONITOR_STOP.bits() | Self::FREEZE.bits();
+        /// What a device reset ends.
+        const UNTIL_RESET = Self::BROKEN.bits() | Self::RESET.bits() | Self::SUSPENDED.bits()
+            | Self::DEVICE_STOPPED.bits();
+    }
+}
+
+/// The mode of a member, as the migration commands have it (S3-2 to S3-18).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Mode {
+    /// It runs.
+    #[default]
+    Active = 0,
+    /// It reaches neither memory nor interrupts; its registers work.
+    Stop = 1,
+    /// As in Stop, and its registers ignore writes: its context does not change.
+    Freeze = 2,
+}
+
+impl Mode {
+    /// The mode with this number on the wire.
+    pub fn from_raw(raw: u8) -> Option<Self> {
+        [Self::Active, Self::Stop, Self::Freeze]
+            .into_iter()
+            .find(|mode| *mode as u8 == raw)
+    }
+
+    /// The name in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Stop => "stop",
+            Self::Freeze => "freeze",
+        }
+    }
+}
+
+impl Reasons {
+    /// What keeps a member in `mode` for `party`.
+    pub fn of_mode(party: Party, mode: Mode) -> Self {
+        match (party, mode) {
+            (_, Mode::Active) => Self::empty(),
+            (Party::Guest, Mode::Stop) => Self::GUEST_STOP,
+            (Party::Guest, Mode::Freeze) => Self::GUEST_FREEZE,
+            (Party::Monitor, Mode::Stop) => Self::MONITOR_STOP,
+            (Party::Monitor, Mode::Freeze) => Self::MONITOR_FREEZE,
+        }
+    }
+
+    /// Every mode of `party` that is not Active.
+    pub fn modes(party: Party) -> Self {
+        Self::of_mode(party, Mode::Stop) | Self::of_mode(party, Mode::Freeze)
+    }
+
+    /// The mode these reasons are for `party`. There is no other record of it.
+    pub fn mode(self, party: Party) -> Mode {
+        [Mode::Freeze, Mode::Stop]
+            .into_iter()
+            .find(|mode| self.intersects(Self::of_mode(party, *mode)))
+            .unwrap_or_default()
     }
 }
 
@@ -87,10 +170,28 @@ mod tests {
         assert!(!gate.open(Reasons::PAUSED));
     }
 
+    #[test]
+    fn s3_2_a_mode_is_the_reasons_of_its_party() {
+        for party in [Party::Guest, Party::Monitor] {
+            assert_eq!(Reasons::empty().mode(party), Mode::Active);
+            for mode in [Mode::Active, Mode::Stop, Mode::Freeze] {
+                let other = match party {
+                    Party::Guest => Party::Monitor,
+                    Party::Monitor => Party::Guest,
+                };
+                let reasons = Reasons::of_mode(party, mode) | Reasons::PAUSED;
+                assert_eq!(reasons.mode(party), mode);
+                assert_eq!(reasons.mode(other), Mode::Active);
+                assert_eq!(Mode::from_raw(mode as u8), Some(mode));
+            }
+        }
+        assert_eq!((3..=255).find_map(Mode::from_raw), None);
+    }
+
     proptest! {
         /// Whatever the order, the gate is open exactly when every reason that was added has been removed.
         #[test]
-        fn the_gate_is_the_set_of_its_reasons(steps in prop::collection::vec((any::<bool>(), 0u32..5), 0..64)) {
+        fn the_gate_is_the_set_of_its_reasons(steps in prop::collection::vec((any::<bool>(), 0u32..11), 0..64)) {
             let mut gate = Gate::closed_for(Reasons::empty());
             let mut model = std::collections::BTreeSet::new();
             for (close, bit) in steps {

@@ -47,6 +47,10 @@ impl Interrupt for Recorder {
     fn signal(&self, vector: u16) {
         self.0.lock().unwrap().push(vector);
     }
+
+    fn vectors(&self) -> u16 {
+        1024
+    }
 }
 
 /// One buffer of a chain.

@@ -198,7 +198,7 @@ impl Group {
         let changed = before != self.registers.enabled_members();
         if changed {
             for member in &self.members {
-                member.reset();
+                member.renew();
             }
         }
         (result, changed)

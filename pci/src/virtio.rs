@@ -15,6 +15,7 @@
 
 mod capabilities;
 pub mod common;
+mod device_state;
 pub mod identity;
 pub mod layout;
 
@@ -138,6 +139,10 @@ impl Interrupt for Vectors {
     fn signal(&self, vector: u16) {
         self.0.signal(vector);
     }
+
+    fn vectors(&self) -> u16 {
+        self.0.len()
+    }
 }
 
 impl VirtioPci {
@@ -218,7 +223,13 @@ impl VirtioPci {
             .ok()
             .and_then(VectorCount::new)
             .ok_or(VirtioPciError::Vectors(count))?;
-        let layout = Layout::new(function.total_queues(), vectors, device_len as u64);
+        let has_state = function.doors().queue_status;
+        let layout = Layout::new(
+            function.total_queues(),
+            vectors,
+            device_len as u64,
+            has_state,
+        );
         Ok((layout, vectors))
     }
 
@@ -308,6 +319,12 @@ impl VirtioPci {
         }
     }
 
+    /// A member comes to exist, or ceases to: after a reset nothing is left of what its owner's drivers did to it.
+    pub(crate) fn renew(&self) {
+        PciFunction::reset(self);
+        self.function.renew();
+    }
+
     fn decoded_by(&self, config: &ConfigSpace) -> Vec<Decoded> {
         let memory = Command::of(config).contains(Command::MEMORY);
         let own = self.bars.iter().filter(|_| memory).filter_map(|bar| {
@@ -341,6 +358,12 @@ impl ConfigTarget for VirtioPci {
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) -> Effect {
+        // The access window belongs to the function's registers, which do not change in mode Freeze (S3-18). All else
+        // here is PCI's, and works in every mode (S3-12).
+        let frozen = self.function.reasons().intersects(Reasons::FREEZE);
+        if frozen && vendor::access_span(self.offsets.pci_cfg).contains(&offset) {
+            return Effect::None;
+        }
         let (written, moved) = {
             let mut config = self.config();
             let before = self.decoded_by(&config);
@@ -429,6 +452,7 @@ impl PciFunction for VirtioPci {
                     *first = self.function.take_isr();
                 }
             }
+            Region::State => device_state::read(&self.function, offset, data),
             Region::Device => self.function.read_config(offset as usize, data),
             Region::Notify => {}
             Region::MsixTable => self.msix().read_table(offset, data),
@@ -445,6 +469,7 @@ impl PciFunction for VirtioPci {
         };
         match region {
             Region::Common => return self.common.write(&self.function, offset, data),
+            Region::State => device_state::write(&self.function, offset, data),
             Region::Device => self.function.write_config(offset as usize, data),
             Region::Notify => {
                 if let Some(queue) = Layout::notified_queue(offset) {
@@ -485,7 +510,6 @@ impl PciFunction for VirtioPci {
         // The caller reports the layout change, whatever this says.
         let _ = self.function.request_reset();
         self.msix().reset();
-        self.common.reset();
         self.config().reset();
     }
 }

@@ -81,7 +81,8 @@ fn group(ram: &Arc<GuestRam>, switch: &Switch, vfs: u16) -> (Arc<OwnerPci>, Arc<
     let admin = Owner::new(
         members.iter().map(|vf| Arc::clone(vf) as _).collect(),
         Default::default(),
-    );
+    )
+    .unwrap();
     let view = ram.view().unwrap();
     let pf = VirtioFunction::new_owner("pf", device(0), view, Arc::clone(&admin)).unwrap();
     let owner = OwnerPci::new(pf, members, &NoInterrupts, Options::default()).unwrap();

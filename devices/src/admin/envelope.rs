@@ -9,7 +9,7 @@
 //! | | 24 | command-specific data |
 //! | device-writable | 0 | le16 status |
 //! | | 2 | le16 status qualifier |
-//! | | 4 | 4 reserved bytes |
+//! | | 4 | 4 reserved bytes; of a migration command, its command-specific output |
 //! | | 8 | command-specific result |
 //!
 //! No length fails a command (B-8): what is missing of the readable part is zero, what is missing of the writable part
@@ -53,6 +53,10 @@ impl GroupType {
 pub enum Status {
     /// Done.
     Ok = 0,
+    /// EAGAIN: not now; nothing happened.
+    Again = 11,
+    /// ENOMEM: the owner lacks the memory for it; nothing happened.
+    NoMemory = 12,
     /// EINVAL: the command is invalid as it stands; nothing happened.
     Invalid = 22,
 }
@@ -63,6 +67,8 @@ pub enum Status {
 pub enum Qualifier {
     /// Nothing.
     Ok = 0,
+    /// The command makes no sense in the present state.
+    InvalidCommand = 1,
     /// The opcode is unknown to the group, or not in the list the driver chose.
     InvalidOpcode = 2,
     /// A field of the command-specific data.
@@ -71,6 +77,10 @@ pub enum Qualifier {
     InvalidGroup = 4,
     /// The member id.
     InvalidMember = 5,
+    /// Something the owner has only so much of.
+    NoResource = 6,
+    /// It may work later.
+    TryAgain = 7,
 }
 
 /// Why a command was refused. A refused command has no effect (B-2).
@@ -92,6 +102,12 @@ impl Failure {
         }
     }
 }
+
+/// EAGAIN: the command waited too long, and was undone.
+pub(super) const TIMED_OUT: Failure = Failure {
+    status: Status::Again,
+    qualifier: Qualifier::TryAgain,
+};
 
 /// A command as it came. Any byte string is one: missing bytes read as zero.
 #[derive(Clone, Copy, Debug)]
@@ -147,26 +163,53 @@ pub(super) fn zero_extended<const N: usize>(bytes: &[u8], offset: usize) -> [u8;
     out
 }
 
-/// The answer to a command: its command-specific result, or why there is none.
+/// What a command that was done returns.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Answer {
+    /// The command-specific output, of the commands that have one; 0 otherwise.
+    pub output: u32,
+    /// The command-specific result.
+    pub result: Vec<u8>,
+}
+
+impl From<Vec<u8>> for Answer {
+    fn from(result: Vec<u8>) -> Self {
+        Self { output: 0, result }
+    }
+}
+
+/// The answer to a command, or why there is none.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reply(pub Result<Vec<u8>, Failure>);
+pub struct Reply(pub Result<Answer, Failure>);
 
 impl Reply {
     /// The device-writable part, a multiple of 8 bytes long.
     pub fn encode(&self) -> Vec<u8> {
-        let (status, qualifier, result) = match &self.0 {
-            Ok(result) => (Status::Ok, Qualifier::Ok, result.as_slice()),
-            Err(failure) => (failure.status, failure.qualifier, Default::default()),
+        let (status, qualifier, output, result) = match &self.0 {
+            Ok(answer) => {
+                let result = answer.result.as_slice();
+                (Status::Ok, Qualifier::Ok, answer.output, result)
+            }
+            Err(failure) => (failure.status, failure.qualifier, 0, Default::default()),
         };
         let len = (REPLY_HEADER_LEN + result.len()).next_multiple_of(REPLY_UNIT);
         let mut bytes = Vec::with_capacity(len);
         bytes.extend_from_slice(&(status as u16).to_le_bytes());
         bytes.extend_from_slice(&(qualifier as u16).to_le_bytes());
-        bytes.extend_from_slice(&[0; 4]);
+        bytes.extend_from_slice(&output.to_le_bytes());
         bytes.extend_from_slice(result);
         bytes.resize(len, 0);
         bytes
     }
+}
+
+/// What became of a command.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is done, or refused.
+    Done(Reply),
+    /// It waits for a member.
+    Later,
 }
 
 #[cfg(test)]
@@ -207,7 +250,7 @@ mod tests {
 
     #[test]
     fn b2_b8_an_answer_is_its_codes_and_result_in_units_of_eight_bytes() {
-        let done = |result: &[u8]| Reply(Ok(result.to_vec())).encode();
+        let done = |result: &[u8]| Reply(Ok(result.to_vec().into())).encode();
         assert_eq!(done(&[]), [0; 8]);
         let padded = [0, 0, 0, 0, 0, 0, 0, 0, 7, 6, 0, 0, 0, 0, 0, 0];
         assert_eq!(done(&[7, 6]), padded);

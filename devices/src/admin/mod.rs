@@ -15,7 +15,10 @@
 //! | `list` | sets of opcodes, as LIST_QUERY and LIST_USE carry them |
 //! | `profile` | which number means which command, in which group |
 //! | `session` | what one driver negotiated |
+//! | `member` | what can be done to a member |
 //! | `owner` | the group: its members, and the execution of commands |
+//! | `migration` | the commands that move a member |
+//! | `wakeups` | how commands that wait for a member learn of it |
 //! | `queue`, `driver` | the two ways in |
 //!
 //! # Where the letter of virtio 1.4 and Linux disagree
@@ -32,7 +35,7 @@
 //! | threat | what stops it |
 //! |---|---|
 //! | a command of any length, even none | missing bytes read as zero, surplus ones are ignored; no length fails a command |
-//! | a length that makes the monitor allocate | at most [`queue::MAX_DATA`] bytes of a command are looked at |
+//! | a length that makes the monitor allocate | at most [`queue::MAX_DATA`] bytes of a command are looked at, and as many of an answer are made; a context is bounded by the member's shape |
 //! | opcodes, groups or members that do not exist or were not negotiated | looked up by (group, opcode) and in the session's list before anything is done |
 //! | a refused command that did something all the same | checks come first; a refusal is an `Err` before any change |
 //! | a guest that learns or changes what the monitor negotiated | sessions are apart |
@@ -41,16 +44,20 @@
 pub mod driver;
 pub mod envelope;
 pub mod list;
+pub mod member;
+pub mod migration;
 pub mod owner;
 pub mod profile;
 pub mod queue;
 pub mod session;
+mod wakeups;
 
 pub use driver::OwnerDriver;
-pub use envelope::{Failure, GroupType, Qualifier, Reply, Request, Status};
+pub use envelope::{Answer, Failure, GroupType, Outcome, Qualifier, Reply, Request, Status};
 pub use list::CommandSet;
-pub use owner::{FixedMembership, Member, MemberId, Membership, Options, Owner, Strictness};
-pub use profile::{Command, Profile};
+pub use member::{Member, MemberId, Rest, Wake};
+pub use owner::{Drain, FixedMembership, Membership, Options, Owner, Strictness};
+pub use profile::{Command, Migration, Profile};
 pub use queue::AdminQueue;
 pub use session::Session;
 

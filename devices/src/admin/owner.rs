@@ -1,15 +1,17 @@
 //! A group's owner: who its members are, and what its drivers may ask of them.
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use super::envelope::{Failure, GroupType, Qualifier, Reply, Request};
+use super::envelope::{
+    Answer, Failure, GroupType, Outcome, Qualifier, REPLY_HEADER_LEN, Reply, Request,
+};
 use super::list::CommandSet;
+use super::member::{Member, MemberId};
+use super::migration::{self, Refusal};
 use super::profile::{Command, Profile};
 use super::session::Session;
-
-/// A member's number within its group: 1 for the first VF.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct MemberId(pub u16);
+use super::wakeups::Wakeups;
 
 /// Which members of the SR-IOV group exist now.
 ///
@@ -30,12 +32,6 @@ impl Membership for FixedMembership {
     }
 }
 
-/// A device that belongs to a group. It does not know its owner.
-pub trait Member: Send + Sync {
-    /// The name in messages and in `tern info`.
-    fn name(&self) -> &str;
-}
-
 /// Whether an owner follows the letter of virtio 1.4 where Linux does not: `strict-admin` in its declaration. See the
 /// [module documentation](super).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -54,6 +50,19 @@ pub struct Options {
     pub profile: Profile,
     /// How literally it takes the rules.
     pub strictness: Strictness,
+    /// How long a member that is to stop waits for what is in flight before requests that have not begun are given up,
+    /// and stay with the member as descriptors it owns.
+    pub drain: Drain,
+}
+
+/// A patience, by default half a second: longer than a disk that works ever takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drain(pub Duration);
+
+impl Default for Drain {
+    fn default() -> Self {
+        Self(Duration::from_millis(500))
+    }
 }
 
 /// The owner of a group. Shared by the administration queue and the monitor.
@@ -61,16 +70,28 @@ pub struct Owner {
     members: Vec<Arc<dyn Member>>,
     options: Options,
     membership: OnceLock<Arc<dyn Membership>>,
+    wakeups: Arc<Wakeups>,
 }
 
 impl Owner {
-    /// An owner of `members`, numbered from 1 in this order. None of them exists before [`Self::set_membership`].
-    pub fn new(members: Vec<Arc<dyn Member>>, options: Options) -> Arc<Self> {
-        Arc::new(Self {
+    /// An owner of `members`, numbered from 1 in this order. None of them exists before [`Self::set_membership`]. Fails if
+    /// the system has no descriptor left.
+    pub fn new(members: Vec<Arc<dyn Member>>, options: Options) -> std::io::Result<Arc<Self>> {
+        let wakeups = Arc::new(Wakeups::new()?);
+        for member in &members {
+            member.set_wake(Arc::clone(&wakeups) as _);
+        }
+        Ok(Arc::new(Self {
             members,
             options,
             membership: OnceLock::new(),
-        })
+            wakeups,
+        }))
+    }
+
+    /// What tells that a member came to rest.
+    pub(super) fn wakeups(&self) -> &Wakeups {
+        &self.wakeups
     }
 
     /// Says who knows which members exist: the transport, which calls this when it shows the owner on a bus, or a
@@ -103,10 +124,41 @@ impl Owner {
         self.members.get(usize::try_from(index).ok()?)
     }
 
-    /// Executes the command in `request`, the device-readable part, for the driver whose session this is. Any bytes
-    /// are a command; one that is refused has no effect (B-2). From any thread; does not block.
-    pub fn execute(&self, session: &mut Session, request: &[u8]) -> Reply {
-        Reply(self.dispatch(session, Request::new(request)))
+    /// Executes the command in `request`, the device-readable part, for the driver whose session this is. `room` is the
+    /// length of the device-writable part. Any bytes are a command; one that is refused has no effect (B-2). From any
+    /// thread; does not block.
+    ///
+    /// [`Outcome::Later`] is the answer of a command that has to wait for a member: it is to be executed again when a
+    /// member came to rest, or when [`Session::wait_until`] has come, until it is done or [`Self::abandon`]ed.
+    pub fn execute(&self, session: &mut Session, request: &[u8], room: usize) -> Outcome {
+        let room = room.saturating_sub(REPLY_HEADER_LEN);
+        let reply = match self.dispatch(session, Request::new(request), room) {
+            Ok(answer) => Reply(Ok(answer)),
+            Err(Refusal::Failed(failure)) => Reply(Err(failure)),
+            Err(Refusal::Later) => return Outcome::Later,
+        };
+        session.finish();
+        Outcome::Done(reply)
+    }
+
+    /// The command that `session` waits for will not be asked for again: what it began is undone.
+    pub fn abandon(&self, session: &mut Session) {
+        let Some(transition) = session.finish() else {
+            return;
+        };
+        if let Some(member) = self.member(transition.member.0.into()) {
+            transition.undo(&**member, session.party());
+        }
+    }
+
+    /// The driver of `session` is gone, by a reset of the owner: nothing is negotiated any more (B-4), and what it recorded
+    /// is dropped (G3-x). Modes stay.
+    pub fn forget(&self, session: &mut Session) {
+        self.abandon(session);
+        for member in &self.members {
+            member.records().stop(session.party());
+        }
+        *session = Session::new(session.party());
     }
 
     fn enabled_members(&self) -> Option<u16> {
@@ -114,17 +166,38 @@ impl Owner {
     }
 
     /// Group, then opcode, then member (B-1). The list commands use no member id.
-    fn dispatch(&self, session: &mut Session, request: Request<'_>) -> Result<Vec<u8>, Failure> {
+    fn dispatch(
+        &self,
+        session: &mut Session,
+        request: Request<'_>,
+        room: usize,
+    ) -> Result<Answer, Refusal> {
         let (group, command) = self.identify(session, request)?;
         let supported = self.options.profile.supported(group);
         match command {
-            Command::ListQuery => Ok(supported.encode()),
+            Command::ListQuery => Ok(supported.encode().into()),
             Command::ListUse => {
                 let commands = CommandSet::parse(request.data())
                     .filter(|commands| commands.is_subset(supported))
                     .ok_or(Failure::invalid(Qualifier::InvalidField))?;
                 session.choose(group, commands);
-                Ok(Vec::new())
+                Ok(Answer::default())
+            }
+            Command::Migration(command) => {
+                let id = request.member_id();
+                let member = self
+                    .member(id)
+                    .ok_or(Failure::invalid(Qualifier::InvalidMember))?;
+                let exchange = migration::Exchange {
+                    // Members have ids of 16 bits, so this one has.
+                    id: MemberId(id as u16),
+                    member: &**member,
+                    session,
+                    data: request.data(),
+                    room,
+                    patience: self.options.drain.0,
+                };
+                exchange.execute(command)
             }
         }
     }
@@ -138,6 +211,7 @@ impl Owner {
         let Options {
             profile,
             strictness,
+            ..
         } = self.options;
         let no_group = Failure::invalid(Qualifier::InvalidGroup);
         let no_opcode = Failure::invalid(Qualifier::InvalidOpcode);

@@ -13,6 +13,35 @@ pub enum Command {
     ListQuery,
     /// Chooses the commands the driver will use.
     ListUse,
+    /// Moves a member.
+    Migration(Migration),
+}
+
+/// The device migration commands of the draft, all of them for members of the SR-IOV group (S3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Migration {
+    /// Reports a member's mode.
+    ModeGet,
+    /// Changes a member's mode.
+    ModeSet,
+    /// Reports how much of a member's context is left to read.
+    ContextSize,
+    /// Reads a member's context.
+    ContextRead,
+    /// Writes a member's context.
+    ContextWrite,
+    /// Lists the fields of a member's context.
+    ContextFields,
+    /// Drops what was read or written of a member's context.
+    ContextDiscard,
+    /// Reports what the records of a member's writes can do.
+    RecordCaps,
+    /// Starts to record a member's writes.
+    RecordStart,
+    /// Ends that.
+    RecordStop,
+    /// Reads what was recorded.
+    RecordRead,
 }
 
 /// Opcode of LIST_QUERY, in every group.
@@ -24,9 +53,9 @@ pub const LIST_USE: u16 = 1;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Profile {
     /// Those of virtio 1.4.
-    #[default]
     V1_4,
     /// Those of the migration proposal that came before, at the opcodes it chose.
+    #[default]
     Draft,
 }
 
@@ -55,6 +84,23 @@ const LISTS: Table = &[
     (LIST_USE, Command::ListUse),
 ];
 
+/// The lists, and the migration commands at the opcodes of the proposal's table. 0x0e is not assigned (G3-a).
+const DRAFT: Table = &[
+    (LIST_QUERY, Command::ListQuery),
+    (LIST_USE, Command::ListUse),
+    (0x07, Command::Migration(Migration::ModeGet)),
+    (0x08, Command::Migration(Migration::ModeSet)),
+    (0x09, Command::Migration(Migration::ContextSize)),
+    (0x0a, Command::Migration(Migration::ContextRead)),
+    (0x0b, Command::Migration(Migration::ContextWrite)),
+    (0x0c, Command::Migration(Migration::ContextFields)),
+    (0x0d, Command::Migration(Migration::ContextDiscard)),
+    (0x0f, Command::Migration(Migration::RecordCaps)),
+    (0x10, Command::Migration(Migration::RecordStart)),
+    (0x11, Command::Migration(Migration::RecordStop)),
+    (0x12, Command::Migration(Migration::RecordRead)),
+];
+
 impl Profile {
     /// The name on the command line.
     pub const fn name(self) -> &'static str {
@@ -66,7 +112,8 @@ impl Profile {
 
     fn table(self, group: GroupType) -> Table {
         match (self, group) {
-            (Self::V1_4 | Self::Draft, GroupType::SelfGroup | GroupType::SrIov) => LISTS,
+            (Self::V1_4, _) | (Self::Draft, GroupType::SelfGroup) => LISTS,
+            (Self::Draft, GroupType::SrIov) => DRAFT,
         }
     }
 
@@ -95,7 +142,7 @@ mod tests {
         assert_eq!("v1.4".parse(), Ok(Profile::V1_4));
         assert_eq!("draft".parse(), Ok(Profile::Draft));
         assert_eq!("".parse::<Profile>(), Err(UnknownProfile(String::new())));
-        assert_eq!(Profile::default(), Profile::V1_4);
+        assert_eq!(Profile::default(), Profile::Draft);
     }
 
     #[test]

@@ -346,6 +346,16 @@ impl VirtioDevice for Block {
         }
     }
 
+    fn recall(&mut self, io: &mut Io<'_>) {
+        let Some(worker) = &self.worker else {
+            return;
+        };
+        for job in worker.recall().into_iter().rev() {
+            self.held = self.held.saturating_sub(job.chain.buffer_count());
+            io.recall(job.queue, job.chain);
+        }
+    }
+
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError> {
         // What was fetched before an error is submitted all the same: it is in flight.
         let progress = self.fetch(queue, io);

@@ -295,6 +295,11 @@ impl Worker {
         done
     }
 
+    /// Takes back the requests that wait, unbegun, in the order in which they were submitted.
+    pub fn recall(&self) -> VecDeque<Job> {
+        std::mem::take(&mut self.shared.lock().jobs)
+    }
+
     /// Takes what was completed since the last call.
     pub fn completions(&self) -> Vec<Done> {
         std::mem::take(&mut self.shared.lock().done)

@@ -1,5 +1,6 @@
 //! A context that comes in chunks.
 
+use std::convert::Infallible;
 use std::mem;
 
 use super::draft::Draft;
@@ -92,6 +93,16 @@ impl Decoder {
     /// The first thing that is wrong. The chunk then counts as never pushed: contexts that became complete in it are
     /// forgotten too (G3-p).
     pub fn push(&mut self, chunk: &[u8]) -> Result<Pushed, ContextError> {
+        self.push_checked(chunk, |_| Ok::<(), Infallible>(()))
+    }
+
+    /// The same, for a device that has more to say about a state than its shape: what `check` refuses counts as never
+    /// pushed, like anything that is wrong.
+    pub fn push_checked<E: ToString>(
+        &mut self,
+        chunk: &[u8],
+        check: impl FnOnce(&FunctionState) -> Result<(), E>,
+    ) -> Result<Pushed, ContextError> {
         let Some((head, rest)) = self.split(chunk) else {
             self.pending.extend_from_slice(chunk);
             return Ok(Pushed::Incomplete);
@@ -100,7 +111,13 @@ impl Decoder {
         let mut first = mem::take(&mut self.pending);
         first.extend_from_slice(head);
         let mut undo = Undo::default();
-        match self.run(&first, rest, &mut undo) {
+        let outcome = self.run(&first, rest, &mut undo).and_then(|latest| {
+            latest.as_ref().map_or(Ok(()), |state| {
+                check(state).map_err(|error| ContextError::Device(error.to_string()))
+            })?;
+            Ok(latest)
+        });
+        match outcome {
             Ok(None) => Ok(Pushed::Incomplete),
             Ok(latest) => {
                 self.latest = latest;

@@ -5,6 +5,9 @@ use super::field::{FieldId, FieldType};
 /// Why a context is refused: which field, of which queue, and what is wrong with it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ContextError {
+    /// The context is well formed, but no state this device can be in.
+    #[error("{0}")]
+    Device(String),
     /// The number of fields is one that no context of this device can have.
     #[error("a context of {count} fields; this device has {least} to {most}")]
     FieldCount {

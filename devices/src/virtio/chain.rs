@@ -1,5 +1,6 @@
 //! A descriptor chain, taken from the ring as a whole and checked before a device sees it.
 
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use crate::memory::{GuestSlice, View};
@@ -27,6 +28,37 @@ pub enum ChainError {
     },
 }
 
+/// Bytes of a descriptor.
+const DESCRIPTOR: u32 = 16;
+
+/// A descriptor table: that of a ring, or an indirect one.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Table {
+    /// Guest physical address.
+    pub start: GuestAddress,
+    /// Entries.
+    pub len: u16,
+}
+
+impl Table {
+    fn entry(self, view: &View, index: u16) -> Option<Descriptor> {
+        let offset = u64::from(index) * u64::from(DESCRIPTOR);
+        let at = self.start.0.checked_add(offset)?;
+        let there = index < self.len;
+        there.then(|| view.read_obj(GuestAddress(at)).ok())?
+    }
+
+    /// The table an indirect descriptor refers to. It may be longer than the ring (D4).
+    fn indirect(descriptor: &Descriptor) -> Option<Self> {
+        let whole = descriptor.len().is_multiple_of(DESCRIPTOR);
+        let len = u16::try_from(descriptor.len() / DESCRIPTOR).ok();
+        Some(Self {
+            start: descriptor.addr(),
+            len: len.filter(|_| whole)?,
+        })
+    }
+}
+
 /// One contiguous guest buffer; checked to be RAM when the chain was taken.
 type Buffer = (GuestAddress, u32);
 
@@ -37,53 +69,69 @@ type Buffer = (GuestAddress, u32);
 #[derive(Debug, PartialEq, Eq)]
 pub struct Chain {
     head: Head,
+    again: bool,
     buffers: Vec<Buffer>,
     /// Number of device-readable buffers at the start of `buffers`.
     readable: usize,
 }
 
 impl Chain {
-    /// Takes the chain apart and checks all of it.
-    pub(super) fn parse(
-        view: &View,
-        descriptors: virtio_queue::DescriptorChain<
-            &vm_memory::GuestMemoryMmap<crate::memory::ViewBitmap>,
-        >,
-    ) -> Result<Self, ChainError> {
-        let head = Head(descriptors.head_index());
+    /// Takes the chain that starts at `head` apart and checks all of it.
+    pub(super) fn parse(view: &View, table: Table, head: Head) -> Result<Self, ChainError> {
         let mut buffers = Vec::new();
         let mut readable = 0;
-        // The iterator stops silently at anything malformed. Only a chain that was walked to its end has a last
-        // descriptor without NEXT.
-        let mut ended = false;
-        for descriptor in descriptors {
-            ended = !descriptor.has_next();
+        let mut total = 0u32;
+        let mut walk = (table, head.0);
+        let mut indirect = false;
+        // A chain cannot be longer than its table: one that goes on has a loop.
+        let mut left = table.len;
+        loop {
+            let descriptor = walk.0.entry(view, walk.1).filter(|_| left > 0);
+            let descriptor = descriptor.ok_or(ChainError::Endless)?;
+            left -= 1;
+            if descriptor.refers_to_indirect_table() {
+                let inner = Table::indirect(&descriptor).filter(|_| !indirect);
+                let inner = inner.ok_or(ChainError::Endless)?;
+                (walk, indirect, left) = ((inner, 0), true, inner.len);
+                continue;
+            }
             let (start, len) = (descriptor.addr(), descriptor.len());
+            total = total.checked_add(len).ok_or(ChainError::Endless)?;
             if !descriptor.is_write_only() && readable != buffers.len() {
                 return Err(ChainError::Order);
             }
-            if len == 0 {
-                continue;
+            if len != 0 {
+                if !view.contains(start, len as usize) {
+                    let start = start.0;
+                    return Err(ChainError::Unmapped { start, len });
+                }
+                buffers.push((start, len));
+                if !descriptor.is_write_only() {
+                    readable = buffers.len();
+                }
             }
-            if !view.contains(start, len as usize) {
-                return Err(ChainError::Unmapped {
-                    start: start.0,
-                    len,
-                });
+            if !descriptor.has_next() {
+                break;
             }
-            buffers.push((start, len));
-            if !descriptor.is_write_only() {
-                readable = buffers.len();
-            }
-        }
-        if !ended {
-            return Err(ChainError::Endless);
+            walk.1 = descriptor.next();
         }
         Ok(Self {
             head,
+            again: false,
             buffers,
             readable,
         })
+    }
+
+    /// The same chain, fetched for the second time (see [`Virtqueue`](super::Virtqueue)).
+    pub(super) fn fetched_again(mut self) -> Self {
+        self.again = true;
+        self
+    }
+
+    /// True for a chain that had been fetched before the function was stopped.
+    pub(super) fn was_fetched_again(&self) -> bool {
+        self.again
     }
 
     /// The chain's name in the used ring.

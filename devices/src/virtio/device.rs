@@ -36,7 +36,8 @@ pub struct Source {
 /// own, which announces its result through a [`Source`].
 ///
 /// Order: any number of configuration accesses; `activate` at DRIVER_OK; then `process` and `on_event` in any order;
-/// `call_off` when a reset was asked for and `reset` once nothing is in flight; and so on from the start.
+/// `call_off` when a reset was asked for and `reset` once nothing is in flight; and so on from the start. A saved state
+/// is `reset`, `restore_config` and, if its driver was ready, `activate`.
 pub trait VirtioDevice: Send {
     /// The device type.
     fn device_type(&self) -> DeviceType;
@@ -62,6 +63,18 @@ pub trait VirtioDevice: Send {
     /// The driver asked for a reset: requests that can still be called off are, and their chains go back through `io`.
     /// What has to run to its end comes back later, and the reset waits for it.
     fn call_off(&mut self, _io: &mut Io<'_>) {}
+
+    /// The function is to stop, and waited long enough for what is in flight: requests whose execution has not begun are
+    /// given up through [`Io::recall`], and will be fetched once more. What has begun has to end.
+    fn recall(&mut self, _io: &mut Io<'_>) {}
+
+    /// True if the device can have `config`, which is of the length of its own, as its configuration.
+    fn accepts_config(&self, config: &[u8]) -> bool {
+        config == self.config()
+    }
+
+    /// Takes a configuration that it accepts. Called after `reset`.
+    fn restore_config(&mut self, _config: &[u8]) {}
 
     /// Works on `queue`, because of a kick or because the gate opened.
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError>;
@@ -124,9 +137,16 @@ impl<'a> Io<'a> {
 
     /// Puts back the chain that was fetched last from `queue`. Several are put back in the reverse order.
     pub fn unpop(&mut self, queue: u16, chain: Chain) {
-        drop(chain);
         if let Some(ring) = self.queues.get_mut(usize::from(queue)) {
-            ring.unpop();
+            ring.unpop(&chain);
+        }
+    }
+
+    /// Gives up a chain of `queue` whose execution has not begun. It stays the function's, and is fetched once more when
+    /// that may run again. Several are given up in the reverse order of their fetching.
+    pub fn recall(&mut self, queue: u16, chain: Chain) {
+        if let Some(ring) = self.queues.get_mut(usize::from(queue)) {
+            ring.recall(&chain);
         }
     }
 
@@ -144,7 +164,7 @@ impl<'a> Io<'a> {
             return Ok(());
         };
         if resetting {
-            ring.forget();
+            ring.forget(head);
             return Ok(());
         }
         ring.push(self.view, head, len)

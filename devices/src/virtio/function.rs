@@ -1,4 +1,10 @@
-//! One virtio function: the registers every transport shows, the gate, and the device behind them.
+//! One virtio function: the gate, and the device behind it, in its turns on the I/O thread. What drivers, hypervisors and
+//! saved forms see of it is in the submodules.
+
+mod doors;
+mod member;
+mod registers;
+mod saved;
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,14 +14,19 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::device::{Io, Progress, Source, VirtioDevice};
 use super::queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
 use super::{DeviceType, Status, Warnings, feature};
-use crate::admin::{self, AdminQueue, Member, Owner};
-use crate::bus::Effect;
+use crate::admin::{self, AdminQueue, Owner, Wake};
 use crate::gate::{Gate, Reasons};
 use crate::memory::View;
+pub use doors::{Doors, Suspend};
+pub use registers::Selectors;
+pub use saved::RestoreError;
 
 /// Chains one call may fetch, however often it looks at its ring, before others get their turn at the function: its
 /// other queues, and vCPUs that wait for its lock.
 const BUDGET: u32 = 1024;
+
+/// Token of the sources of the administration virtqueue.
+const ADMIN_TOKEN: u16 = u16::MAX;
 
 /// ISR status bit: a virtqueue was used.
 const ISR_QUEUE: u8 = 1;
@@ -29,6 +40,9 @@ const ISR_CONFIG: u8 = 2;
 pub trait Interrupt: Send + Sync {
     /// Sends the message of `vector`. Never called with [`NO_VECTOR`]; a vector out of range is ignored.
     fn signal(&self, vector: u16);
+
+    /// How many vectors there are: those from 0 on.
+    fn vectors(&self) -> u16;
 }
 
 /// What a driver sees of one queue.
@@ -58,6 +72,9 @@ pub struct VirtioFunction {
     /// Queues of the device; the administration virtqueue of an owner comes after them.
     device_queues: u16,
     owner: Option<Arc<Owner>>,
+    doors: Doors,
+    /// Of a member: who wants to know when it comes to rest.
+    wake: OnceLock<Arc<dyn Wake>>,
     /// About its driver. A reset does not start them over.
     warnings: Warnings,
 }
@@ -69,13 +86,23 @@ struct Core {
     /// Of an owner: what serves its administration virtqueue, the last of `queues`.
     admin: Option<AdminQueue>,
     gate: Gate,
+    doors: Doors,
+    /// Without the bits of the doors, which the gate has.
     status: Status,
+    selectors: Selectors,
     driver_features: u64,
     config_vector: u16,
     config_generation: u8,
     isr: u8,
     /// The configuration changed while the gate was closed; announced when it opens.
     config_pending: bool,
+    /// Tokens of the sources that became readable while the device was to be still. They are handed to it when the gate
+    /// opens.
+    missed: Vec<u16>,
+    /// Someone asked whether nothing is in flight, and wants to be woken when that is so.
+    awaited: bool,
+    /// Counts function level resets and the like.
+    epoch: u64,
 }
 
 impl VirtioFunction {
@@ -86,24 +113,36 @@ impl VirtioFunction {
         device: Box<dyn VirtioDevice>,
         view: View,
     ) -> std::io::Result<Arc<Self>> {
-        Self::build(name.into(), device, view, None)
+        Self::build(name.into(), device, view, Doors::default(), None)
+    }
+
+    /// The same for a device that offers `doors`.
+    pub fn with_doors(
+        name: impl Into<String>,
+        device: Box<dyn VirtioDevice>,
+        view: View,
+        doors: Doors,
+    ) -> std::io::Result<Arc<Self>> {
+        Self::build(name.into(), device, view, doors, None)
     }
 
     /// The same for a device that owns others. It has an administration virtqueue after those of the device, and
-    /// offers VIRTIO_F_ADMIN_VQ and VIRTIO_F_SR_IOV.
+    /// offers VIRTIO_F_ADMIN_VQ and VIRTIO_F_SR_IOV. It has no doors: a suspended owner could not execute the commands that
+    /// its driver waits for (G1-i).
     pub fn new_owner(
         name: impl Into<String>,
         device: Box<dyn VirtioDevice>,
         view: View,
         owner: Arc<Owner>,
     ) -> std::io::Result<Arc<Self>> {
-        Self::build(name.into(), device, view, Some(owner))
+        Self::build(name.into(), device, view, Doors::default(), Some(owner))
     }
 
     fn build(
         name: String,
         device: Box<dyn VirtioDevice>,
         view: View,
+        doors: Doors,
         owner: Option<Arc<Owner>>,
     ) -> std::io::Result<Arc<Self>> {
         let mut sizes = device.queue_sizes();
@@ -122,20 +161,27 @@ impl VirtioFunction {
                 device,
                 view,
                 queues,
-                admin: owner.clone().map(AdminQueue::new),
+                admin: owner.clone().map(AdminQueue::new).transpose()?,
                 gate: Gate::closed_for(Reasons::NO_DRIVER),
+                doors,
+                selectors: Selectors::default(),
                 status: Status::empty(),
                 driver_features: 0,
                 config_vector: NO_VECTOR,
                 config_generation: 0,
                 isr: 0,
                 config_pending: false,
+                missed: Vec::new(),
+                awaited: false,
+                epoch: 0,
             }),
             drained: Condvar::new(),
             kicks,
             interrupt: OnceLock::new(),
             device_queues,
             owner,
+            doors,
+            wake: OnceLock::new(),
             warnings: Warnings::default(),
         }))
     }
@@ -156,253 +202,14 @@ impl VirtioFunction {
         self.device_type
     }
 
+    /// The doors it offers its driver.
+    pub fn doors(&self) -> Doors {
+        self.doors
+    }
+
     /// The owner it is, if it is one.
     pub fn owner(&self) -> Option<&Arc<Owner>> {
         self.owner.as_ref()
-    }
-
-    // Feature negotiation ------------------------------------------------------------------------------------------
-
-    /// The 32 offered feature bits starting at `32 * select`; 0 beyond what is defined.
-    pub fn device_features(&self, select: u32) -> u32 {
-        window(self.lock().offered(), select)
-    }
-
-    /// The 32 bits the driver wrote at `32 * select`.
-    pub fn driver_features(&self, select: u32) -> u32 {
-        window(self.lock().driver_features, select)
-    }
-
-    /// The driver accepts `value` at `32 * select`. Ignored once FEATURES_OK is set, and for bits beyond 63, which
-    /// are never offered.
-    pub fn set_driver_features(&self, select: u32, value: u32) {
-        let mut core = self.lock();
-        if select < 2 && !core.status.contains(Status::FEATURES_OK) {
-            let shift = 32 * select;
-            core.driver_features =
-                core.driver_features & !(0xffff_ffff << shift) | u64::from(value) << shift;
-        }
-    }
-
-    // Device status ------------------------------------------------------------------------------------------------
-
-    /// The device status. After a reset was requested it stays as it was until nothing is in flight; when it reads
-    /// 0, the function will touch neither guest memory nor interrupts.
-    pub fn status(&self) -> u8 {
-        self.lock().status.bits()
-    }
-
-    /// The driver writes the device status. 0 requests a reset; other values set bits, and never clear any.
-    pub fn write_status(&self, value: u8) -> Effect {
-        let mut core = self.lock();
-        if value == 0 {
-            core.gate.close(Reasons::RESET);
-            // The gate is closed, so this fetches nothing.
-            let (device, _, mut io) = core.io(0);
-            device.call_off(&mut io);
-            self.settle(&mut core);
-            return Effect::LayoutChanged;
-        }
-        if core.gate.reasons().contains(Reasons::RESET) {
-            return Effect::None;
-        }
-        let mut asked = Status::from_bits_truncate(value) - Status::NEEDS_RESET - core.status;
-        if asked.contains(Status::FEATURES_OK) && !core.features_acceptable() {
-            if let Some(count) = self.warnings.another() {
-                tracing::warn!(function = %self.name, features = %format_args!("{:#x}", core.driver_features), count,
-                    "driver asked for features that are not offered, or not for VIRTIO_F_VERSION_1");
-            }
-            asked -= Status::FEATURES_OK | Status::DRIVER_OK;
-        }
-        core.status |=
-            asked & (Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK | Status::FAILED);
-        if !asked.contains(Status::DRIVER_OK) || !core.status.contains(Status::FEATURES_OK) {
-            return Effect::None;
-        }
-        core.status |= Status::DRIVER_OK;
-        let features = core.driver_features;
-        let event_index = core.event_index();
-        for queue in &mut core.queues {
-            queue.set_event_index(event_index);
-        }
-        core.device.activate(features);
-        self.open(&mut core, Reasons::NO_DRIVER);
-        Effect::LayoutChanged
-    }
-
-    /// Requests the same reset as writing status 0. Used for a function level reset.
-    pub fn request_reset(&self) -> Effect {
-        self.write_status(0)
-    }
-
-    /// Waits until a requested reset is complete. False if that takes longer than `patience`.
-    #[must_use]
-    pub fn wait_for_reset(&self, patience: Duration) -> bool {
-        let waits = |core: &Core| core.gate.reasons().contains(Reasons::RESET);
-        self.wait_while(self.lock(), patience, waits)
-    }
-
-    /// True while a requested reset waits for requests in flight.
-    pub fn is_resetting(&self) -> bool {
-        self.lock().gate.reasons().contains(Reasons::RESET)
-    }
-
-    /// True from DRIVER_OK until a reset.
-    pub fn is_live(&self) -> bool {
-        self.lock().status.contains(Status::DRIVER_OK)
-    }
-
-    /// Reads and clears the ISR status.
-    pub fn take_isr(&self) -> u8 {
-        std::mem::take(&mut self.lock().isr)
-    }
-
-    // Queues -------------------------------------------------------------------------------------------------------
-
-    /// `num_queues`: virtqueues, without the administration virtqueue (B-9).
-    pub fn num_queues(&self) -> u16 {
-        self.device_queues
-    }
-
-    /// `admin_queue_index`: the first administration virtqueue, or 0 if there is none (B-9).
-    pub fn admin_queue_index(&self) -> u16 {
-        self.owner.as_ref().map_or(0, |_| self.device_queues)
-    }
-
-    /// `admin_queue_num`: the number of administration virtqueues (B-9).
-    pub fn admin_queue_num(&self) -> u16 {
-        self.total_queues() - self.device_queues
-    }
-
-    /// All virtqueues, numbered from 0: those of the device and the administration virtqueue.
-    pub fn total_queues(&self) -> u16 {
-        self.kicks.len() as u16
-    }
-
-    /// What the driver sees of queue `index`, or `None` if there is no such queue. The administration virtqueue is
-    /// there for a driver that accepted VIRTIO_F_ADMIN_VQ.
-    pub fn queue(&self, index: u16) -> Option<QueueInfo> {
-        let core = self.lock();
-        let queue = core.queues.get(usize::from(index));
-        queue.filter(|_| !core.hides(index)).map(|q| QueueInfo {
-            registers: *q.registers(),
-            max_size: q.max_size(),
-            enabled: q.is_enabled(),
-            resetting: q.is_resetting(),
-        })
-    }
-
-    /// Lets the driver change the registers of queue `index`. While the queue is enabled only the vector changes;
-    /// a size that is not a power of two within the maximum is ignored, as is an index out of range.
-    pub fn update_queue(&self, index: u16, change: impl FnOnce(&mut QueueRegisters)) {
-        let mut core = self.lock();
-        let hidden = core.hides(index);
-        let queue = core.queues.get_mut(usize::from(index));
-        let Some(queue) = queue.filter(|_| !hidden) else {
-            return;
-        };
-        let mut new = *queue.registers();
-        change(&mut new);
-        let max_size = queue.max_size();
-        let enabled = queue.is_enabled();
-        let registers = queue.registers_mut();
-        registers.vector = new.vector;
-        if enabled {
-            return;
-        }
-        if !new.size.is_power_of_two() || new.size > max_size {
-            new.size = registers.size;
-        }
-        *registers = new;
-    }
-
-    /// The driver wrote 1 to `queue_enable`. A ring outside guest memory makes the device ask for a reset.
-    pub fn enable_queue(&self, index: u16) -> Effect {
-        let mut core = self.lock();
-        let core = &mut *core;
-        let event_index = core.event_index();
-        let hidden = core.hides(index);
-        let queue = core.queues.get_mut(usize::from(index));
-        let Some(queue) = queue.filter(|_| !hidden) else {
-            return Effect::None;
-        };
-        if queue.is_enabled() || core.gate.reasons().contains(Reasons::RESET) {
-            return Effect::None;
-        }
-        match queue.enable(&core.view, event_index) {
-            Ok(()) => self.kick(index),
-            Err(error) => self.needs_reset(core, index, &error),
-        }
-        Effect::LayoutChanged
-    }
-
-    /// The driver wrote 1 to `queue_reset`. [`QueueInfo::resetting`] tells when it is done.
-    pub fn reset_queue(&self, index: u16) -> Effect {
-        let mut core = self.lock();
-        if core.driver_features & feature::RING_RESET == 0 {
-            return Effect::None;
-        }
-        if let Some(queue) = core.queues.get_mut(usize::from(index)) {
-            queue.request_reset();
-            self.settle(&mut core);
-        }
-        Effect::LayoutChanged
-    }
-
-    /// The event whose signal is a kick of queue `index`, for an ioeventfd.
-    pub fn kick_event(&self, index: u16) -> Option<&Arc<EventFd>> {
-        self.kicks.get(usize::from(index))
-    }
-
-    /// The driver notified queue `index` by a register write. Work happens on the I/O thread.
-    pub fn kick(&self, index: u16) {
-        if let Some(event) = self.kick_event(index) {
-            // An eventfd refuses only when its counter is full, and then it is already signalled.
-            let _ = event.write(1);
-        }
-    }
-
-    /// The MSI-X vector for configuration changes.
-    pub fn config_vector(&self) -> u16 {
-        self.lock().config_vector
-    }
-
-    /// The driver sets the MSI-X vector for configuration changes; the transport has checked that it exists.
-    pub fn set_config_vector(&self, vector: u16) {
-        self.lock().config_vector = vector;
-    }
-
-    // Device configuration -----------------------------------------------------------------------------------------
-
-    /// Length of the device configuration in bytes.
-    pub fn config_len(&self) -> usize {
-        self.config_len
-    }
-
-    /// Reads the device configuration; bytes beyond its end read 0.
-    pub fn read_config(&self, offset: usize, data: &mut [u8]) {
-        data.fill(0);
-        let core = self.lock();
-        let rest = core.device.config().get(offset..).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
-    }
-
-    /// The driver writes the device configuration. A write that leaves it is ignored.
-    pub fn write_config(&self, offset: usize, data: &[u8]) {
-        let mut core = self.lock();
-        let fits = offset
-            .checked_add(data.len())
-            .is_some_and(|end| end <= self.config_len);
-        if fits && !core.gate.reasons().contains(Reasons::RESET) {
-            core.device.write_config(offset, data);
-        }
-    }
-
-    /// `config_generation`: differs whenever the device changed its configuration in between.
-    pub fn config_generation(&self) -> u8 {
-        self.lock().config_generation
     }
 
     // The gate -----------------------------------------------------------------------------------------------------
@@ -455,9 +262,16 @@ impl VirtioFunction {
 
     // The I/O thread -----------------------------------------------------------------------------------------------
 
-    /// Descriptors to watch for the device.
+    /// Descriptors to watch for the device, and for the administration virtqueue.
     pub fn sources(&self) -> Vec<Source> {
-        self.lock().device.sources()
+        let core = self.lock();
+        let mut sources = core.device.sources();
+        let admin = core.admin.iter().flat_map(AdminQueue::wake_fds);
+        sources.extend(admin.map(|fd| Source {
+            fd,
+            token: ADMIN_TOKEN,
+        }));
+        sources
     }
 
     /// Queue `index` was kicked: works on it until it is empty or waits for its backend.
@@ -466,29 +280,43 @@ impl VirtioFunction {
         if !core.gate.is_open() {
             return;
         }
+        for token in std::mem::take(&mut core.missed) {
+            self.handle(&mut core, token);
+        }
         let outcome = self.work(&mut core, index);
         self.conclude(&mut core, index, outcome);
     }
 
     /// The device's source `token` became readable.
     pub fn on_event(&self, token: u16) {
-        let mut guard = self.lock();
-        let core = &mut *guard;
-        let (device, _, mut io) = core.io(BUDGET);
-        let outcome = device.on_event(token, &mut io);
+        let mut core = self.lock();
+        if core.is_acknowledged(Reasons::STILL) && token != ADMIN_TOKEN {
+            if !core.missed.contains(&token) {
+                core.missed.push(token);
+            }
+            return;
+        }
+        self.handle(&mut core, token);
+    }
+
+    fn handle(&self, core: &mut Core, token: u16) {
+        let (device, admin, mut io) = core.io(BUDGET);
+        let outcome = match admin.filter(|_| token == ADMIN_TOKEN) {
+            Some(admin) => admin.resume(self.device_queues, &mut io),
+            None => device.on_event(token, &mut io),
+        };
         let (more, changed) = (io.more, io.config_changed);
         core.note_config(changed);
         if more {
-            (0..self.num_queues()).for_each(|q| self.kick(q));
+            (0..self.total_queues()).for_each(|q| self.kick(q));
         }
         self.conclude(core, 0, outcome);
     }
 
     fn work(&self, core: &mut Core, index: u16) -> Result<(), RingError> {
         let slot = usize::from(index);
-        // A queue that waits for its reset has chains nobody may fetch; they must not count as work.
-        let usable = |queue: &Virtqueue| queue.is_enabled() && !queue.is_resetting();
-        if core.hides(index) || !core.queues.get(slot).is_some_and(usable) {
+        // A queue that is stopped or waits for its reset has chains nobody may fetch; they must not count as work.
+        if !core.visible(index).is_some_and(Virtqueue::is_usable) {
             return Ok(());
         }
         let mut budget = BUDGET;
@@ -553,9 +381,18 @@ impl VirtioFunction {
                 Err(error) => self.needs_reset(core, slot as u16, &error),
             }
         }
-        if core.config_pending && core.gate.is_open() {
-            self.announce_config(core);
-        }
+        self.announce_config(core);
+        self.settle(core);
+    }
+
+    /// Asks for the reset of the device: nothing more is fetched, what can be called off is, and when nothing is in flight
+    /// any more it happens.
+    fn start_reset(&self, core: &mut Core) {
+        core.gate.close(Reasons::RESET);
+        // The gate is closed, so this fetches nothing.
+        let (device, _, mut io) = core.io(0);
+        device.call_off(&mut io);
+        core.call_off_admin();
         self.settle(core);
     }
 
@@ -571,23 +408,35 @@ impl VirtioFunction {
             core.reset();
         }
         self.drained.notify_all();
+        if std::mem::take(&mut core.awaited)
+            && let Some(wake) = self.wake.get()
+        {
+            wake.wake();
+        }
     }
 
     fn open(&self, core: &mut Core, reason: Reasons) {
-        if !core.gate.open(reason) {
+        let opened = core.gate.open(reason);
+        self.announce_config(core);
+        if !opened {
             return;
-        }
-        if core.config_pending {
-            self.announce_config(core);
         }
         for (index, queue) in core.queues.iter().enumerate() {
             if queue.is_enabled() {
                 self.kick(index as u16);
             }
         }
+        if !core.missed.is_empty() {
+            self.kick(0);
+        }
     }
 
+    /// Tells the driver of a change of the configuration, or that the device needs a reset, unless that has to wait.
     fn announce_config(&self, core: &mut Core) {
+        let closed = core.gate.reasons() - Reasons::BROKEN;
+        if !core.config_pending || !closed.is_empty() {
+            return;
+        }
         core.config_pending = false;
         core.isr |= ISR_CONFIG;
         let vector = core.config_vector;
@@ -606,9 +455,8 @@ impl VirtioFunction {
         core.gate.close(Reasons::BROKEN);
         core.status |= Status::NEEDS_RESET;
         if core.status.contains(Status::DRIVER_OK) {
-            core.isr |= ISR_CONFIG;
-            let vector = core.config_vector;
-            self.send(core, vector);
+            core.config_pending = true;
+            self.announce_config(core);
         }
     }
 
@@ -626,19 +474,13 @@ impl VirtioFunction {
     }
 }
 
-impl Member for VirtioFunction {
-    fn name(&self) -> &str {
-        Self::name(self)
-    }
-}
-
 impl Core {
     fn offered(&self) -> u64 {
         let owner = match self.admin {
             Some(_) => feature::ADMIN_VQ | feature::SR_IOV,
             None => 0,
         };
-        self.device.features() | feature::TRANSPORT | owner
+        self.device.features() | feature::TRANSPORT | self.doors.features() | owner
     }
 
     fn is_admin(&self, index: u16) -> bool {
@@ -648,6 +490,21 @@ impl Core {
     /// True for an administration virtqueue the driver did not ask for.
     fn hides(&self, index: u16) -> bool {
         self.is_admin(index) && self.driver_features & feature::ADMIN_VQ == 0
+    }
+
+    /// Queue `index`, if there is one for this driver.
+    fn visible(&self, index: u16) -> Option<&Virtqueue> {
+        let queue = self.queues.get(usize::from(index));
+        queue.filter(|_| !self.hides(index))
+    }
+
+    /// The command that the administration virtqueue waits for is abandoned.
+    fn call_off_admin(&mut self) {
+        let index = self.queues.len().saturating_sub(1) as u16;
+        let (_, admin, mut io) = self.io(0);
+        if let Some(admin) = admin {
+            admin.call_off(index, &mut io);
+        }
     }
 
     fn features_acceptable(&self) -> bool {
@@ -702,13 +559,14 @@ impl Core {
             *queue = Virtqueue::new(queue.max_size());
         }
         self.status = Status::empty();
+        self.selectors = Selectors::default();
         self.driver_features = 0;
         self.config_vector = NO_VECTOR;
         self.isr = 0;
         self.config_pending = false;
         self.gate.close(Reasons::NO_DRIVER);
         // NO_DRIVER is set, so this cannot be the last reason.
-        let _ = self.gate.open(Reasons::RESET | Reasons::BROKEN);
+        let _ = self.gate.open(Reasons::UNTIL_RESET);
     }
 }
 

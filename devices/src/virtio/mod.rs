@@ -20,7 +20,7 @@ mod tests;
 
 pub use chain::{Chain, ChainError, Head};
 pub use device::{Io, Progress, Source, VirtioDevice};
-pub use function::{Interrupt, QueueInfo, VirtioFunction};
+pub use function::{Doors, Interrupt, QueueInfo, RestoreError, Selectors, Suspend, VirtioFunction};
 pub use queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
 pub(crate) use warnings::Warnings;
 
@@ -57,6 +57,10 @@ bitflags! {
         const DRIVER_OK = 4;
         /// Feature negotiation is complete.
         const FEATURES_OK = 8;
+        /// The device is suspended.
+        const SUSPEND = 16;
+        /// The device is stopped.
+        const DEVICE_STOPPED = 32;
         /// The device met an error it cannot recover from.
         const NEEDS_RESET = 64;
         /// The driver gave up.

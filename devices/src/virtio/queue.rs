@@ -1,21 +1,29 @@
 //! One virtqueue: the registers a transport shows, and the ring once the queue is enabled.
 //!
-//! Ring mechanics (descriptor walking, used ring, event index) are the `virtio-queue` crate's; this module adds what
-//! it leaves out: the MSI-X vector, reset as a process, `VIRTQ_AVAIL_F_NO_INTERRUPT`, and errors instead of silence.
+//! Ring mechanics (available and used ring, event index) are the `virtio-queue` crate's; this module adds what it
+//! leaves out: the MSI-X vector, reset and stop as processes, which chains are in flight,
+//! `VIRTQ_AVAIL_F_NO_INTERRUPT`, and errors instead of silence.
+//!
+//! A chain that was fetched is in flight until it is returned, or until its device gives it up unbegun. In that case the
+//! function still owns it: it is fetched once more before any other.
 
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::chain::{Chain, ChainError, Head};
+use super::chain::{Chain, ChainError, Head, Table};
 use crate::memory::View;
+use crate::state::QueueState;
 
 /// The MSI-X vector value that means "no interrupt" (VIRTIO_MSI_NO_VECTOR).
 pub const NO_VECTOR: u16 = 0xffff;
 
 /// Bit 0 of the available ring's flags: the driver wants no interrupt (only without EVENT_IDX).
 const AVAIL_NO_INTERRUPT: u16 = 1;
+/// Byte offset of `idx` in the used ring.
+const USED_INDEX: u64 = 2;
 
 /// Why a ring cannot be used. Each is the driver's doing, and answered with DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
@@ -69,8 +77,14 @@ pub struct Virtqueue {
     ring: Option<Queue>,
     /// The driver asked for a reset of this queue and requests are still in flight.
     resetting: bool,
-    /// Chains that were fetched and not yet returned. The only count of them.
-    in_flight: u32,
+    /// The driver stopped this queue, by `queue_status` (S0).
+    stopped: bool,
+    /// Where the driver wants the queue to start, or to go on after a stop: an index in the available ring (S0-10).
+    start: Option<u16>,
+    /// Heads of the chains that were fetched and not yet returned, in order. The only record of them.
+    in_flight: VecDeque<u16>,
+    /// Heads of the chains that were fetched and given up, in order.
+    owned: VecDeque<u16>,
     /// Chains were used since the driver was last notified.
     unsignalled: bool,
     /// The device found the ring empty at this available index, and the driver was not yet asked for a kick. What
@@ -85,7 +99,10 @@ impl Virtqueue {
             registers: default_registers(max_size),
             ring: None,
             resetting: false,
-            in_flight: 0,
+            stopped: false,
+            start: None,
+            in_flight: VecDeque::new(),
+            owned: VecDeque::new(),
             unsignalled: false,
             starved: None,
         }
@@ -117,50 +134,102 @@ impl Virtqueue {
         self.resetting
     }
 
-    /// Index of the next available-ring entry the device will fetch; 0 while disabled.
+    /// True while the queue may be worked on, as far as it is concerned.
+    pub(super) fn is_usable(&self) -> bool {
+        self.ring.is_some() && !self.resetting && !self.stopped
+    }
+
+    /// `queue_status`: false if the queue is disabled, or stopped with nothing in flight (S0-4, S0-5).
+    pub fn is_running(&self) -> bool {
+        self.ring.is_some() && !(self.stopped && self.is_drained())
+    }
+
+    /// `last_avail_idx` of a queue that does not run: the available-ring entry that is fetched next (S0-9).
     pub fn next_available(&self) -> u16 {
-        self.ring.as_ref().map_or(0, QueueT::next_avail)
+        let ring = || self.ring.as_ref().map_or(0, QueueT::next_avail);
+        self.start.unwrap_or_else(ring)
     }
 
-    /// Index of the next used-ring entry the device will write; 0 while disabled.
-    pub fn next_used(&self) -> u16 {
-        self.ring.as_ref().map_or(0, QueueT::next_used)
+    /// The driver sets `last_avail_idx` of a queue that does not run (S0-8, G0-g).
+    pub(super) fn set_next_available(&mut self, index: u16) {
+        if !self.is_running() {
+            self.start = Some(index);
+        }
     }
 
-    /// Starts the ring at index 0 with the addresses in the registers.
-    pub(super) fn enable(&mut self, view: &View, event_index: bool) -> Result<(), RingError> {
-        let size = u64::from(self.registers.size);
-        let area = |area, address: u64, align: u64, len: u64| {
-            let usable = address.is_multiple_of(align)
-                && address != 0
-                && view.contains(GuestAddress(address), len as usize);
-            usable
-                .then_some(GuestAddress(address))
-                .ok_or(RingError::Area { area, address })
-        };
-        let descriptors = area(
-            "descriptor table",
-            self.registers.descriptor_area,
-            16,
-            16 * size,
-        )?;
-        let available = area(
-            "available ring",
-            self.registers.driver_area,
-            2,
-            6 + 2 * size,
-        )?;
-        let used = area("used ring", self.registers.device_area, 4, 6 + 8 * size)?;
-        let mut ring = Queue::new(self.max_size).map_err(RingError::Available)?;
-        ring.try_set_size(self.registers.size)
-            .and_then(|()| ring.try_set_desc_table_address(descriptors))
-            .and_then(|()| ring.try_set_avail_ring_address(available))
-            .and_then(|()| ring.try_set_used_ring_address(used))
-            .map_err(RingError::Available)?;
-        ring.set_event_idx(event_index);
-        ring.set_ready(true);
-        self.ring = Some(ring);
+    /// The driver writes 0 to `queue_status`. Nothing happens while the queue is disabled (S0-6).
+    pub(super) fn stop(&mut self) {
+        self.stopped = self.ring.is_some();
+    }
+
+    /// The driver writes 1 to `queue_status`. True if the queue goes on.
+    pub(super) fn resume(&mut self, view: &View) -> Result<bool, RingError> {
+        let resumes = std::mem::take(&mut self.stopped);
+        if resumes {
+            self.go_to_start(view)?;
+        }
+        Ok(resumes)
+    }
+
+    /// Moves to the index the driver set, if it did. Where it left the used ring is in that ring (G0-l).
+    fn go_to_start(&mut self, view: &View) -> Result<(), RingError> {
+        if let (Some(ring), Some(start)) = (&mut self.ring, self.start.take()) {
+            let used = GuestAddress(ring.used_ring().wrapping_add(USED_INDEX));
+            let used: u16 = view.load(used, Ordering::Acquire)?;
+            ring.set_next_avail(start);
+            ring.set_next_used(u16::from_le(used));
+        }
         Ok(())
+    }
+
+    /// Starts the ring with the addresses in the registers, at index 0 or where the driver said.
+    pub(super) fn enable(&mut self, view: &View, event_index: bool) -> Result<(), RingError> {
+        self.ring = Some(make_ring(self.max_size, &self.registers, view)?);
+        self.set_event_index(event_index);
+        self.go_to_start(view)
+    }
+
+    /// What moves with this queue. Chains in flight are the function's, as those it gave up.
+    pub(super) fn save(&self) -> QueueState {
+        let registers = self.registers;
+        QueueState {
+            size: registers.size,
+            vector: registers.vector,
+            descriptor_area: registers.descriptor_area,
+            driver_area: registers.driver_area,
+            device_area: registers.device_area,
+            enabled: self.is_enabled(),
+            stopped: self.stopped,
+            next_available: self.next_available(),
+            owned: self.in_flight.iter().chain(&self.owned).copied().collect(),
+        }
+    }
+
+    /// A queue in the state `saved`. Event suppression is left for [`Self::set_event_index`].
+    pub(super) fn restored(
+        max_size: u16,
+        saved: &QueueState,
+        view: &View,
+    ) -> Result<Self, RingError> {
+        let mut queue = Self::new(max_size);
+        queue.registers = QueueRegisters {
+            size: saved.size,
+            vector: saved.vector,
+            descriptor_area: saved.descriptor_area,
+            driver_area: saved.driver_area,
+            device_area: saved.device_area,
+        };
+        if saved.enabled {
+            let mut ring = make_ring(max_size, &queue.registers, view)?;
+            ring.set_next_avail(saved.next_available);
+            ring.set_next_used(saved.next_used());
+            queue.ring = Some(ring);
+            queue.stopped = saved.stopped;
+            queue.owned = saved.owned.iter().copied().collect();
+        } else {
+            queue.start = Some(saved.next_available).filter(|start| *start != 0);
+        }
+        Ok(queue)
     }
 
     pub(super) fn set_event_index(&mut self, enabled: bool) {
@@ -183,59 +252,78 @@ impl Virtqueue {
         ready
     }
 
-    /// Fetches the next available chain. `None` if the ring is empty or the queue disabled.
+    /// Fetches the next chain: one the function still owns, or the next available one. `None` if there is neither, or the
+    /// queue may not be worked on.
     pub(super) fn pop(&mut self, view: &View) -> Result<Option<Chain>, RingError> {
-        if self.resetting {
+        if !self.is_usable() {
             return Ok(None);
         }
         let Some(ring) = &mut self.ring else {
             return Ok(None);
         };
-        let next = ring.iter(&**view).map_err(RingError::Available)?.next();
-        match next {
-            Some(descriptors) => {
-                let chain = Chain::parse(view, descriptors)?;
-                self.in_flight += 1;
-                self.starved = None;
-                Ok(Some(chain))
+        let table = Table {
+            start: GuestAddress(ring.desc_table()),
+            len: ring.size(),
+        };
+        let chain = match self.owned.front() {
+            Some(head) => {
+                let chain = Chain::parse(view, table, Head(*head))?.fetched_again();
+                self.owned.pop_front();
+                chain
             }
-            None => {
-                self.starved = Some(ring.next_avail());
-                Ok(None)
-            }
-        }
+            None => match ring.iter(&**view).map_err(RingError::Available)?.next() {
+                Some(found) => Chain::parse(view, table, Head(found.head_index()))?,
+                None => {
+                    self.starved = Some(ring.next_avail());
+                    return Ok(None);
+                }
+            },
+        };
+        self.in_flight.push_back(chain.head().0);
+        self.starved = None;
+        Ok(Some(chain))
     }
 
     /// Takes back the chain that was popped last, as if it had not been fetched.
-    pub(super) fn unpop(&mut self) {
-        if self.leave()
-            && let Some(ring) = &mut self.ring
-        {
+    pub(super) fn unpop(&mut self, chain: &Chain) {
+        if !self.leave(chain.head()) {
+            return;
+        }
+        if chain.was_fetched_again() {
+            self.owned.push_front(chain.head().0);
+        } else if let Some(ring) = &mut self.ring {
             ring.go_to_previous_position();
         }
     }
 
-    /// True if every chain that was fetched was returned.
-    pub(super) fn is_drained(&self) -> bool {
-        self.in_flight == 0
+    /// The device gives up a chain whose execution has not begun; it stays the function's.
+    pub(super) fn recall(&mut self, chain: &Chain) {
+        if self.leave(chain.head()) {
+            self.owned.push_front(chain.head().0);
+        }
     }
 
-    /// A chain is no longer in flight. False if none was: the device returns what it does not have.
-    fn leave(&mut self) -> bool {
-        debug_assert!(self.in_flight > 0, "a chain left that was never fetched");
-        let left = self.in_flight.checked_sub(1);
-        self.in_flight = left.unwrap_or(0);
-        left.is_some()
+    /// True if no chain is in flight.
+    pub(super) fn is_drained(&self) -> bool {
+        self.in_flight.is_empty()
+    }
+
+    /// A chain is no longer in flight. False if it was not: the device returns what it does not have.
+    fn leave(&mut self, head: Head) -> bool {
+        // Devices that work in order, as most do, return the first.
+        let found = self.in_flight.iter().position(|h| *h == head.0);
+        debug_assert!(found.is_some(), "a chain left that was never fetched");
+        found.and_then(|at| self.in_flight.remove(at)).is_some()
     }
 
     /// Lets go of a chain without the driver hearing of it.
-    pub(super) fn forget(&mut self) {
-        self.leave();
+    pub(super) fn forget(&mut self, head: Head) {
+        self.leave(head);
     }
 
     /// Returns a chain to the driver with `len` bytes written.
     pub(super) fn push(&mut self, view: &View, head: Head, len: u32) -> Result<(), RingError> {
-        if !self.leave() {
+        if !self.leave(head) {
             return Ok(());
         }
         let Some(ring) = &mut self.ring else {
@@ -258,7 +346,7 @@ impl Virtqueue {
 
     /// True if the device found the ring empty since kicks were last asked for, or declined.
     pub(super) fn is_starved(&self) -> bool {
-        self.starved.is_some() && !self.resetting
+        self.starved.is_some() && self.is_usable()
     }
 
     /// Asks for a kick when the next chain is made available. True if one already is: one the device has not seen,
@@ -294,6 +382,31 @@ impl Virtqueue {
             .map(u16::from_le)?;
         Ok(flags & AVAIL_NO_INTERRUPT == 0)
     }
+}
+
+/// The ring that `registers` describe, at index 0, if all of it is guest memory.
+fn make_ring(max_size: u16, registers: &QueueRegisters, view: &View) -> Result<Queue, RingError> {
+    let size = u64::from(registers.size);
+    let area = |area, address: u64, align: u64, len: u64| {
+        let usable = address.is_multiple_of(align)
+            && address != 0
+            && view.contains(GuestAddress(address), len as usize);
+        usable
+            .then_some(GuestAddress(address))
+            .ok_or(RingError::Area { area, address })
+    };
+    let table = registers.descriptor_area;
+    let descriptors = area("descriptor table", table, 16, 16 * size)?;
+    let available = area("available ring", registers.driver_area, 2, 6 + 2 * size)?;
+    let used = area("used ring", registers.device_area, 4, 6 + 8 * size)?;
+    let mut ring = Queue::new(max_size).map_err(RingError::Available)?;
+    ring.try_set_size(registers.size)
+        .and_then(|()| ring.try_set_desc_table_address(descriptors))
+        .and_then(|()| ring.try_set_avail_ring_address(available))
+        .and_then(|()| ring.try_set_used_ring_address(used))
+        .map_err(RingError::Available)?;
+    ring.set_ready(true);
+    Ok(ring)
 }
 
 fn default_registers(max_size: u16) -> QueueRegisters {

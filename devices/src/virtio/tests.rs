@@ -432,8 +432,13 @@ fn draining_waits_for_what_is_in_flight() {
 
 #[test]
 fn a_configuration_change_behind_a_closed_gate_is_announced_when_it_opens() {
-    let (probe, driver) = live(0);
+    let (probe, mut driver) = live(0);
+    probe.control().hold = true;
+    driver.add(0, &one());
+    driver.kick(0);
+    driver.turn();
     let before = driver.function.config_generation();
+    // A request is in flight, so that the device does not stand still yet.
     driver.function.close(Reasons::PAUSED);
     probe.control().change_config = true;
     driver.turn();
@@ -443,6 +448,30 @@ fn a_configuration_change_behind_a_closed_gate_is_announced_when_it_opens() {
     driver.function.reopen(Reasons::PAUSED);
     assert_eq!(driver.interrupts.take(), [CONFIG_VECTOR]);
     assert_eq!(driver.function.take_isr(), 2);
+}
+
+/// Requirements: S1-14, S2-10, S3-14, G1-e
+#[test]
+fn s1_14_the_configuration_of_a_device_that_stands_still_changes_when_it_goes_on() {
+    for reason in [
+        Reasons::PAUSED,
+        Reasons::SUSPENDED,
+        Reasons::DEVICE_STOPPED,
+        Reasons::GUEST_STOP,
+        Reasons::MONITOR_FREEZE,
+    ] {
+        let (probe, driver) = live(0);
+        let before = driver.function.config_generation();
+        driver.function.close(reason);
+        probe.control().change_config = true;
+        driver.turn();
+        assert_eq!(driver.function.config_generation(), before);
+        assert!(driver.interrupts.take().is_empty());
+        driver.function.reopen(reason);
+        driver.turn();
+        assert_ne!(driver.function.config_generation(), before);
+        assert_eq!(driver.interrupts.take(), [CONFIG_VECTOR]);
+    }
 }
 
 #[test]

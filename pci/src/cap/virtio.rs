@@ -38,6 +38,8 @@ pub enum CfgType {
     Device = 4,
     /// Access to a BAR through configuration space.
     Pci = 5,
+    /// Device state (S0-1). Virtio 1.4 leaves this number free, and drivers pass over what they do not know.
+    DeviceState = 10,
 }
 
 /// Where a structure is.
@@ -120,6 +122,11 @@ pub fn access(config: &ConfigSpace, cap: u16) -> Option<Access> {
         offset,
         len: len as u8,
     })
+}
+
+/// Where the configuration access capability at `cap` is.
+pub fn access_span(cap: u16) -> std::ops::Range<u16> {
+    cap..cap + LONG
 }
 
 /// Offset and length of the data bytes of the configuration access capability at `cap`.

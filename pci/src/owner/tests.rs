@@ -67,7 +67,8 @@ fn rig(members: usize) -> Rig {
             strictness: Strictness::Strict,
             ..Default::default()
         },
-    );
+    )
+    .unwrap();
     let view = ram.view().unwrap();
     let pf = VirtioFunction::new_owner("pf", pf_device, view, Arc::clone(&admin)).unwrap();
     let controller = RecordingController::default();
@@ -475,7 +476,7 @@ fn groups_that_cannot_be_shown_are_refused() {
     let plain = |n: u8| Held::function(1, &[n]).0;
     let owning = || {
         let (device, _) = Held::device(1, &[]);
-        let admin = Owner::new(Vec::new(), Default::default());
+        let admin = Owner::new(Vec::new(), Default::default()).unwrap();
         VirtioFunction::new_owner("pf", device, ram().view().unwrap(), admin).unwrap()
     };
     let new = |pf, vfs: Vec<_>| {

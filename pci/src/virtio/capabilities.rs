@@ -49,9 +49,10 @@ pub(super) fn add(
         (CfgType::Common, Region::Common),
         (CfgType::Isr, Region::Isr),
         (CfgType::Device, Region::Device),
+        (CfgType::DeviceState, Region::State),
     ];
     for (cfg_type, region) in plain {
-        // A device without configuration has no capability for it.
+        // What a device does not have, it has no capability for.
         if structure(region).len != 0 {
             builder.capability(vendor::ID, &vendor::block(cfg_type, structure(region)))?;
         }

@@ -1,7 +1,5 @@
 //! The common configuration: the 64 bytes through which a driver negotiates and sets up queues (D2).
 
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering::SeqCst};
-
 use devices::bus::Effect;
 use devices::virtio::{NO_VECTOR, QueueInfo, VirtioFunction};
 
@@ -74,12 +72,9 @@ impl Part {
     }
 }
 
-/// The registers that belong to the transport rather than to the function: the three selectors.
-#[derive(Debug, Default)]
+/// The registers, as a structure in a BAR. What they hold is the function's.
+#[derive(Debug)]
 pub struct CommonConfig {
-    device_feature_select: AtomicU32,
-    driver_feature_select: AtomicU32,
-    queue_select: AtomicU16,
     /// Number of MSI-X vectors; any other vector a driver writes reads back as NO_VECTOR.
     vectors: u16,
 }
@@ -87,17 +82,7 @@ pub struct CommonConfig {
 impl CommonConfig {
     /// The common configuration of a function with `vectors` MSI-X vectors.
     pub fn new(vectors: u16) -> Self {
-        Self {
-            vectors,
-            ..Self::default()
-        }
-    }
-
-    /// The selectors go back to 0, as at device reset.
-    pub fn reset(&self) {
-        self.device_feature_select.store(0, SeqCst);
-        self.driver_feature_select.store(0, SeqCst);
-        self.queue_select.store(0, SeqCst);
+        Self { vectors }
     }
 
     /// Reads at byte `offset`. Drivers must read whole registers; other sizes get the bytes that are there, and bytes
@@ -142,32 +127,27 @@ impl CommonConfig {
     }
 
     fn get(&self, function: &VirtioFunction, field: Field) -> u64 {
+        let selectors = function.selectors();
         let queue = |value: fn(&QueueInfo) -> u64| {
-            let info = function.queue(self.queue_select.load(SeqCst));
+            let info = function.queue(selectors.queue);
             info.as_ref().map_or(0, value)
         };
         match field {
-            Field::DeviceFeatureSelect => self.device_feature_select.load(SeqCst).into(),
-            Field::DeviceFeature => {
-                let select = self.device_feature_select.load(SeqCst);
-                function.device_features(select).into()
-            }
-            Field::DriverFeatureSelect => self.driver_feature_select.load(SeqCst).into(),
-            Field::DriverFeature => {
-                let select = self.driver_feature_select.load(SeqCst);
-                function.driver_features(select).into()
-            }
+            Field::DeviceFeatureSelect => selectors.device_feature.into(),
+            Field::DeviceFeature => function.device_features(selectors.device_feature).into(),
+            Field::DriverFeatureSelect => selectors.driver_feature.into(),
+            Field::DriverFeature => function.driver_features(selectors.driver_feature).into(),
             Field::ConfigMsixVector => function.config_vector().into(),
             Field::NumQueues => function.num_queues().into(),
             Field::DeviceStatus => function.status().into(),
             Field::ConfigGeneration => function.config_generation().into(),
-            Field::QueueSelect => self.queue_select.load(SeqCst).into(),
+            Field::QueueSelect => selectors.queue.into(),
             Field::QueueSize => queue(|q| q.registers.size.into()),
             Field::QueueMsixVector => queue(|q| q.registers.vector.into()),
             Field::QueueEnable => queue(|q| q.enabled.into()),
             // A queue's notification register is numbered like the queue.
             Field::QueueNotifyOff => {
-                let select = self.queue_select.load(SeqCst);
+                let select = selectors.queue;
                 function.queue(select).map_or(0, |_| select.into())
             }
             Field::QueueDesc => queue(|q| q.registers.descriptor_area),
@@ -182,22 +162,17 @@ impl CommonConfig {
     }
 
     fn set(&self, function: &VirtioFunction, field: Field, part: Part, value: u64) -> Effect {
-        let index = self.queue_select.load(SeqCst);
+        let selectors = function.selectors();
+        let index = selectors.queue;
         match field {
-            Field::DeviceFeatureSelect => self.device_feature_select.store(value as u32, SeqCst),
-            Field::DriverFeatureSelect => self.driver_feature_select.store(value as u32, SeqCst),
+            Field::DeviceFeatureSelect => function.select(|s| s.device_feature = value as u32),
+            Field::DriverFeatureSelect => function.select(|s| s.driver_feature = value as u32),
             Field::DriverFeature => {
-                let select = self.driver_feature_select.load(SeqCst);
-                function.set_driver_features(select, value as u32);
+                function.set_driver_features(selectors.driver_feature, value as u32);
             }
             Field::ConfigMsixVector => function.set_config_vector(self.vector(value)),
-            Field::DeviceStatus => {
-                if value == 0 {
-                    self.reset();
-                }
-                return function.write_status(value as u8);
-            }
-            Field::QueueSelect => self.queue_select.store(value as u16, SeqCst),
+            Field::DeviceStatus => return function.write_status(value as u8),
+            Field::QueueSelect => function.select(|s| s.queue = value as u16),
             Field::QueueSize => function.update_queue(index, |q| q.size = value as u16),
             Field::QueueMsixVector => {
                 let vector = self.vector(value);

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `0x0000` | common configuration | 64 |
 //! | `0x0080` | ISR status | 1 |
+//! | `0x00c0` | device state, of a device that offers it | 8 |
 //! | `0x0100` | device configuration | what the device has, up to 3840 |
 //! | `0x1000` | notifications: 4 bytes per queue | 4 × queues |
 //! | next page | MSI-X table | 16 × vectors |
@@ -14,6 +15,7 @@
 
 use std::ops::Range;
 
+use super::device_state;
 use crate::msix::VectorCount;
 
 /// Bytes between the notification registers of neighbouring queues (`notify_off_multiplier`).
@@ -24,6 +26,7 @@ pub const COMMON_LEN: u64 = 64;
 pub const MAX_DEVICE_LEN: u64 = NOTIFY - DEVICE;
 
 const ISR: u64 = 0x80;
+const STATE: u64 = 0xc0;
 const DEVICE: u64 = 0x100;
 const NOTIFY: u64 = 0x1000;
 const PAGE: u64 = 0x1000;
@@ -36,6 +39,8 @@ pub enum Region {
     Common,
     /// ISR status.
     Isr,
+    /// Device state (S0).
+    State,
     /// Device configuration.
     Device,
     /// Notifications.
@@ -49,13 +54,14 @@ pub enum Region {
 /// The structures of one function. See the [module documentation](self).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
-    regions: [(Region, Range<u64>); 6],
+    regions: [(Region, Range<u64>); 7],
     size: u64,
 }
 
 impl Layout {
-    /// The layout for this many queues, vectors and bytes of device configuration (at most [`MAX_DEVICE_LEN`]).
-    pub fn new(queues: u16, vectors: VectorCount, device_len: u64) -> Self {
+    /// The layout for this many queues, vectors and bytes of device configuration (at most [`MAX_DEVICE_LEN`]), with a
+    /// device-state structure or without.
+    pub fn new(queues: u16, vectors: VectorCount, device_len: u64, has_state: bool) -> Self {
         let notify = NOTIFY..NOTIFY + u64::from(queues) * u64::from(NOTIFY_MULTIPLIER);
         let table = notify.end.next_multiple_of(PAGE).max(NOTIFY + PAGE);
         let table = table..table + vectors.table_len();
@@ -66,6 +72,10 @@ impl Layout {
             regions: [
                 (Region::Common, 0..COMMON_LEN),
                 (Region::Isr, ISR..ISR + 1),
+                (
+                    Region::State,
+                    STATE..STATE + if has_state { device_state::LEN } else { 0 },
+                ),
                 (
                     Region::Device,
                     DEVICE..DEVICE + device_len.min(MAX_DEVICE_LEN),
@@ -116,7 +126,7 @@ mod tests {
     use super::*;
 
     fn layout(queues: u16, vectors: u16) -> Layout {
-        Layout::new(queues, VectorCount::new(vectors).unwrap(), 60)
+        Layout::new(queues, VectorCount::new(vectors).unwrap(), 60, false)
     }
 
     #[test]
@@ -139,6 +149,14 @@ mod tests {
             }
             assert!(layout.range(Region::MsixPba).end <= layout.size());
         }
+    }
+
+    #[test]
+    fn s0_1_device_state_has_a_place_if_the_device_has_it() {
+        let with = Layout::new(1, VectorCount::new(1).unwrap(), 60, true);
+        assert_eq!(with.range(Region::State), 0xc0..0xc8);
+        assert_eq!(with.locate(0xc4), Some((Region::State, 4)));
+        assert_eq!(layout(1, 1).locate(0xc4), None);
     }
 
     #[test]

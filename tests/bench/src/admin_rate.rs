@@ -2,14 +2,19 @@
 //! of its answer come out as a driver reads them.
 //!
 //! The argument is how many rounds to run; each prints one number. LIST_QUERY and LIST_USE of the SR-IOV group of an
-//! owner with 255 members take turns, as they are all the commands there are.
+//! owner with 255 members take turns: those that are about no single member.
 
+use std::error::Error;
 use std::hint::black_box;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::admin::{FixedMembership, GroupType, Member, Options, Owner, OwnerDriver, Request};
+use devices::memory::{GuestRam, PAGE_SIZE, RamRange};
+use devices::rng::Rng;
+use devices::virtio::VirtioFunction;
+use vm_memory::GuestAddress;
 
 const MEMBERS: u16 = 255;
 /// LIST_QUERY and LIST_USE.
@@ -18,12 +23,19 @@ const OPCODES: [u16; 2] = [0, 1];
 const BATCH: u32 = 1000;
 const ROUND: Duration = Duration::from_millis(500);
 
-struct Nobody;
-
-impl Member for Nobody {
-    fn name(&self) -> &str {
-        "nobody"
+/// An owner of devices that do nothing.
+fn owner() -> Result<Arc<Owner>, Box<dyn Error>> {
+    let ram = GuestRam::new(&[RamRange {
+        start: GuestAddress(0),
+        len: PAGE_SIZE,
+    }])?;
+    let mut members = Vec::new();
+    for number in 1..=MEMBERS {
+        let view = ram.view()?;
+        let function = VirtioFunction::new(format!("vf{number}"), Box::new(Rng::new()), view)?;
+        members.push(function as Arc<dyn Member>);
     }
+    Ok(Owner::new(members, Options::default())?)
 }
 
 fn main() -> ExitCode {
@@ -32,8 +44,13 @@ fn main() -> ExitCode {
         eprintln!("how many rounds?");
         return ExitCode::FAILURE;
     };
-    let members = (0..MEMBERS).map(|_| Arc::new(Nobody) as _).collect();
-    let owner = Owner::new(members, Options::default());
+    let owner = match owner() {
+        Ok(owner) => owner,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::FAILURE;
+        }
+    };
     owner.set_membership(Arc::new(FixedMembership(MEMBERS)));
     let mut driver = OwnerDriver::new(owner);
     let [query, choose] = OPCODES;
@@ -42,7 +59,7 @@ fn main() -> ExitCode {
         eprintln!("the owner refuses LIST_QUERY");
         return ExitCode::FAILURE;
     };
-    let choose = Request::encode(choose, GroupType::SrIov, 0, &list);
+    let choose = Request::encode(choose, GroupType::SrIov, 0, &list.result);
     for _ in 0..rounds {
         match rate(&mut driver, [&query, &choose]) {
             Some(rate) => println!("{rate}"),

@@ -4,8 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 
 use devices::admin::{
-    GroupType, Member, Membership, Options, Owner, Profile, Qualifier, Session, Status, Strictness,
+    CommandSet, Drain, GroupType, Member, Membership, Options, Outcome, Owner, Profile, Qualifier,
+    Session, Status, Strictness,
 };
+use devices::gate::{Mode, Party};
+use devices::state::FunctionState;
 use devices::virtio::VirtioFunction;
 use driver::host::{HostDma, Shape};
 use driver::virtio::admin::command;
@@ -35,11 +38,13 @@ pub fn admin_commands(data: &[u8]) {
     let options = Options {
         profile: [Profile::V1_4, Profile::Draft][usize::from(bits & 1)],
         strictness: [Strictness::Lenient, Strictness::Strict][usize::from(bits >> 1 & 1)],
+        drain: Drain::default(),
     };
     let owner = owner(options);
     let vfs = Arc::new(Vfs(AtomicU16::new(DISABLED)));
     owner.set_membership(Arc::clone(&vfs) as _);
-    let mut sessions = [Session::default(), Session::default()];
+    let parties = [Party::Guest, Party::Monitor];
+    let mut sessions = parties.map(Session::new);
     while !input.is_empty() {
         let which = usize::from(input.pick(2));
         match input.pick(16) {
@@ -48,12 +53,13 @@ pub fn admin_commands(data: &[u8]) {
                 let enabled = if choice > MEMBERS { DISABLED } else { choice };
                 vfs.0.store(enabled, Relaxed);
             }
-            1 => sessions[which] = Session::default(),
+            1 => owner.forget(&mut sessions[which]),
             _ => {
-                let other = sessions[1 - which].clone();
+                let other = lists(&sessions[1 - which]);
                 let request = any_request(&mut input);
                 execute(&owner, &vfs, &mut sessions[which], &request);
-                assert_eq!(sessions[1 - which], other, "the other driver's session");
+                let after = lists(&sessions[1 - which]);
+                assert_eq!(after, other, "the other driver's session");
             }
         }
     }
@@ -67,7 +73,7 @@ fn owner(options: Options) -> Arc<Owner> {
         let function = VirtioFunction::new(format!("vf{number}"), device, view);
         function.expect("events") as Arc<dyn Member>
     });
-    Owner::new(members.collect(), options)
+    Owner::new(members.collect(), options).expect("descriptors")
 }
 
 /// Any bytes, or a command with numbers that are likely to mean something.
@@ -93,17 +99,39 @@ fn any_request(input: &mut Input<'_>) -> Vec<u8> {
     }
 }
 
+/// What a driver negotiated.
+fn lists(session: &Session) -> [Option<CommandSet>; 2] {
+    [GroupType::SelfGroup, GroupType::SrIov].map(|group| session.chosen(group))
+}
+
+/// All that commands can do to members.
+fn members(owner: &Owner) -> Vec<(FunctionState, [Mode; 2])> {
+    let state = |member: &Arc<dyn Member>| {
+        let modes = [Party::Guest, Party::Monitor].map(|party| member.mode(party));
+        (member.save(), modes)
+    };
+    owner.members().map(|(_, member)| state(member)).collect()
+}
+
 fn execute(owner: &Owner, vfs: &Vfs, session: &mut Session, request: &[u8]) {
-    let before = session.clone();
-    let reply = owner.execute(session, request).encode();
+    let (before, states) = (lists(session), members(owner));
+    let Outcome::Done(reply) = owner.execute(session, request, 4096) else {
+        panic!("nothing is in flight, and so there is nothing to wait for");
+    };
+    let reply = reply.encode();
     let half = |at: usize| u16::from_le_bytes([reply[at], reply[at + 1]]);
     let (status, qualifier) = (half(0), half(2));
     assert!(reply.len() >= 8 && reply.len().is_multiple_of(8), "B-8");
-    assert_eq!(reply[4..8], [0; 4], "reserved");
     let done = status == Status::Ok as u16;
     assert_eq!(done, qualifier == Qualifier::Ok as u16, "B-2");
     if !done {
-        assert_eq!(*session, before, "B-2: a refused command has an effect");
+        assert_eq!(
+            lists(session),
+            before,
+            "B-2: a refused command has an effect"
+        );
+        assert_eq!(members(owner), states, "B-2: on a member");
+        assert_eq!(reply[4..8], [0; 4], "B-2: a refused command has an output");
         assert_eq!(reply.len(), 8, "B-2: a refused command has a result");
     }
     let refused_by = |qualifier| (Status::Invalid as u16, qualifier as u16);
@@ -113,6 +141,7 @@ fn execute(owner: &Owner, vfs: &Vfs, session: &mut Session, request: &[u8]) {
     let Options {
         profile,
         strictness,
+        ..
     } = owner.options();
     let lenient = strictness == Strictness::Lenient && opcode <= 1;
     let group = match raw {
@@ -124,7 +153,7 @@ fn execute(owner: &Owner, vfs: &Vfs, session: &mut Session, request: &[u8]) {
             return;
         }
     };
-    let chosen = before.chosen(group);
+    let chosen = before[usize::from(group.raw())];
     let legal = chosen.map_or(opcode <= 1, |list| list.contains(opcode));
     // The capability commands, where Linux negotiates for the other group (D4).
     let lent = strictness == Strictness::Lenient && (7..=9).contains(&opcode);

@@ -68,7 +68,8 @@ impl Group {
         let owner = Owner::new(
             members.iter().map(|vf| Arc::clone(vf) as _).collect(),
             Options::default(),
-        );
+        )
+        .expect("descriptors");
         let pf = VirtioFunction::new_owner("pf", function(), view(), Arc::clone(&owner));
         let pf = pf.expect("events");
         for function in members.iter().chain([&pf]) {

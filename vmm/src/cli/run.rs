@@ -70,7 +70,7 @@ pub struct Run {
     /// SR-IOV physical function that owns N virtual functions; may be repeated:
     /// net,vfs=N[,switch=NAME][,uplink-tap=NAME][,mac=MAC], all of them on one switch, or
     /// block,vfs=N,path=PATH,vf-path=PATH[,readonly], where %d in vf-path is the number of the virtual function (1 to
-    /// N). Both take [,strict-admin][,admin=v1.4|draft][,passthrough]: with passthrough the monitor keeps the physical
+    /// N). Both take [,strict-admin][,admin=draft|v1.4][,passthrough]: with passthrough the monitor keeps the physical
     /// function, and the guest has the virtual ones as plain devices
     #[arg(long, value_name = "PF")]
     pf: Vec<Pf>,

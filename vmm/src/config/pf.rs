@@ -17,7 +17,7 @@ pub const MAX_VFS: u16 = 255;
 const PLACEHOLDER: &str = "%d";
 /// How an owner is written.
 const FORM: &str = "net,vfs=N[,switch=NAME][,uplink-tap=NAME][,mac=MAC] or block,vfs=N,path=PATH,vf-path=PATH-WITH-%d\
-                    [,readonly], each with [,strict-admin][,admin=v1.4|draft][,passthrough]";
+                    [,readonly], each with [,strict-admin][,admin=draft|v1.4][,passthrough]";
 
 /// An owner, its members, and how both are shown: `net,vfs=N,…` or `block,vfs=N,…`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +71,7 @@ impl Pf {
     pub fn admin_options(&self) -> admin::Options {
         admin::Options {
             profile: self.admin,
+            drain: admin::Drain::default(),
             strictness: match self.strict_admin {
                 true => Strictness::Strict,
                 false => Strictness::Lenient,

@@ -200,7 +200,7 @@ impl Group {
             members.push(VirtioFunction::new(name, device, ram.view()?)?);
         }
         let group = members.iter().map(|vf| Arc::clone(vf) as Arc<dyn Member>);
-        let owner = admin::Owner::new(group.collect(), backend.declaration.admin_options());
+        let owner = admin::Owner::new(group.collect(), backend.declaration.admin_options())?;
         let (pf, port) = match backend.pf {
             Some(device) => {
                 let owner = Arc::clone(&owner);

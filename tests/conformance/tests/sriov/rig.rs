@@ -62,7 +62,7 @@ impl Rig {
         let members = functions.iter().map(|(vf, _)| Arc::clone(vf));
         let members: Vec<_> = members.collect();
         let group = members.iter().map(|vf| Arc::clone(vf) as _).collect();
-        let owner = Owner::new(group, options);
+        let owner = Owner::new(group, options).unwrap();
         let pf = VirtioFunction::new_owner("pf", pf_device, view(), Arc::clone(&owner)).unwrap();
         let shown = OwnerPci::new(
             Arc::clone(&pf),

@@ -9,7 +9,7 @@ fn owners_are_written_and_read() {
     for text in [
         "net,vfs=1",
         "net,vfs=255,passthrough",
-        "net,vfs=4,switch=lan,uplink-tap=tap0,mac=02:00:5e:10:00:00,strict-admin,admin=draft",
+        "net,vfs=4,switch=lan,uplink-tap=tap0,mac=02:00:5e:10:00:00,strict-admin,admin=v1.4",
         "block,vfs=2,path=pf.raw,vf-path=vf%d.raw",
         "block,vfs=2,path=a,vf-path=/x/%d,readonly,strict-admin",
         "block,vfs=8,vf-path=vf%d.raw,passthrough",

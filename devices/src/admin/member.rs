@@ -1,0 +1,69 @@
+//! What an owner's drivers can do to a member.
+
+use std::sync::Arc;
+
+use crate::gate::{Mode, Party};
+use crate::memory::records::Records;
+use crate::state::{FunctionState, Shape};
+use crate::virtio::RestoreError;
+
+/// A member's number within its group: 1 for the first VF.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MemberId(pub u16);
+
+/// How far a member is from standing still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    /// Nothing is in flight. If its gate is closed, it stands still.
+    AtRest,
+    /// Requests are in flight.
+    Draining,
+    /// A reset waits for requests in flight.
+    Resetting,
+}
+
+/// Someone who waits for members. Called with the lock of a member's function held: it must only leave a note.
+pub trait Wake: Send + Sync {
+    /// A member came to rest.
+    fn wake(&self);
+}
+
+/// A device that belongs to a group. It does not know its owner.
+pub trait Member: Send + Sync {
+    /// The name in messages and in `tern info`.
+    fn name(&self) -> &str;
+
+    /// Its mode for `party` (S3-3).
+    fn mode(&self, party: Party) -> Mode;
+
+    /// Sets its mode for `party`. Leaving Active is only complete when it is at rest.
+    fn set_mode(&self, party: Party, mode: Mode);
+
+    /// How far it is from standing still. If it is not at rest, [`Wake::wake`] is called when it is.
+    fn rest(&self) -> Rest;
+
+    /// Gives up requests in flight whose execution has not begun: they become descriptors that the member owns.
+    fn recall(&self);
+
+    /// Counts the resets that make it forget what an owner's driver wrote to it: function level resets, and its own
+    /// coming and going.
+    fn epoch(&self) -> u64;
+
+    /// What bounds its context.
+    fn shape(&self) -> Shape;
+
+    /// Its state now.
+    fn save(&self) -> FunctionState;
+
+    /// Whether it could be put into `state`.
+    fn check(&self, state: &FunctionState) -> Result<(), RestoreError>;
+
+    /// Puts it into `state`, or does nothing.
+    fn restore(&self, state: &FunctionState) -> Result<(), RestoreError>;
+
+    /// The records of its writes to memory.
+    fn records(&self) -> Arc<Records>;
+
+    /// Says who is to be woken. Only the first call counts.
+    fn set_wake(&self, wake: Arc<dyn Wake>);
+}

@@ -1,0 +1,173 @@
+//! DEV_CTX_SIZE_GET, DEV_CTX_READ, DEV_CTX_WRITE, DEV_CTX_FIELDS_QUERY and DEV_CTX_DISCARD.
+//!
+//! A context is read from a snapshot that is taken with its first byte (G3-m). A new one is there after a change of the
+//! mode, a discard, or a context that was written to its end (G3-l); what the guest does never makes one (S3-23).
+
+use super::{BAD_FIELD, BAD_STATE, Exchange, Refusal};
+use crate::admin::envelope::Answer;
+use crate::admin::queue::MAX_DATA;
+use crate::context::{self, Decoder, Pushed};
+use crate::gate::Mode;
+use crate::state::FunctionState;
+use crate::virtio::RestoreError;
+
+/// How far one driver is with the context of one member.
+#[derive(Debug, Default)]
+pub struct ContextSession {
+    /// That of the member when this was true.
+    epoch: u64,
+    reading: Reading,
+    writing: Option<Decoder>,
+}
+
+/// How far a context was read.
+#[derive(Debug, Default)]
+enum Reading {
+    /// Not at all.
+    #[default]
+    Begin,
+    /// `at` bytes of it.
+    Part { bytes: Vec<u8>, at: usize },
+    /// To its end (S3-23).
+    End,
+}
+
+impl ContextSession {
+    /// The member is in `epoch`: if that is a new one, everything here is out of date (G3-z).
+    pub fn enter(&mut self, epoch: u64) {
+        if self.epoch != epoch {
+            *self = Self {
+                epoch,
+                ..Self::default()
+            };
+        }
+    }
+
+    /// There is a new context to read, and none was written.
+    pub(super) fn begin_anew(&mut self) {
+        self.reading = Reading::Begin;
+        self.writing = None;
+    }
+
+    /// True while a context is read or written in part (S3-7).
+    pub(super) fn is_partial(&self) -> bool {
+        let read = matches!(self.reading, Reading::Part { at: 1.., .. });
+        read || self.writing.as_ref().is_some_and(Decoder::is_partial)
+    }
+
+    /// The last complete context that was written, if there is one.
+    fn written(&self) -> Option<&FunctionState> {
+        self.writing.as_ref().and_then(Decoder::latest)
+    }
+
+    pub(super) fn take_written(&mut self) -> Option<FunctionState> {
+        self.writing.as_mut().and_then(Decoder::take_latest)
+    }
+}
+
+impl Exchange<'_> {
+    /// DEV_CTX_SIZE_GET: what is left to read in this mode, or with freeze_mode, what there is to read in Freeze.
+    pub(super) fn context_size(&mut self) -> Result<Answer, Refusal> {
+        let in_freeze = match self.data.first() {
+            None | Some(0) => false,
+            Some(1) => self.mode() != Mode::Freeze,
+            Some(_) => return Err(BAD_FIELD.into()),
+        };
+        let size = match &self.context().reading {
+            Reading::Part { bytes, at } if !in_freeze => bytes.len() - at,
+            Reading::End if !in_freeze => 0,
+            _ => self.encode_context().len(),
+        };
+        Ok((size as u64).to_le_bytes().to_vec().into())
+    }
+
+    /// DEV_CTX_READ.
+    pub(super) fn read_context(&mut self) -> Result<Answer, Refusal> {
+        self.after_reset()?;
+        if let Reading::Begin = self.context().reading {
+            let bytes = self.encode_context();
+            self.context().reading = Reading::Part { bytes, at: 0 };
+        }
+        let room = self.room;
+        let context = self.context();
+        let Reading::Part { bytes, at } = &mut context.reading else {
+            return Ok(Answer::default());
+        };
+        let end = at.saturating_add(room).min(bytes.len());
+        let result = bytes.get(*at..end).unwrap_or_default().to_vec();
+        *at = end;
+        if end == bytes.len() {
+            context.reading = Reading::End;
+        }
+        Ok(Answer {
+            // A context is far shorter than 4 GiB.
+            output: result.len() as u32,
+            result,
+        })
+    }
+
+    /// The context there is to read: the member's, or what was written to it.
+    fn encode_context(&mut self) -> Vec<u8> {
+        let member = self.member;
+        let shape = member.shape();
+        match self.context().written() {
+            Some(state) => context::encode(state, &shape),
+            None => context::encode(&member.save(), &shape),
+        }
+    }
+
+    /// DEV_CTX_WRITE. What is refused leaves no trace, however much was written before (G3-p).
+    pub(super) fn write_context(&mut self) -> Result<Answer, Refusal> {
+        self.after_reset()?;
+        if self.mode() != Mode::Freeze {
+            return Err(BAD_STATE.into());
+        }
+        if self.data.len() > MAX_DATA {
+            return Err(BAD_FIELD.into());
+        }
+        let (member, data) = (self.member, self.data);
+        let context = self.context();
+        let writing = &mut context.writing;
+        let decoder = writing.get_or_insert_with(|| Decoder::new(&member.shape()));
+        let pushed = decoder.push_checked(data, |state| member.check(state));
+        match pushed {
+            Ok(Pushed::Incomplete) => {}
+            Ok(Pushed::Complete) => context.reading = Reading::Begin,
+            Err(error) => {
+                tracing::debug!(member = member.name(), %error, "device context refused");
+                return Err(BAD_FIELD.into());
+            }
+        }
+        Ok(Answer::default())
+    }
+
+    /// The context that was written takes effect (S3-32).
+    pub(super) fn take_effect(&mut self, state: FunctionState) -> Result<(), Refusal> {
+        let Err(error) = self.member.restore(&state) else {
+            return Ok(());
+        };
+        // It had been checked, and the member has not run since.
+        tracing::error!(member = self.member.name(), %error, "a device context that was accepted cannot take effect");
+        Err(match error {
+            RestoreError::Busy => Refusal::Later,
+            _ => BAD_FIELD.into(),
+        })
+    }
+
+    /// DEV_CTX_FIELDS_QUERY: le16 type, 6 reserved bytes and le64 length for each (S3-35).
+    pub(super) fn context_fields(&self) -> Answer {
+        let mut result = Vec::new();
+        for (field, len) in context::fields(&self.member.shape()) {
+            result.extend_from_slice(&field.raw().to_le_bytes());
+            result.extend_from_slice(&[0; 6]);
+            result.extend_from_slice(&len.to_le_bytes());
+        }
+        result.into()
+    }
+
+    /// DEV_CTX_DISCARD: as if nothing had been read in this mode, and nothing written (S3-28, S3-31).
+    pub(super) fn discard_context(&mut self) -> Answer {
+        self.context().begin_anew();
+        Answer::default()
+    }
+}

@@ -1,0 +1,88 @@
+//! A function as a member of a group: what its owner's drivers do to it.
+
+use std::sync::Arc;
+
+use super::VirtioFunction;
+use crate::admin::{Member, Rest, Wake};
+use crate::gate::{Mode, Party, Reasons};
+use crate::memory::records::Records;
+use crate::state::{FunctionState, Shape};
+use crate::virtio::RestoreError;
+
+impl Member for VirtioFunction {
+    fn name(&self) -> &str {
+        Self::name(self)
+    }
+
+    fn mode(&self, party: Party) -> Mode {
+        self.reasons().mode(party)
+    }
+
+    fn set_mode(&self, party: Party, mode: Mode) {
+        let mut core = self.lock();
+        let reason = Reasons::of_mode(party, mode);
+        // The new reason before the old one goes, so that the gate does not open in between.
+        core.gate.close(reason);
+        self.open(&mut core, Reasons::modes(party) - reason);
+    }
+
+    fn rest(&self) -> Rest {
+        let mut core = self.lock();
+        let rest = match core.drained() {
+            _ if core.gate.reasons().contains(Reasons::RESET) => Rest::Resetting,
+            true => Rest::AtRest,
+            false => Rest::Draining,
+        };
+        core.awaited |= rest != Rest::AtRest;
+        rest
+    }
+
+    fn recall(&self) {
+        let mut core = self.lock();
+        // The gate is closed, so this fetches nothing.
+        let (device, _, mut io) = core.io(0);
+        device.recall(&mut io);
+        self.settle(&mut core);
+    }
+
+    fn epoch(&self) -> u64 {
+        self.lock().epoch
+    }
+
+    fn shape(&self) -> Shape {
+        Self::shape(self)
+    }
+
+    fn save(&self) -> FunctionState {
+        Self::save(self)
+    }
+
+    fn check(&self, state: &FunctionState) -> Result<(), RestoreError> {
+        Self::check(self, state)
+    }
+
+    fn restore(&self, state: &FunctionState) -> Result<(), RestoreError> {
+        Self::restore(self, state)
+    }
+
+    fn records(&self) -> Arc<Records> {
+        Arc::clone(self.lock().view.records())
+    }
+
+    fn set_wake(&self, wake: Arc<dyn Wake>) {
+        // A function is a member of one group, so only the first counts.
+        let _ = self.wake.set(wake);
+    }
+}
+
+impl VirtioFunction {
+    /// The function, which was just reset, ceases to exist as a member, or comes to exist: it is Active for everyone (S3-2),
+    /// and nobody records it.
+    pub fn renew(&self) {
+        let mut core = self.lock();
+        for party in [Party::Guest, Party::Monitor] {
+            self.open(&mut core, Reasons::modes(party));
+            core.view.records().stop(party);
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! A function's state, taken out and put in: see [`state`](crate::state).
+
+use std::collections::HashSet;
+
+use super::{Core, Suspend, VirtioFunction};
+use crate::gate::Reasons;
+use crate::state::{FunctionState, QueueState, RegisterState, Shape};
+use crate::virtio::queue::{NO_VECTOR, RingError, Virtqueue};
+use crate::virtio::{Status, feature};
+
+/// Why a state is none that this function can have. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// Requests are in flight, or a reset is under way.
+    #[error("the function is not at rest")]
+    Busy,
+    /// Features the device does not offer.
+    #[error("the driver accepted features {0:#x}, which this device does not offer")]
+    Features(u128),
+    /// Device status bits that cannot be set together, or whose features were not negotiated.
+    #[error("device_status {0:#x} is none this device can have")]
+    Status(u8),
+    /// An MSI-X vector the function does not have.
+    #[error("MSI-X vector {vector:#x} of {of} is out of range")]
+    Vector {
+        /// "the configuration", or the queue.
+        of: String,
+        /// The vector.
+        vector: u16,
+    },
+    /// Another number of queues.
+    #[error("{found} queues; this device has {expected}")]
+    QueueCount {
+        /// In the state.
+        found: usize,
+        /// Of the device.
+        expected: u16,
+    },
+    /// A register of a queue that cannot have this value.
+    #[error("queue {index}: {what}")]
+    Queue {
+        /// The queue.
+        index: u16,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// A ring that does not lie in guest memory.
+    #[error("queue {index}: {source}")]
+    Ring {
+        /// The queue.
+        index: u16,
+        /// What is wrong with it.
+        source: RingError,
+    },
+    /// A device configuration this device cannot have.
+    #[error("the device configuration differs from that of this device where it cannot be changed")]
+    Config,
+}
+
+/// A state that was found good, and its queues in running form. Nothing can fail any more.
+struct Checked<'a> {
+    state: &'a FunctionState,
+    driver_features: u64,
+    status: Status,
+    queues: Vec<Virtqueue>,
+}
+
+impl VirtioFunction {
+    /// What bounds the saved forms of this function.
+    pub fn shape(&self) -> Shape {
+        let core = self.lock();
+        let queues = core.queues.iter().take(self.device_queues.into());
+        Shape {
+            queue_sizes: queues.map(Virtqueue::max_size).collect(),
+            config_len: self.config_len,
+            queue_status: core.doors.queue_status,
+        }
+    }
+
+    /// The function's state now. Chains that are in flight are in it as owned by the device; of a function at rest, none
+    /// are but those it gave up.
+    pub fn save(&self) -> FunctionState {
+        let core = self.lock();
+        let queues = core.queues.iter().take(self.device_queues.into());
+        FunctionState {
+            offered: core.offered().into(),
+            accepted: core.driver_features.into(),
+            registers: RegisterState {
+                device_feature_select: core.selectors.device_feature,
+                driver_feature_select: core.selectors.driver_feature,
+                config_vector: core.config_vector,
+                num_queues: self.device_queues,
+                status: core.shown_status().bits(),
+                config_generation: core.config_generation,
+                queue_select: core.selectors.queue,
+            },
+            queues: queues.map(Virtqueue::save).collect(),
+            config: core.device.config().to_vec(),
+        }
+    }
+
+    /// True if the function could be put into `state` now.
+    pub fn check(&self, state: &FunctionState) -> Result<(), RestoreError> {
+        self.checked(&self.lock(), state).map(|_| ())
+    }
+
+    /// Puts the function into `state`, all of it or none of it. It starts to work when its gate opens; reasons that are not
+    /// the driver's stay as they are.
+    pub fn restore(&self, state: &FunctionState) -> Result<(), RestoreError> {
+        let mut core = self.lock();
+        let busy = core.gate.reasons().contains(Reasons::RESET) || !core.drained();
+        if busy {
+            return Err(RestoreError::Busy);
+        }
+        let checked = self.checked(&core, state)?;
+        self.commit(&mut core, checked);
+        Ok(())
+    }
+
+    fn checked<'a>(
+        &self,
+        core: &Core,
+        state: &'a FunctionState,
+    ) -> Result<Checked<'a>, RestoreError> {
+        let offered = core.offered();
+        let accepted = u64::try_from(state.accepted).ok();
+        let driver_features =
+            accepted
+                .filter(|features| features & !offered == 0)
+                .ok_or(RestoreError::Features(
+                    state.accepted & !u128::from(offered),
+                ))?;
+        let status = core.checked_status(state.registers.status, driver_features)?;
+        let vectors = self.interrupt.get().map_or(NO_VECTOR, |i| i.vectors());
+        let vector = |vector, of: &dyn Fn() -> String| match vector {
+            NO_VECTOR => Ok(()),
+            vector if vector < vectors => Ok(()),
+            vector => Err(RestoreError::Vector { of: of(), vector }),
+        };
+        vector(state.registers.config_vector, &|| {
+            "the configuration".into()
+        })?;
+        if state.queues.len() != usize::from(self.device_queues) {
+            return Err(RestoreError::QueueCount {
+                found: state.queues.len(),
+                expected: self.device_queues,
+            });
+        }
+        let mut queues = Vec::with_capacity(state.queues.len());
+        for (index, (saved, queue)) in (0..).zip(state.queues.iter().zip(&core.queues)) {
+            vector(saved.vector, &|| format!("queue {index}"))?;
+            check_queue(saved, queue.max_size(), core.doors.queue_status)
+                .map_err(|what| RestoreError::Queue { index, what })?;
+            let restored = Virtqueue::restored(queue.max_size(), saved, &core.view)
+                .map_err(|source| RestoreError::Ring { index, source })?;
+            queues.push(restored);
+        }
+        let fits = state.config.len() == self.config_len;
+        if !fits || !core.device.accepts_config(&state.config) {
+            return Err(RestoreError::Config);
+        }
+        Ok(Checked {
+            state,
+            driver_features,
+            status,
+            queues,
+        })
+    }
+
+    fn commit(&self, core: &mut Core, checked: Checked<'_>) {
+        let Checked {
+            state,
+            driver_features,
+            status,
+            queues,
+        } = checked;
+        core.reset();
+        core.driver_features = driver_features;
+        let registers = &state.registers;
+        core.selectors.device_feature = registers.device_feature_select;
+        core.selectors.driver_feature = registers.driver_feature_select;
+        core.selectors.queue = registers.queue_select;
+        core.config_vector = registers.config_vector;
+        // Whoever was reading the configuration reads it again (G3-f).
+        core.config_generation = registers.config_generation.wrapping_add(1);
+        core.device.restore_config(&state.config);
+        for (slot, queue) in core.queues.iter_mut().zip(queues) {
+            *slot = queue;
+        }
+        let suspended = status.contains(Status::SUSPEND);
+        let doors = Status::SUSPEND | Status::DEVICE_STOPPED;
+        core.status = status - doors;
+        if suspended {
+            core.gate.close(Reasons::SUSPENDED);
+            // The SUSPEND of virtio 1.4 hides it.
+            core.status |= Status::DRIVER_OK;
+        }
+        if status.contains(Status::DEVICE_STOPPED) {
+            core.gate.close(Reasons::DEVICE_STOPPED);
+        }
+        if status.contains(Status::NEEDS_RESET) {
+            core.gate.close(Reasons::BROKEN);
+        }
+        if core.status.contains(Status::DRIVER_OK) {
+            let event_index = core.event_index();
+            for queue in &mut core.queues {
+                queue.set_event_index(event_index);
+            }
+            core.device.activate(driver_features);
+            self.open(core, Reasons::NO_DRIVER);
+        }
+    }
+}
+
+impl Core {
+    /// The bits of a saved device status, if the device can show them together.
+    fn checked_status(&self, raw: u8, driver_features: u64) -> Result<Status, RestoreError> {
+        let refused = RestoreError::Status(raw);
+        let Some(status) = Status::from_bits(raw) else {
+            return Err(refused);
+        };
+        let accepted =
+            |number: Option<u8>| number.is_some_and(|n| n < 64 && driver_features & 1 << n != 0);
+        let has = |bit| status.contains(bit);
+        let live = has(Status::DRIVER_OK);
+        let negotiated = has(Status::FEATURES_OK);
+        let suspend_fits = match self.doors.suspend {
+            _ if !has(Status::SUSPEND) => true,
+            Some(Suspend::V5) => live,
+            Some(Suspend::V1_4) => !live && negotiated,
+            None => false,
+        };
+        let suspend_number = self.doors.suspend.map(Suspend::feature);
+        // The suspended device of virtio 1.4 is live behind its status.
+        let runs = live || has(Status::SUSPEND);
+        let good = (!negotiated || driver_features & feature::VERSION_1 != 0)
+            && (!live || negotiated)
+            && suspend_fits
+            && (!has(Status::SUSPEND) || accepted(suspend_number))
+            && (!has(Status::DEVICE_STOPPED) || (runs && accepted(self.doors.device_stop)));
+        good.then_some(status).ok_or(refused)
+    }
+}
+
+/// What is wrong with a saved queue, but for its addresses.
+fn check_queue(saved: &QueueState, max_size: u16, can_stop: bool) -> Result<(), &'static str> {
+    if !saved.size.is_power_of_two() || saved.size > max_size {
+        return Err("queue_size is not a power of two within the maximum");
+    }
+    if !saved.enabled {
+        return match saved {
+            QueueState { stopped: true, .. } => Err("stopped without being enabled"),
+            QueueState { owned, .. } if !owned.is_empty() => {
+                Err("descriptors owned without being enabled")
+            }
+            QueueState { next_available, .. } if *next_available != 0 && !can_stop => {
+                Err("an available index without being enabled")
+            }
+            _ => Ok(()),
+        };
+    }
+    if saved.stopped && !can_stop {
+        return Err("stopped, which this device does not offer");
+    }
+    let mut seen = HashSet::with_capacity(saved.owned.len());
+    let once = |head: &u16| *head < saved.size && seen.insert(*head);
+    match saved.owned.iter().all(once) {
+        true => Ok(()),
+        false => Err("an owned descriptor is out of range or listed twice"),
+    }
+}
