@@ -241,6 +241,7 @@ impl Virtqueue {
     /// Asks for a reset of this queue; [`Self::finish_reset`] completes it once nothing is in flight.
     pub(super) fn request_reset(&mut self) {
         self.resetting = self.ring.is_some();
+        self.start = None;
     }
 
     /// Completes a requested reset if nothing is in flight. The registers return to their defaults.
