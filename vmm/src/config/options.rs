@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use devices::net::MacAddress;
+use devices::virtio::Doors;
 use serde::{Deserialize, Serialize};
+
+use super::doors;
 
 /// Longest serial number of a virtio disk in bytes (virtio 1.4, 5.2.6).
 const SERIAL_MAX: usize = 20;
@@ -13,6 +16,11 @@ const SERIAL_MAX: usize = 20;
 const IFNAME_MAX: usize = 15;
 /// The most queues of a disk.
 const MAX_QUEUES: u16 = 64;
+
+/// How a disk is written, but for its doors.
+const DISK_FORM: &str = "path=PATH[,readonly][,serial=ID][,queues=N][,bus=root|port]";
+/// The same of a network interface.
+const NET_FORM: &str = "tap=NAME|switch=NAME[,mac=MAC][,bus=root|port]";
 
 /// Where a device sits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,24 +45,79 @@ impl FromStr for Slot {
     }
 }
 
-/// A disk: `path=PATH[,readonly][,serial=ID][,queues=N][,bus=root|port]`.
+/// A disk: `path=PATH[,readonly][,serial=ID][,queues=N][,bus=root|port]`, and the doors it offers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "RawDisk", into = "RawDisk")]
 pub struct Disk {
     /// A raw image file or a block device.
     pub path: PathBuf,
     /// The guest cannot write.
-    #[serde(default)]
     pub readonly: bool,
     /// Serial number shown to the guest; at most 20 bytes of ASCII.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
     /// Number of request queues.
-    #[serde(default = "one", skip_serializing_if = "is_one")]
     pub queues: u16,
     /// Where it sits.
-    #[serde(default)]
     pub bus: Slot,
+    /// What its driver can stop it with.
+    pub doors: Doors,
+}
+
+/// The JSON form of [`Disk`].
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDisk {
+    path: PathBuf,
+    #[serde(default)]
+    readonly: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    serial: Option<String>,
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    queues: u16,
+    #[serde(default)]
+    bus: Slot,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    suspend: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    device_stop: Option<u32>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    device_state_cap: bool,
+}
+
+impl TryFrom<RawDisk> for Disk {
+    type Error = String;
+
+    fn try_from(raw: RawDisk) -> Result<Self, String> {
+        let doors = doors::Given {
+            suspend: raw.suspend,
+            device_stop: raw.device_stop,
+            device_state_cap: raw.device_state_cap,
+        };
+        Ok(Self {
+            path: raw.path,
+            readonly: raw.readonly,
+            serial: raw.serial,
+            queues: raw.queues,
+            bus: raw.bus,
+            doors: doors.try_into()?,
+        })
+    }
+}
+
+impl From<Disk> for RawDisk {
+    fn from(disk: Disk) -> Self {
+        let doors = doors::Given::from(disk.doors);
+        Self {
+            path: disk.path,
+            readonly: disk.readonly,
+            serial: disk.serial,
+            queues: disk.queues,
+            bus: disk.bus,
+            suspend: doors.suspend,
+            device_stop: doors.device_stop,
+            device_state_cap: doors.device_state_cap,
+        }
+    }
 }
 
 fn one() -> u16 {
@@ -107,6 +170,7 @@ impl FromStr for Disk {
             serial: None,
             queues: 1,
             bus: Slot::Root,
+            doors: Doors::default(),
         };
         for (key, value) in fields(text)? {
             match (key, value) {
@@ -117,13 +181,8 @@ impl FromStr for Disk {
                     disk.queues = value.parse().map_err(|_| queues_rule(value))?;
                 }
                 ("bus", Some(value)) => disk.bus = value.parse()?,
-                _ => {
-                    return Err(unknown(
-                        key,
-                        value,
-                        "path=PATH[,readonly][,serial=ID][,queues=N][,bus=root|port]",
-                    ));
-                }
+                _ if doors::take(&mut disk.doors, key, value)? => {}
+                _ => return Err(unknown(key, value, &format!("{DISK_FORM}{}", doors::FORM))),
             }
         }
         disk.validate()?;
@@ -146,7 +205,7 @@ impl fmt::Display for Disk {
         if self.bus == Slot::Port {
             f.write_str(",bus=port")?;
         }
-        Ok(())
+        doors::write(f, self.doors)
     }
 }
 
@@ -170,6 +229,8 @@ pub struct Net {
     pub mac: Option<MacAddress>,
     /// Where it sits.
     pub bus: Slot,
+    /// What its driver can stop it with.
+    pub doors: Doors,
 }
 
 /// The JSON form of [`Net`]: `tap` or `switch` as a key.
@@ -184,6 +245,12 @@ struct RawNet {
     mac: Option<MacAddress>,
     #[serde(default)]
     bus: Slot,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    suspend: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    device_stop: Option<u32>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    device_state_cap: bool,
 }
 
 impl TryFrom<RawNet> for Net {
@@ -206,10 +273,16 @@ impl TryFrom<RawNet> for Net {
                 return Err("neither tap=NAME nor switch=NAME; write one of them".to_owned());
             }
         };
+        let doors = doors::Given {
+            suspend: raw.suspend,
+            device_stop: raw.device_stop,
+            device_state_cap: raw.device_state_cap,
+        };
         Ok(Self {
             backend,
             mac: raw.mac,
             bus: raw.bus,
+            doors: doors.try_into()?,
         })
     }
 }
@@ -220,11 +293,15 @@ impl From<Net> for RawNet {
             NetBackend::Tap(name) => (Some(name), None),
             NetBackend::Switch(name) => (None, Some(name)),
         };
+        let doors = doors::Given::from(net.doors);
         Self {
             tap,
             switch,
             mac: net.mac,
             bus: net.bus,
+            suspend: doors.suspend,
+            device_stop: doors.device_stop,
+            device_state_cap: doors.device_state_cap,
         }
     }
 }
@@ -252,7 +329,11 @@ impl FromStr for Net {
             switch: None,
             mac: None,
             bus: Slot::Root,
+            suspend: None,
+            device_stop: None,
+            device_state_cap: false,
         };
+        let mut offered = Doors::default();
         for (key, value) in fields(text)? {
             match (key, value) {
                 ("tap", Some(value)) => raw.tap = Some(value.to_owned()),
@@ -261,16 +342,15 @@ impl FromStr for Net {
                     raw.mac = Some(value.parse().map_err(|e| format!("mac={value}: {e}"))?)
                 }
                 ("bus", Some(value)) => raw.bus = value.parse()?,
-                _ => {
-                    return Err(unknown(
-                        key,
-                        value,
-                        "tap=NAME|switch=NAME[,mac=MAC][,bus=root|port]",
-                    ));
-                }
+                _ if doors::take(&mut offered, key, value)? => {}
+                _ => return Err(unknown(key, value, &format!("{NET_FORM}{}", doors::FORM))),
             }
         }
-        raw.try_into()
+        let net = Self::try_from(raw)?;
+        Ok(Self {
+            doors: offered,
+            ..net
+        })
     }
 }
 
@@ -286,7 +366,7 @@ impl fmt::Display for Net {
         if self.bus == Slot::Port {
             f.write_str(",bus=port")?;
         }
-        Ok(())
+        doors::write(f, self.doors)
     }
 }
 

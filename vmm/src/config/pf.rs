@@ -3,12 +3,14 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
-use devices::admin::{self, Profile, Strictness};
+use devices::admin::{self, Drain, Profile, Strictness};
 use devices::net::MacAddress;
-use devices::virtio::DeviceType;
+use devices::virtio::{DeviceType, Doors};
 use serde::{Deserialize, Serialize};
 
+use super::doors;
 use super::options::{fields, interface_name, interface_name_rule, unknown};
 
 /// The most virtual functions: with their owner they fill a bus.
@@ -17,7 +19,10 @@ pub const MAX_VFS: u16 = 255;
 const PLACEHOLDER: &str = "%d";
 /// How an owner is written.
 const FORM: &str = "net,vfs=N[,switch=NAME][,uplink-tap=NAME][,mac=MAC] or block,vfs=N,path=PATH,vf-path=PATH-WITH-%d\
-                    [,readonly], each with [,strict-admin][,admin=draft|v1.4][,passthrough]";
+                    [,readonly], each with [,strict-admin][,admin=draft|v1.4][,drain-ms=N][,passthrough], and for the \
+                    virtual functions";
+/// The longest time that can be given for `drain-ms`; commands of the monitor wait longer.
+const MAX_DRAIN_MS: u32 = 5000;
 
 /// An owner, its members, and how both are shown: `net,vfs=N,…` or `block,vfs=N,…`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +36,10 @@ pub struct Pf {
     pub strict_admin: bool,
     /// The administration commands it has.
     pub admin: Profile,
+    /// How long a member that is to stop waits for what is in flight before it takes back what has not begun.
+    pub drain: Drain,
+    /// What drivers of the members, not of the owner, can stop them with.
+    pub doors: Doors,
     /// The monitor keeps the owner; the guest gets the members, as plain endpoints.
     pub passthrough: bool,
 }
@@ -71,7 +80,7 @@ impl Pf {
     pub fn admin_options(&self) -> admin::Options {
         admin::Options {
             profile: self.admin,
-            drain: admin::Drain::default(),
+            drain: self.drain,
             strictness: match self.strict_admin {
                 true => Strictness::Strict,
                 false => Strictness::Lenient,
@@ -104,6 +113,16 @@ impl Pf {
 /// Why `vfs=given` was refused.
 fn vfs_rule(given: &str) -> String {
     format!("vfs={given} is not possible; an owner has between 1 and {MAX_VFS} virtual functions")
+}
+
+/// Whole milliseconds; they are at most [`MAX_DRAIN_MS`].
+fn milliseconds(drain: Drain) -> u32 {
+    drain.0.as_millis().try_into().unwrap_or(MAX_DRAIN_MS)
+}
+
+/// Why `drain-ms=given` was refused.
+fn drain_rule(given: &str) -> String {
+    format!("drain-ms={given} is not possible; it takes milliseconds from 0 to {MAX_DRAIN_MS}")
 }
 
 /// The file of member `number`.
@@ -151,6 +170,14 @@ struct RawPf {
     strict_admin: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     admin: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    drain_ms: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    suspend: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    device_stop: Option<u32>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    device_state_cap: bool,
     #[serde(default)]
     passthrough: bool,
 }
@@ -252,9 +279,21 @@ impl TryFrom<RawPf> for Pf {
             Some(name) => name.parse().map_err(|e| format!("admin={name}: {e}"))?,
             None => Profile::default(),
         };
+        let drain = match raw.drain_ms {
+            Some(ms) if ms <= MAX_DRAIN_MS => Drain(Duration::from_millis(ms.into())),
+            Some(ms) => return Err(drain_rule(&ms.to_string())),
+            None => Drain::default(),
+        };
+        let doors = doors::Given {
+            suspend: raw.suspend.clone(),
+            device_stop: raw.device_stop,
+            device_state_cap: raw.device_state_cap,
+        };
         Ok(Self {
             vfs,
             admin,
+            drain,
+            doors: doors.try_into()?,
             strict_admin: raw.strict_admin,
             passthrough: raw.passthrough,
             device: match raw.kind {
@@ -267,6 +306,7 @@ impl TryFrom<RawPf> for Pf {
 
 impl From<Pf> for RawPf {
     fn from(pf: Pf) -> Self {
+        let doors = doors::Given::from(pf.doors);
         let mut raw = Self {
             kind: Kind::Net,
             vfs: pf.vfs.into(),
@@ -278,6 +318,10 @@ impl From<Pf> for RawPf {
             readonly: false,
             strict_admin: pf.strict_admin,
             admin: (pf.admin != Profile::default()).then(|| pf.admin.name().to_owned()),
+            drain_ms: (pf.drain != Drain::default()).then(|| milliseconds(pf.drain)),
+            suspend: doors.suspend,
+            device_stop: doors.device_stop,
+            device_state_cap: doors.device_state_cap,
             passthrough: pf.passthrough,
         };
         match pf.device {
@@ -307,7 +351,7 @@ impl FromStr for Pf {
         let kind = match kind {
             "net" => Kind::Net,
             "block" => Kind::Block,
-            _ => return Err(unknown(kind, None, FORM)),
+            _ => return Err(unknown(kind, None, &format!("{FORM} {}", doors::FORM))),
         };
         let mut vfs = None;
         let mut raw = RawPf {
@@ -321,8 +365,13 @@ impl FromStr for Pf {
             readonly: false,
             strict_admin: false,
             admin: None,
+            drain_ms: None,
+            suspend: None,
+            device_stop: None,
+            device_state_cap: false,
             passthrough: false,
         };
+        let mut offered = Doors::default();
         let given = if rest.is_empty() {
             Vec::new()
         } else {
@@ -344,12 +393,20 @@ impl FromStr for Pf {
                 ("readonly", None) => raw.readonly = true,
                 ("strict-admin", None) => raw.strict_admin = true,
                 ("admin", Some(value)) => raw.admin = Some(value.to_owned()),
+                ("drain-ms", Some(value)) => {
+                    raw.drain_ms = Some(value.parse().map_err(|_| drain_rule(value))?);
+                }
                 ("passthrough", None) => raw.passthrough = true,
-                _ => return Err(unknown(key, value, FORM)),
+                _ if doors::take(&mut offered, key, value)? => {}
+                _ => return Err(unknown(key, value, &format!("{FORM} {}", doors::FORM))),
             }
         }
         raw.vfs = vfs.ok_or("no vfs=N, the number of virtual functions; write one")?;
-        raw.try_into()
+        let pf = Self::try_from(raw)?;
+        Ok(Self {
+            doors: offered,
+            ..pf
+        })
     }
 }
 
@@ -388,7 +445,11 @@ impl fmt::Display for Pf {
         if self.admin != Profile::default() {
             write!(f, ",admin={}", self.admin.name())?;
         }
-        flag(f, "passthrough", self.passthrough)
+        if self.drain != Drain::default() {
+            write!(f, ",drain-ms={}", milliseconds(self.drain))?;
+        }
+        flag(f, "passthrough", self.passthrough)?;
+        doors::write(f, self.doors)
     }
 }
 

@@ -17,7 +17,7 @@ use devices::io::{IoThread, IoThreadError};
 use devices::memory::{GuestRam, MemoryError};
 use devices::net::{MacAddress, Net, PortConfig, Switch, SwitchError, Tap, TapError};
 use devices::rng::Rng;
-use devices::virtio::{VirtioDevice, VirtioFunction};
+use devices::virtio::{Doors, VirtioDevice, VirtioFunction};
 use pci::function::SingleFunction;
 use pci::msi::MsiController;
 use pci::owner::OwnerError;
@@ -70,6 +70,7 @@ pub enum FunctionError {
 struct Backend {
     name: String,
     slot: Slot,
+    doors: Doors,
     device: Box<dyn VirtioDevice>,
 }
 
@@ -96,7 +97,7 @@ impl Backends {
                 serial: disk.serial.clone().unwrap_or_default(),
                 queues: disk.queues,
             })?;
-            backends.add(format!("disk{index}"), disk.bus, device);
+            backends.add(format!("disk{index}"), disk.bus, disk.doors, device);
         }
         let seed = RandomState::new().build_hasher().finish();
         let mut switches = BTreeMap::<String, Switch>::new();
@@ -117,14 +118,16 @@ impl Backends {
                     Net::new(mac, port)
                 }
             };
-            backends.add(name, net.bus, device);
+            backends.add(name, net.bus, net.doors, device);
         }
         for (index, pf) in config.pfs.iter().enumerate() {
             let group = GroupBackend::open(format!("pf{index}"), pf, &mut switches)?;
             backends.groups.push(group);
         }
+        // There is no option for these two.
+        let none = Doors::default();
         if config.rng {
-            backends.add("rng".to_owned(), Slot::Root, Rng::new());
+            backends.add("rng".to_owned(), Slot::Root, none, Rng::new());
         }
         if let Some(target) = &config.virtio_console {
             let file = console_file(target, &config.boot_files())?;
@@ -136,15 +139,16 @@ impl Backends {
                 (_, None) => Box::new(std::io::sink()),
             };
             let console = Console::new(stdin, output)?;
-            backends.add("console".to_owned(), Slot::Root, console);
+            backends.add("console".to_owned(), Slot::Root, none, console);
         }
         Ok(backends)
     }
 
-    fn add(&mut self, name: String, slot: Slot, device: impl VirtioDevice + 'static) {
+    fn add(&mut self, name: String, slot: Slot, doors: Doors, device: impl VirtioDevice + 'static) {
         self.list.push(Backend {
             name,
             slot,
+            doors,
             device: Box::new(device),
         });
     }
@@ -182,8 +186,14 @@ impl Functions {
         }
         let io = IoThread::spawn("io")?;
         let mut single = Vec::with_capacity(backends.list.len());
-        for Backend { name, slot, device } in backends.list {
-            let virtio = VirtioFunction::new(name, device, ram.view()?)?;
+        for Backend {
+            name,
+            slot,
+            doors,
+            device,
+        } in backends.list
+        {
+            let virtio = VirtioFunction::with_doors(name, device, ram.view()?, doors)?;
             let place = match slot {
                 Slot::Root => {
                     let function = VirtioPci::new(Arc::clone(&virtio), msi, Options::ROOT_BUS)?;

@@ -194,10 +194,16 @@ impl Group {
         io: &IoThread,
     ) -> Result<Self, FunctionError> {
         let GroupBackend { name, .. } = backend;
+        let doors = backend.declaration.doors;
         let mut members = Vec::with_capacity(backend.members.len());
         for (number, device) in (1u16..).zip(backend.members) {
             let name = member_name(&name, number);
-            members.push(VirtioFunction::new(name, device, ram.view()?)?);
+            members.push(VirtioFunction::with_doors(
+                name,
+                device,
+                ram.view()?,
+                doors,
+            )?);
         }
         let group = members.iter().map(|vf| Arc::clone(vf) as Arc<dyn Member>);
         let owner = admin::Owner::new(group.collect(), backend.declaration.admin_options())?;

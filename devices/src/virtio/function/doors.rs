@@ -27,6 +27,21 @@ impl Suspend {
             Self::V1_4 => 43,
         }
     }
+
+    /// Its name in declarations.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::V5 => "v5",
+            Self::V1_4 => "v1.4",
+        }
+    }
+
+    /// The one that is called `name`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::V5, Self::V1_4]
+            .into_iter()
+            .find(|suspend| suspend.name() == name)
+    }
 }
 
 /// The doors a function offers its driver. None of them by default: virtio 1.4 knows only one of them, and reserves the

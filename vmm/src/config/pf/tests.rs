@@ -13,6 +13,8 @@ fn owners_are_written_and_read() {
         "block,vfs=2,path=pf.raw,vf-path=vf%d.raw",
         "block,vfs=2,path=a,vf-path=/x/%d,readonly,strict-admin",
         "block,vfs=8,vf-path=vf%d.raw,passthrough",
+        "block,vfs=8,vf-path=vf%d.raw,drain-ms=0,passthrough,suspend=v5",
+        "net,vfs=1,admin=v1.4,drain-ms=5000",
     ] {
         let pf: Pf = text.parse().unwrap();
         assert_eq!(pf.to_string(), text);
@@ -28,6 +30,10 @@ fn the_file_says_the_same_as_the_command_line() {
         (
             r#"{"type": "net", "vfs": 3, "uplink_tap": "t0", "strict_admin": true, "admin": "draft"}"#,
             "net,vfs=3,uplink-tap=t0,strict-admin,admin=draft",
+        ),
+        (
+            r#"{"type": "net", "vfs": 1, "drain_ms": 20}"#,
+            "net,vfs=1,drain-ms=20",
         ),
         (
             r#"{"type": "block", "vfs": 1, "path": "p", "vf_path": "v%d", "readonly": true}"#,
@@ -56,6 +62,8 @@ fn owners_that_make_no_sense_are_refused_with_the_part() {
         ("net,vfs=1,uplink-tap=a/b", "uplink-tap=a/b"),
         ("net,vfs=1,mac=53:00:00:00:00:00", "mac=53:00:00:00:00:00"),
         ("net,vfs=1,admin=v9", "admin=v9"),
+        ("net,vfs=1,drain-ms=5001", "0 to 5000"),
+        ("net,vfs=1,drain-ms=-1", "drain-ms=-1"),
         ("net,vfs=1,readonly", "net and readonly"),
         ("net,vfs=1,path=a", "net and path=a"),
         ("net,vfs=1,vf-path=a%d", "net and vf-path=a%d"),
