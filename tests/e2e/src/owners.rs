@@ -9,6 +9,7 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::block::MIB;
 use crate::trial;
 use crate::vm::{Running, Vm, tern};
 
@@ -16,6 +17,10 @@ pub fn trials() -> Vec<Trial> {
     vec![
         trial("owners::info_follows_the_guest", info),
         trial("owners::commands_have_a_session_of_their_own", commands),
+        trial(
+            "owners::the_monitor_drives_an_owner_it_keeps",
+            passed_through,
+        ),
         trial("owners::traffic_of_vfs_goes_on_after_a_pause", pause),
     ]
 }
@@ -124,6 +129,40 @@ fn commands() -> Result<()> {
     let nobody = guest.tern("admin", &["pf7", "list-query"])?;
     let said = String::from_utf8_lossy(&nobody.stderr);
     ensure!(!nobody.status.success() && said.contains("pf0"), "{said}");
+    Ok(())
+}
+
+/// The guest has the members; the owner answers the monitor.
+fn passed_through() -> Result<()> {
+    let vm = Vm::new("net-ping:a=eth0:b=eth1:mib=1,hang").args([
+        "--cpus",
+        "2",
+        "--pf",
+        "net,vfs=2,passthrough",
+    ]);
+    let mut guest = Guest::start(vm)?;
+    guest.vm.wait_for("tern-guest: tick", 0)?;
+    let answer = guest.ask("admin", &["pf0", "list-query", "--group", "sriov"])?;
+    ensure!(answer["status"] == 0, "{answer}");
+    let answer = guest.ask("info", &[])?;
+    let owner = &answer["owners"][0];
+    ensure!(
+        owner["passthrough"] == true && owner["existing_members"] == 2,
+        "{owner}"
+    );
+    ensure!(owner["function"].is_null(), "{owner}");
+    let members = owner["members"].as_array().context("members")?;
+    ensure!(
+        members.len() == 2 && members.iter().all(|member| member["live"] == true),
+        "{owner}"
+    );
+    let ports = owner["switch"].as_array().context("ports")?;
+    let moved = |port: &&Value| {
+        ["rx_bytes", "tx_bytes"]
+            .iter()
+            .all(|count| port["stats"][count].as_u64() >= Some(MIB))
+    };
+    ensure!(ports.iter().filter(moved).count() == 2, "{owner}");
     Ok(())
 }
 
