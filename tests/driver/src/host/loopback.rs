@@ -119,6 +119,9 @@ impl Controls {
 }
 
 fn echo(io: &mut Io<'_>, queue: u16, chain: &Chain) -> Result<(), RingError> {
+    if io.is_resetting() {
+        return io.push(queue, chain.head(), 0);
+    }
     let mut buffer = [0; 4096];
     let (mut offset, mut written) = (0, 0);
     loop {

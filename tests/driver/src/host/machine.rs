@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use devices::bus::{Bus, BusError, Effect};
 use devices::memory::MemoryError;
-use devices::virtio::{VirtioDevice, VirtioFunction};
+use devices::virtio::{Doors, VirtioDevice, VirtioFunction};
 use pci::function::{PciFunction, SingleFunction};
 use pci::root::{AddError, AssignError, Doorbell, PciRoot};
 use pci::topology::{Bdf, CONFIG_SPACE_SIZE, DevFn, LayoutError, PciLayout};
@@ -116,8 +116,19 @@ impl Machine {
         device: Box<dyn VirtioDevice>,
         place: Place,
     ) -> Result<Plugged, HostError> {
+        self.add_with_doors(name, device, place, Doors::default())
+    }
+
+    /// Plugs a device in that its driver can stop by `doors`.
+    pub fn add_with_doors(
+        &self,
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+        place: Place,
+        doors: Doors,
+    ) -> Result<Plugged, HostError> {
         let view = self.0.dma.ram().view()?;
-        let function = VirtioFunction::new(name, device, view)?;
+        let function = VirtioFunction::with_doors(name, device, view, doors)?;
         let options = match place {
             Place::RootBus => Options::ROOT_BUS,
             Place::BehindPort => Options::BEHIND_PORT,

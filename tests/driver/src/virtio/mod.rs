@@ -2,10 +2,14 @@
 
 pub mod admin;
 pub mod block;
+mod device_state;
+mod doors;
 pub mod net;
 mod ring;
 mod transport;
 
+pub use device_state::{DeviceState, state};
+pub use doors::Door;
 pub use ring::{
     Buffer, Descriptor, Layout, QueueError, SplitQueue, Used, avail_flag, descriptor_flag,
     used_flag,
@@ -22,6 +26,10 @@ pub mod status {
     pub const DRIVER_OK: u8 = 4;
     /// Feature negotiation is complete.
     pub const FEATURES_OK: u8 = 8;
+    /// The device is suspended.
+    pub const SUSPEND: u8 = 16;
+    /// The device is stopped.
+    pub const DEVICE_STOPPED: u8 = 32;
     /// The device cannot go on without a reset.
     pub const NEEDS_RESET: u8 = 64;
     /// The driver gave up.

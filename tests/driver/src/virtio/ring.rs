@@ -255,6 +255,14 @@ impl<D: Dma> SplitQueue<D> {
         })
     }
 
+    /// Goes on at `index` of both rings, as if as many chains had come and gone. The queue has not been used yet.
+    pub fn start_at(&mut self, index: u16) {
+        self.dma.store(self.layout.avail_index(), index);
+        self.dma.store(self.layout.used_index(), index);
+        self.want_interrupt_at(index);
+        (self.added, self.published, self.taken) = (index, index, index);
+    }
+
     /// Where the queue is, for programming the device and for raw access.
     pub fn layout(&self) -> &Layout {
         &self.layout

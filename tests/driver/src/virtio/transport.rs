@@ -21,6 +21,8 @@ pub mod structure {
     pub const DEVICE: u8 = 4;
     /// Access to the BARs through configuration space.
     pub const PCI_CFG: u8 = 5;
+    /// State of the queues.
+    pub const DEVICE_STATE: u8 = 10;
 }
 
 /// Registers of the common configuration.
@@ -108,6 +110,9 @@ pub enum TransportError {
     /// The device did not finish in time.
     #[error("{0} did not finish in time")]
     Timeout(&'static str),
+    /// The device asks for a reset, and will not do what it was told.
+    #[error("the device needs a reset")]
+    NeedsReset,
     /// The device refused the features, or does not offer VIRTIO_F_VERSION_1.
     #[error("device refused features {0:#x}")]
     Refused(u64),
