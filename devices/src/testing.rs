@@ -51,6 +51,8 @@ impl Interrupt for Recorder {
     fn vectors(&self) -> u16 {
         1024
     }
+
+    fn deliver_pending(&self) {}
 }
 
 /// One buffer of a chain.

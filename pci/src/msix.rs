@@ -4,6 +4,9 @@
 //! otherwise. A signal is dropped while off, remembered as one pending bit while masked, and delivered while live.
 //! The sink has a route for exactly the live vectors.
 //!
+//! What was remembered is owed when its vector becomes live, but delivered by [`Msix::deliver_pending`] only: whether the
+//! function may send anything is not known here. Until then the pending bit stays.
+//!
 //! Locks: `control`, then one vector. A signal takes the lock of its vector only, so it waits at most for the route
 //! change of that same vector.
 
@@ -162,20 +165,37 @@ impl Msix {
         match state.phase {
             Phase::Off => {}
             Phase::Masked => state.pending = true,
-            Phase::Live => self.sink.fire(vector),
+            Phase::Live => self.fire(vector, &mut state),
         }
     }
 
-    /// Message Control was written.
-    pub fn set_control(&self, new: Control) {
+    /// Message Control was written. True if messages are owed.
+    #[must_use = "messages that are owed are to be delivered when the function may send them"]
+    pub fn set_control(&self, new: Control) -> bool {
         let mut control = lock(&self.control);
         if *control == new {
-            return;
+            return false;
         }
         *control = new;
+        let vectors = self.vectors.iter().enumerate();
+        vectors.fold(false, |owed, (index, slot)| {
+            self.settle(index as u16, &mut lock(slot), new) || owed
+        })
+    }
+
+    /// Delivers the messages that are owed: those of live vectors whose pending bit is set.
+    pub fn deliver_pending(&self) {
         for (index, slot) in self.vectors.iter().enumerate() {
-            self.settle(index as u16, &mut lock(slot), new);
+            let mut state = lock(slot);
+            if state.owed() {
+                self.fire(index as u16, &mut state);
+            }
         }
+    }
+
+    fn fire(&self, index: u16, state: &mut Vector) {
+        state.pending = false;
+        self.sink.fire(index);
     }
 
     /// Everything as after power-on: disabled, masked, nothing pending.
@@ -186,7 +206,7 @@ impl Msix {
             let mut state = lock(slot);
             state.entry = Entry::default();
             state.pending = false;
-            self.settle(index as u16, &mut state, *control);
+            let _nothing_owed = self.settle(index as u16, &mut state, *control);
         }
     }
 
@@ -200,20 +220,22 @@ impl Msix {
 
     /// Writes the table at byte `offset`: 4 bytes at a multiple of 4, or 8 bytes at a multiple of 8, which take
     /// effect together. Software must use nothing else (PCIe Base, 6.1.4.2); other writes are ignored.
-    pub fn write_table(&self, offset: u64, data: &[u8]) {
+    /// True if a message is owed.
+    #[must_use = "a message that is owed is to be delivered when the function may send it"]
+    pub fn write_table(&self, offset: u64, data: &[u8]) -> bool {
         let (low, high) = match *data {
             [a, b, c, d] => (u32::from_le_bytes([a, b, c, d]), None),
             [a, b, c, d, e, f, g, h] => (
                 u32::from_le_bytes([a, b, c, d]),
                 Some(u32::from_le_bytes([e, f, g, h])),
             ),
-            _ => return,
+            _ => return false,
         };
         if !offset.is_multiple_of(data.len() as u64) {
-            return;
+            return false;
         }
         let Some((index, slot)) = self.slot(offset) else {
-            return;
+            return false;
         };
         let control = lock(&self.control);
         let mut state = lock(slot);
@@ -222,7 +244,7 @@ impl Msix {
         if let Some(high) = high {
             state.entry.set_register(at + 4, high);
         }
-        self.settle(index, &mut state, *control);
+        self.settle(index, &mut state, *control)
     }
 
     /// Reads the pending bits at byte `offset`. Any size and alignment; bytes beyond the array read 0.
@@ -243,8 +265,8 @@ impl Msix {
         Some((index as u16, self.vectors.get(index)?))
     }
 
-    /// After a change of entry or control: the phase, the route, and what was pending.
-    fn settle(&self, index: u16, state: &mut Vector, control: Control) {
+    /// After a change of entry or control: the phase, the route, and what was pending. True if a message is owed.
+    fn settle(&self, index: u16, state: &mut Vector, control: Control) -> bool {
         state.phase = match control {
             Control { enabled: false, .. } => Phase::Off,
             Control { function_mask, .. } if function_mask || state.entry.masked => Phase::Masked,
@@ -255,15 +277,14 @@ impl Msix {
             state.route = route;
             self.sink.set_route(index, route);
         }
-        match state.phase {
-            Phase::Off => state.pending = false,
-            Phase::Masked => {}
-            Phase::Live => {
-                if std::mem::take(&mut state.pending) {
-                    self.sink.fire(index);
-                }
-            }
-        }
+        state.pending &= state.phase != Phase::Off;
+        state.owed()
+    }
+}
+
+impl Vector {
+    fn owed(&self) -> bool {
+        self.phase == Phase::Live && self.pending
     }
 }
 
@@ -321,7 +342,7 @@ pub mod state {
             /// Its address.
             address: u64,
         },
-        /// A pending bit of a vector that is not masked, or not there.
+        /// A pending bit of a vector that is not there, or of a function whose MSI-X is disabled.
         #[error("MSI-X vector {0} cannot be pending")]
         Pending(u16),
     }
@@ -346,7 +367,8 @@ pub mod state {
             }
         }
 
-        /// Checks all of `state`, then takes it over. The capability's registers are restored separately.
+        /// Checks all of `state`, then takes it over. The capability's registers are restored separately, and messages
+        /// that are owed are delivered when the function goes on.
         pub fn restore(&self, state: &MsixState) -> Result<(), MsixStateError> {
             let (saved, own) = (state.entries.len(), self.vectors.len());
             if saved != own {
@@ -359,11 +381,8 @@ pub mod state {
                 }
             }
             for vector in &state.pending {
-                let masked = state
-                    .entries
-                    .get(usize::from(*vector))
-                    .is_some_and(|entry| entry.masked || state.control.function_mask);
-                if !masked || !state.control.enabled {
+                let there = usize::from(*vector) < own;
+                if !there || !state.control.enabled {
                     return Err(MsixStateError::Pending(*vector));
                 }
             }
@@ -374,7 +393,7 @@ pub mod state {
                 vector.entry = *entry;
                 vector.phase = Phase::Off;
                 vector.pending = state.pending.contains(&(index as u16));
-                self.settle(index as u16, &mut vector, *control);
+                let _later = self.settle(index as u16, &mut vector, *control);
             }
             Ok(())
         }

@@ -143,6 +143,10 @@ impl Interrupt for Vectors {
     fn vectors(&self) -> u16 {
         self.0.len()
     }
+
+    fn deliver_pending(&self) {
+        self.0.deliver_pending();
+    }
 }
 
 impl VirtioPci {
@@ -265,7 +269,9 @@ impl VirtioPci {
             (Command::of(&config), control)
         };
         // MSI-X first: what the function signals when its gate opens is to find its vectors as they are now.
-        self.msix().set_control(control);
+        if self.msix().set_control(control) {
+            self.function.deliver_pending();
+        }
         if command.contains(Command::BUS_MASTER) {
             self.function.reopen(Reasons::BUS_MASTER);
         } else if !self
@@ -476,7 +482,11 @@ impl PciFunction for VirtioPci {
                     self.function.kick(queue);
                 }
             }
-            Region::MsixTable => self.msix().write_table(offset, data),
+            Region::MsixTable => {
+                if self.msix().write_table(offset, data) {
+                    self.function.deliver_pending();
+                }
+            }
             Region::Isr | Region::MsixPba => {}
         }
         Effect::None

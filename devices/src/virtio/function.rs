@@ -43,6 +43,9 @@ pub trait Interrupt: Send + Sync {
 
     /// How many vectors there are: those from 0 on.
     fn vectors(&self) -> u16;
+
+    /// Sends the messages that were held back by masks which are gone. Called when the function may send again.
+    fn deliver_pending(&self);
 }
 
 /// What a driver sees of one queue.
@@ -417,6 +420,7 @@ impl VirtioFunction {
 
     fn open(&self, core: &mut Core, reason: Reasons) {
         let opened = core.gate.open(reason);
+        self.send_pending(core);
         self.announce_config(core);
         if !opened {
             return;
@@ -457,6 +461,17 @@ impl VirtioFunction {
         if core.status.contains(Status::DRIVER_OK) {
             core.config_pending = true;
             self.announce_config(core);
+        }
+    }
+
+    /// Vectors were unmasked that had been signalled: their messages are sent, now or when the gate lets them pass.
+    pub fn deliver_pending(&self) {
+        self.send_pending(&self.lock());
+    }
+
+    fn send_pending(&self, core: &Core) {
+        if let Some(interrupt) = self.interrupt.get().filter(|_| core.may_send()) {
+            interrupt.deliver_pending();
         }
     }
 
@@ -543,6 +558,12 @@ impl Core {
     fn may_reach_out(&self) -> bool {
         let unreachable = Reasons::BUS_MASTER | Reasons::RESET;
         !self.gate.reasons().intersects(unreachable)
+    }
+
+    /// False while no message may leave the function, not even one that only a mask held back: without bus mastering, and
+    /// once a stop is acknowledged (S1-14, S3-8, S3-16).
+    fn may_send(&self) -> bool {
+        self.may_reach_out() && !self.is_acknowledged(Reasons::STILL)
     }
 
     /// True if nothing is in flight; with a closed gate, nothing more will happen.

@@ -29,17 +29,31 @@ fn message(n: u32) -> MsiMessage {
     }
 }
 
+/// Writes to the table, as a function that may send messages.
+fn write(msix: &Msix, offset: u64, data: &[u8]) {
+    if msix.write_table(offset, data) {
+        msix.deliver_pending();
+    }
+}
+
+/// Writes Message Control, as a function that may send messages.
+fn set_control(msix: &Msix, control: Control) {
+    if msix.set_control(control) {
+        msix.deliver_pending();
+    }
+}
+
 /// Programs `vector` with `message(data)` and unmasks it.
 fn program(msix: &Msix, vector: u16, data: u32) {
     let at = u64::from(vector) * ENTRY_SIZE;
-    msix.write_table(at, &0xfee0_0000u64.to_le_bytes());
-    msix.write_table(at + 8, &data.to_le_bytes());
+    write(msix, at, &0xfee0_0000u64.to_le_bytes());
+    write(msix, at + 8, &data.to_le_bytes());
     set_mask(msix, vector, false);
 }
 
 fn set_mask(msix: &Msix, vector: u16, masked: bool) {
     let at = u64::from(vector) * ENTRY_SIZE + 12;
-    msix.write_table(at, &u32::from(masked).to_le_bytes());
+    write(msix, at, &u32::from(masked).to_le_bytes());
 }
 
 fn pba(msix: &Msix) -> u64 {
@@ -52,7 +66,7 @@ fn pba(msix: &Msix) -> u64 {
 fn a_live_vector_is_delivered_at_once_and_is_not_pending() {
     let (msix, sink) = msix(2);
     program(&msix, 1, 42);
-    msix.set_control(ON);
+    set_control(&msix, ON);
     msix.signal(1);
     let route = Some(message(42));
     assert_eq!(sink.take(), [Route(1, route), Fire(1, route)]);
@@ -63,7 +77,7 @@ fn a_live_vector_is_delivered_at_once_and_is_not_pending() {
 fn a_masked_vector_is_pending_and_delivered_once_at_unmask() {
     let (msix, sink) = msix(2);
     program(&msix, 0, 7);
-    msix.set_control(ON);
+    set_control(&msix, ON);
     set_mask(&msix, 0, true);
     sink.take();
     (0..3).for_each(|_| msix.signal(0));
@@ -86,7 +100,7 @@ fn the_function_mask_holds_every_vector() {
     for v in [0, 1, 64] {
         program(&msix, v, v.into());
     }
-    msix.set_control(FUNCTION_MASKED);
+    set_control(&msix, FUNCTION_MASKED);
     for v in [0, 64] {
         msix.signal(v);
     }
@@ -94,7 +108,7 @@ fn the_function_mask_holds_every_vector() {
     msix.read_pba(0, &mut bits);
     assert_eq!(u128::from_le_bytes(bits), 1 | 1 << 64);
     assert_eq!(sink.take(), []);
-    msix.set_control(ON);
+    set_control(&msix, ON);
     assert_eq!(sink.delivered(), [message(0), message(64)]);
 }
 
@@ -103,10 +117,10 @@ fn signals_while_disabled_are_dropped() {
     let (msix, sink) = msix(1);
     program(&msix, 0, 1);
     msix.signal(0);
-    msix.set_control(FUNCTION_MASKED);
+    set_control(&msix, FUNCTION_MASKED);
     msix.signal(0);
-    msix.set_control(OFF);
-    msix.set_control(ON);
+    set_control(&msix, OFF);
+    set_control(&msix, ON);
     assert_eq!(sink.delivered(), []);
     msix.signal(1);
     msix.signal(u16::MAX);
@@ -116,13 +130,13 @@ fn signals_while_disabled_are_dropped() {
 #[test]
 fn the_route_follows_the_table_and_goes_away_with_the_mask() {
     let (msix, sink) = msix(1);
-    msix.set_control(ON);
+    set_control(&msix, ON);
     program(&msix, 0, 1);
-    msix.write_table(8, &2u32.to_le_bytes());
+    write(&msix, 8, &2u32.to_le_bytes());
     set_mask(&msix, 0, true);
-    msix.write_table(8, &3u32.to_le_bytes());
+    write(&msix, 8, &3u32.to_le_bytes());
     set_mask(&msix, 0, false);
-    msix.set_control(OFF);
+    set_control(&msix, OFF);
     let events = [
         Route(0, Some(message(1))),
         Route(0, Some(message(2))),
@@ -136,8 +150,8 @@ fn the_route_follows_the_table_and_goes_away_with_the_mask() {
 #[test]
 fn table_entries_read_back_and_reserved_bits_read_zero() {
     let (msix, _) = msix(1);
-    msix.write_table(0, &[0xff; 8]);
-    msix.write_table(8, &[0xff; 8]);
+    write(&msix, 0, &[0xff; 8]);
+    write(&msix, 8, &[0xff; 8]);
     let mut entry = [0; 16];
     msix.read_table(0, &mut entry);
     let expected = [[0xfc, 0xff, 0xff, 0xff], [0xff; 4], [0xff; 4], [1, 0, 0, 0]];
@@ -151,9 +165,9 @@ fn table_entries_read_back_and_reserved_bits_read_zero() {
 fn odd_writes_are_ignored_and_reads_past_the_end_are_zero() {
     let (msix, _) = msix(1);
     for (at, len) in [(0, 1), (0, 2), (2, 4), (4, 8), (12, 8), (0, 3), (16, 4)] {
-        msix.write_table(at, &[0xff; 16][..len]);
+        write(&msix, at, &[0xff; 16][..len]);
     }
-    msix.write_table(u64::MAX - 3, &[0xff; 4]);
+    write(&msix, u64::MAX - 3, &[0xff; 4]);
     let mut table = [0xcc; 24];
     msix.read_table(0, &mut table);
     assert_eq!(table[..12], [0; 12]);
@@ -163,18 +177,37 @@ fn odd_writes_are_ignored_and_reads_past_the_end_are_zero() {
     assert_eq!(far, [0; 8]);
 }
 
+/// Requirements: S1-14, S3-8, E10
+#[test]
+fn s3_8_a_message_of_a_function_that_may_send_none_stays_pending() {
+    let (from, sink) = msix(2);
+    program(&from, 0, 7);
+    set_control(&from, ON);
+    set_mask(&from, 0, true);
+    from.signal(0);
+    assert!(from.write_table(12, &0u32.to_le_bytes()), "owed");
+    assert_eq!((sink.delivered(), pba(&from)), (vec![], 1));
+    let (to, copied) = msix(2);
+    to.restore(&from.save()).unwrap();
+    to.deliver_pending();
+    assert_eq!(copied.delivered(), [message(7)]);
+    from.deliver_pending();
+    from.deliver_pending();
+    assert_eq!((sink.delivered(), pba(&from)), (vec![message(7)], 0));
+}
+
 #[test]
 fn reset_masks_and_forgets() {
     let (msix, sink) = msix(1);
     program(&msix, 0, 1);
-    msix.set_control(FUNCTION_MASKED);
+    set_control(&msix, FUNCTION_MASKED);
     msix.signal(0);
     msix.reset();
     assert_eq!(
         msix.save(),
         Msix::new(VectorCount(1), Arc::new(RecordingSink::default())).save()
     );
-    msix.set_control(ON);
+    set_control(&msix, ON);
     assert_eq!(sink.delivered(), []);
 }
 
@@ -184,7 +217,7 @@ fn saved_state_restores_routes_and_pending_bits() {
     for v in [0, 1, 2] {
         program(&from, v, v.into());
     }
-    from.set_control(ON);
+    set_control(&from, ON);
     set_mask(&from, 1, true);
     from.signal(1);
     let saved = from.save();
@@ -233,7 +266,7 @@ fn impossible_state_is_refused_and_changes_nothing() {
 fn no_signal_is_lost_or_doubled_while_another_thread_masks() {
     let (msix, sink) = msix(1);
     program(&msix, 0, 9);
-    msix.set_control(ON);
+    set_control(&msix, ON);
     sink.take();
     std::thread::scope(|threads| {
         threads.spawn(|| {
@@ -284,8 +317,8 @@ proptest! {
         for step in steps {
             match step {
                 Step::Signal(vector) => msix.signal(vector),
-                Step::Write(at, data) => msix.write_table(at, &data),
-                Step::Control(control) => msix.set_control(control),
+                Step::Write(at, data) => write(&msix, at, &data),
+                Step::Control(control) => set_control(&msix, control),
                 Step::Reset => msix.reset(),
             }
         }
