@@ -9,7 +9,11 @@ use devices::admin::{GroupType, Request};
 use devices::net::MacAddress;
 use driver::access::FunctionExt;
 use driver::host::{HostFunction, Machine};
-use driver::pci::{Address, Found, find_extended_capability, header, id, request_flr, scan};
+use driver::pci::{
+    Address, Found, change_command, command, find_extended_capability, header, id, request_flr,
+    scan,
+};
+use driver::virtio::{NO_VECTOR, SplitQueue, Transport};
 use pci::topology::Bdf;
 use vmm::config::Config;
 use vmm::console::output::Loss;
@@ -229,4 +233,51 @@ fn the_monitor_drives_the_owner_with_bytes() {
     assert_eq!(send(1, &[2]), [0; 8]);
     assert_eq!(send(0, &[])[..4], [22, 0, 2, 0]);
     assert_eq!(rig.group().execute(&[0, 0, 9]).encode()[..4], [22, 0, 4, 0]);
+}
+
+/// A member that a context makes live has its doorbells, though no driver wrote a register: the machine is told to look.
+#[test]
+fn s3_32_a_context_that_takes_effect_brings_doorbells() {
+    const MODE_SET: u16 = 8;
+    const CONTEXT_READ: u16 = 0xa;
+    const CONTEXT_WRITE: u16 = 0xb;
+    let rig = Rig::new("net,vfs=2,passthrough");
+    let send = |opcode, member, data: &[u8]| {
+        let request = Request::encode(opcode, GroupType::SrIov, member, data);
+        let answer = rig.group().execute(&request).0;
+        answer.unwrap().result
+    };
+    let commands = send(0, 0, &[]);
+    send(1, 0, &commands);
+    let revived = || rig.functions.revived().read().is_ok();
+    let doorbells = || rig.machine.root().doorbells().len();
+
+    let decode = || change_command(&rig.at(1, 0), command::MEMORY | command::BUS_MASTER, 0);
+    decode();
+    let transport = Transport::new(rig.at(1, 0)).unwrap();
+    transport.negotiate(0).unwrap();
+    let queue = SplitQueue::new(rig.machine.dma().clone(), 8, false).unwrap();
+    transport
+        .enable_queue(0, queue.layout(), NO_VECTOR)
+        .unwrap();
+    transport.start();
+    let live = doorbells();
+    assert!(live > 0);
+    send(MODE_SET, 1, &[2]);
+    let context = send(CONTEXT_READ, 1, &[]);
+    assert!(!revived());
+    send(MODE_SET, 1, &[0]);
+    assert!(!revived(), "nothing was written");
+
+    let base: u64 = rig.at(1, 0).config(header::BAR0);
+    assert!(request_flr(&rig.at(1, 0)));
+    rig.at(1, 0).set_config(header::BAR0, base);
+    decode();
+    assert_eq!(doorbells(), 0);
+    send(MODE_SET, 1, &[2]);
+    send(CONTEXT_WRITE, 1, &context);
+    assert_eq!(doorbells(), 0);
+    send(MODE_SET, 1, &[0]);
+    assert!(revived());
+    assert_eq!(doorbells(), live);
 }

@@ -70,6 +70,8 @@ pub struct VirtioFunction {
     drained: Condvar,
     kicks: Vec<Arc<EventFd>>,
     interrupt: OnceLock<Arc<dyn Interrupt>>,
+    /// Signalled when it became live without a write of its driver.
+    revived: OnceLock<Arc<EventFd>>,
     device_type: DeviceType,
     config_len: usize,
     /// Queues of the device; the administration virtqueue of an owner comes after them.
@@ -181,6 +183,7 @@ impl VirtioFunction {
             drained: Condvar::new(),
             kicks,
             interrupt: OnceLock::new(),
+            revived: OnceLock::new(),
             device_queues,
             owner,
             doors,
@@ -193,6 +196,14 @@ impl VirtioFunction {
     pub fn set_interrupt(&self, interrupt: Arc<dyn Interrupt>) {
         // A second transport for one function is a wiring mistake that shows as missing interrupts at once.
         let _ = self.interrupt.set(interrupt);
+    }
+
+    /// Has `event` signalled whenever a restored state may have made the function live. No write of its driver returned
+    /// [`Effect::LayoutChanged`](crate::bus::Effect::LayoutChanged) then, so whoever has its doorbells is to compare them
+    /// when the event comes; until then kicks arrive as register writes. Only the first call counts.
+    pub fn set_revived(&self, event: Arc<EventFd>) {
+        // A second machine around one function is a wiring mistake that shows as slow kicks.
+        let _ = self.revived.set(event);
     }
 
     /// The name given at construction.

@@ -24,6 +24,7 @@ use pci::owner::OwnerError;
 use pci::root::{AddError, PciRoot};
 use pci::topology::Bdf;
 use pci::virtio::{Options, VirtioPci, VirtioPciError};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::owner::{Group, GroupBackend};
 use crate::config::check::{HostError, console_file};
@@ -165,10 +166,10 @@ pub struct Function {
 }
 
 /// The functions of a machine.
-#[derive(Default)]
 pub struct Functions {
     single: Vec<Function>,
     groups: Vec<Group>,
+    revived: Arc<EventFd>,
     /// Serves the functions; there is none without functions.
     _io: Option<IoThread>,
 }
@@ -181,8 +182,14 @@ impl Functions {
         pci: &Arc<PciRoot>,
         msi: &dyn MsiController,
     ) -> Result<Self, FunctionError> {
+        let revived = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         if backends.list.is_empty() && backends.groups.is_empty() {
-            return Ok(Self::default());
+            return Ok(Self {
+                single: Vec::new(),
+                groups: Vec::new(),
+                revived,
+                _io: None,
+            });
         }
         let io = IoThread::spawn("io")?;
         let mut single = Vec::with_capacity(backends.list.len());
@@ -215,11 +222,21 @@ impl Functions {
         for group in backends.groups {
             groups.push(Group::plug(group, ram, pci, msi, &io)?);
         }
-        Ok(Self {
+        let functions = Self {
             single,
             groups,
+            revived,
             _io: Some(io),
-        })
+        };
+        for function in functions.all() {
+            function.set_revived(Arc::clone(&functions.revived));
+        }
+        Ok(functions)
+    }
+
+    /// Readable when a function became live without a write of its driver: its doorbells are to be registered.
+    pub fn revived(&self) -> &EventFd {
+        &self.revived
     }
 
     /// The functions that are neither owners nor members, with their places, in the order of the configuration.

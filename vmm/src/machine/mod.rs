@@ -102,6 +102,8 @@ pub struct Machine {
     power_button: EventFd,
     pci: Arc<PciRoot>,
     functions: Functions,
+    /// Registers the doorbells that should exist, and removes those that should not.
+    layout_changed: Arc<dyn Fn() + Send + Sync>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// Held during a transition between running and paused.
     transition: Mutex<()>,
@@ -182,16 +184,17 @@ impl Machine {
         let doorbells = Doorbells::new(Arc::clone(vm.fd()));
         let root = Arc::clone(&pci);
         let ending = Arc::clone(&control);
+        let layout_changed: Arc<dyn Fn() + Send + Sync> = Arc::new(move || {
+            if let Err(error) = doorbells.reconcile(|| root.doorbells()) {
+                ending.finish(Outcome::KvmFailure(error.to_string()));
+            }
+        });
         let wiring = Wiring {
             ports,
             mmio,
             control: Arc::clone(&control),
             tells_pause: vm.fd().check_extension(Cap::KvmclockCtrl),
-            layout_changed: Arc::new(move || {
-                if let Err(error) = doorbells.reconcile(|| root.doorbells()) {
-                    ending.finish(Outcome::KvmFailure(error.to_string()));
-                }
-            }),
+            layout_changed: Arc::clone(&layout_changed),
         };
         let mut threads = Vec::with_capacity(vcpus.len());
         for (id, vcpu) in (0..config.cpus).zip(vcpus) {
@@ -204,6 +207,7 @@ impl Machine {
             power_button,
             pci,
             functions,
+            layout_changed,
             threads: Mutex::new(threads),
             transition: Mutex::default(),
             _vm: vm,
@@ -264,6 +268,13 @@ impl Machine {
         };
         self.control.resume()?;
         Err(TransitionError::Busy(stuck.join(", ")))
+    }
+
+    /// Registers the doorbells of functions that became live without a write of their drivers.
+    fn register_doorbells(&self) {
+        // First: whatever comes after this is seen below, or makes it readable again.
+        let _ = self.functions.revived().read();
+        (self.layout_changed)();
     }
 
     /// Presses the power button: the guest's operating system is asked to shut down.

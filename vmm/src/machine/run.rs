@@ -76,6 +76,9 @@ pub fn run(machine: &Machine, signals: &mut Signals, sink: Option<Sink>) -> io::
                 }
             }
         }
+        if ready.revived {
+            machine.register_doorbells();
+        }
         if ready.stdin {
             input.read(machine);
         }
@@ -95,6 +98,7 @@ pub fn run(machine: &Machine, signals: &mut Signals, sink: Option<Sink>) -> io::
 struct Ready {
     ended: bool,
     hungry: bool,
+    revived: bool,
     stdin: bool,
 }
 
@@ -104,6 +108,7 @@ fn wait(machine: &Machine, signals: &Signals, input: &Input) -> io::Result<Ready
         PollFd::from_borrowed_fd(borrow(machine.control.ended()), PollFlags::IN),
         PollFd::from_borrowed_fd(borrow(machine.serial.hungry()), PollFlags::IN),
         PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
+        PollFd::from_borrowed_fd(borrow(machine.functions.revived()), PollFlags::IN),
     ];
     if input.wants_more() {
         fds.push(PollFd::from_borrowed_fd(stdin.as_fd(), PollFlags::IN));
@@ -122,7 +127,8 @@ fn wait(machine: &Machine, signals: &Signals, input: &Input) -> io::Result<Ready
     Ok(Ready {
         ended: ready(0),
         hungry: ready(1),
-        stdin: ready(3),
+        revived: ready(3),
+        stdin: ready(4),
     })
 }
 

@@ -209,6 +209,10 @@ impl VirtioFunction {
             core.device.activate(driver_features);
             self.open(core, Reasons::NO_DRIVER);
         }
+        if let Some(revived) = self.revived.get() {
+            // An eventfd refuses only when its counter is full, and then it is already signalled.
+            let _ = revived.write(1);
+        }
     }
 }
 
