@@ -81,6 +81,10 @@ pub struct Device {
     pub queues: u16,
     /// A driver uses it.
     pub live: bool,
+    /// Why it is stopped; empty while it runs.
+    pub stopped_by: Vec<String>,
+    /// What its driver can stop it with, as options write it.
+    pub doors: Vec<String>,
 }
 
 /// Answer to the requests that change what the guest does.

@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
-use devices::admin::{GroupType, Request, Strictness};
+use devices::admin::queue::MAX_DATA;
+use devices::admin::{GroupType, Member as _, Request, Strictness};
+use devices::gate::Party;
 use devices::net::PortInfo;
 use devices::virtio::{Status, VirtioFunction};
 use pci::topology::Bdf;
 use serde::{Deserialize, Serialize};
 
+use crate::config::doors;
 use crate::machine::Machine;
 use crate::machine::owner::Group;
 
@@ -45,6 +48,12 @@ pub struct Member {
     /// The function.
     #[serde(flatten)]
     pub function: Function,
+    /// The mode the owner's driver in the guest gave it: `active`, `stop` or `freeze`.
+    pub guest_mode: String,
+    /// The mode the monitor gave it. It runs if both are `active`.
+    pub monitor_mode: String,
+    /// Who has its writes recorded: `guest`, `monitor`.
+    pub recorded_by: Vec<String>,
 }
 
 /// What a function does now.
@@ -63,6 +72,8 @@ pub struct Function {
     pub features: String,
     /// Why it is stopped; empty while it runs.
     pub stopped_by: Vec<String>,
+    /// What its driver can stop it with, as options write it.
+    pub doors: Vec<String>,
 }
 
 /// Body of `POST /api/v1/admin`: one administration command, from the monitor's own driver of the owner.
@@ -81,6 +92,9 @@ pub struct AdminCommand {
     /// Command-specific data in hexadecimal digits.
     #[serde(default)]
     pub data: String,
+    /// Bytes there are for the command-specific result; 1 MiB, which is also the most, if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub room: Option<u32>,
 }
 
 /// Answer to `POST /api/v1/admin`: what the owner answered, be it good or bad.
@@ -94,6 +108,8 @@ pub struct AdminAnswer {
     pub qualifier: u16,
     /// Its name.
     pub qualifier_name: String,
+    /// Command-specific output; 0 of commands that have none.
+    pub output: u32,
     /// Command-specific result in hexadecimal digits, with its padding.
     pub result: String,
 }
@@ -128,10 +144,7 @@ fn owner(machine: &Machine, group: &Group) -> Owner {
     let members = group.members.iter().take(existing);
     let members: Vec<_> = (1..)
         .zip(members)
-        .map(|(id, member)| Member {
-            id,
-            function: function(member, place(id)),
-        })
+        .map(|(id, member)| self::member(id, member, place(id)))
         .collect();
     Owner {
         name: group.name.clone(),
@@ -147,6 +160,21 @@ fn owner(machine: &Machine, group: &Group) -> Owner {
     }
 }
 
+fn member(id: u16, member: &Arc<VirtioFunction>, place: Option<Bdf>) -> Member {
+    let mode = |party| member.mode(party).name().to_owned();
+    let records = member.records();
+    let recorded_by = [("guest", Party::Guest), ("monitor", Party::Monitor)]
+        .into_iter()
+        .filter(|(_, party)| records.is_recording(*party));
+    Member {
+        id,
+        function: function(member, place),
+        guest_mode: mode(Party::Guest),
+        monitor_mode: mode(Party::Monitor),
+        recorded_by: names(recorded_by.map(|(name, _)| name)),
+    }
+}
+
 fn function(function: &Arc<VirtioFunction>, place: Option<Bdf>) -> Function {
     let features = [0, 1].map(|window| u64::from(function.driver_features(window)));
     let status = Status::from_bits_truncate(function.status());
@@ -156,8 +184,14 @@ fn function(function: &Arc<VirtioFunction>, place: Option<Bdf>) -> Function {
         live: status.contains(Status::DRIVER_OK),
         status: names(status.iter_names().map(|(name, _)| name)),
         features: format!("{:#x}", features[0] | features[1] << 32),
-        stopped_by: names(function.reasons().iter_names().map(|(name, _)| name)),
+        stopped_by: stopped_by(function),
+        doors: doors::names(function.doors()),
     }
+}
+
+/// Why `function` is stopped.
+pub fn stopped_by(function: &VirtioFunction) -> Vec<String> {
+    names(function.reasons().iter_names().map(|(name, _)| name))
 }
 
 fn names<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
@@ -178,7 +212,10 @@ pub fn execute(machine: &Machine, command: &AdminCommand) -> Result<AdminAnswer,
             },
         }
     })?;
-    let reply = group.execute(&command.encode()?).encode();
+    let room = command
+        .room
+        .map_or(MAX_DATA, |room| MAX_DATA.min(room as usize));
+    let reply = group.execute_within(&command.encode()?, room).encode();
     Ok(AdminAnswer::decode(&reply))
 }
 
@@ -208,6 +245,7 @@ impl AdminAnswer {
             status_name: name(STATUSES, status),
             qualifier,
             qualifier_name: name(QUALIFIERS, qualifier),
+            output: u32::from(number(6)) << 16 | u32::from(number(4)),
             result: to_hex(bytes.get(8..).unwrap_or_default()),
         }
     }
@@ -272,6 +310,7 @@ mod tests {
             group: 0xabcd,
             member: 7,
             data: "0102".to_owned(),
+            room: None,
         };
         let mut expected = vec![0; 26];
         expected[..4].copy_from_slice(&[0x34, 0x12, 0xcd, 0xab]);
@@ -288,8 +327,11 @@ mod tests {
         let answer = AdminAnswer::decode(&[22, 0, 5, 0, 0, 0, 0, 0]);
         let names = (answer.status_name.as_str(), answer.qualifier_name.as_str());
         assert_eq!(names, ("EINVAL", "INVALID_MEMBER"));
-        let answer = AdminAnswer::decode(&[99, 0, 0, 1, 0, 0, 0, 0, 3, 0]);
+        let answer = AdminAnswer::decode(&[99, 0, 0, 1, 4, 3, 2, 1, 3, 0]);
         assert_eq!((answer.status_name.as_str(), answer.qualifier), ("99", 256));
-        assert_eq!(answer.result, "0300");
+        assert_eq!(
+            (answer.output, answer.result.as_str()),
+            (0x0102_0304, "0300")
+        );
     }
 }

@@ -11,13 +11,14 @@ use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post, put};
 use axum::{Json, Router};
-use tokio::sync::broadcast;
+use tokio::sync::{Semaphore, broadcast};
 use tokio_stream::wrappers::BroadcastStream;
 use tokio_stream::{Stream, StreamExt};
 
 use super::errors::{all_json, failure};
 use super::owners::{self, AdminCommand, AdminError};
 use super::{Device, Event, Info, OPENAPI, Shutdown, State, Status};
+use crate::config::doors;
 use crate::config::object::Object;
 use crate::exit::Outcome;
 use crate::machine::{Machine, TransitionError};
@@ -27,6 +28,8 @@ use crate::machine::{Machine, TransitionError};
 pub(super) struct Context {
     pub(super) machine: Arc<Machine>,
     pub(super) events: broadcast::Sender<Event>,
+    /// Administration commands, which may wait for a member, that have a thread. Others wait for one of these.
+    pub(super) admin: Arc<Semaphore>,
 }
 
 /// Every path of the API, and the methods it takes. The OpenAPI document is held against this list.
@@ -103,6 +106,8 @@ pub fn describe(machine: &Machine) -> Info {
                 place: function.place.to_string(),
                 queues: function.virtio.num_queues(),
                 live: function.virtio.is_live(),
+                stopped_by: owners::stopped_by(&function.virtio),
+                doors: doors::names(function.virtio.doors()),
             })
             .collect(),
         owners: owners::describe(machine),
@@ -115,7 +120,13 @@ async fn admin(Extract(context): Extract<Context>, body: Bytes) -> Response {
         Err(error) => return failure(StatusCode::BAD_REQUEST, error),
     };
     let machine = context.machine;
-    let executed = tokio::task::spawn_blocking(move || owners::execute(&machine, &command)).await;
+    // The semaphore is never closed. The permit goes with the thread, also if nobody waits for the answer any more.
+    let permit = context.admin.acquire_owned().await;
+    let executed = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        owners::execute(&machine, &command)
+    });
+    let executed = executed.await;
     match executed {
         Ok(Ok(answer)) => Json(answer).into_response(),
         Ok(Err(error @ AdminError::Owner { .. })) => failure(StatusCode::NOT_FOUND, error),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::sync::{broadcast, oneshot};
+use tokio::sync::{Semaphore, broadcast, oneshot};
 
 use super::errors::Listener;
 use super::routes::{self, Context};
@@ -18,6 +18,11 @@ use crate::machine::Machine;
 const BACKLOG: usize = 16;
 /// How long the last answers and events may take to leave.
 const LAST_WORDS: Duration = Duration::from_millis(200);
+
+/// Threads for requests that block.
+const THREADS: usize = 4;
+/// How many of them can have administration commands, so that a pause does not wait for those.
+const ADMIN_THREADS: usize = 2;
 
 /// The running server. Stops, and removes the socket, when dropped.
 pub struct Server {
@@ -35,6 +40,7 @@ impl Server {
         let context = Context {
             machine,
             events: events.clone(),
+            admin: Arc::new(Semaphore::new(ADMIN_THREADS)),
         };
         let listener = socket.listener()?;
         let thread = std::thread::Builder::new()
@@ -81,7 +87,7 @@ fn serve(
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
-        .max_blocking_threads(4)
+        .max_blocking_threads(THREADS)
         .thread_stack_size(256 << 10)
         .build()?;
     runtime.block_on(async {

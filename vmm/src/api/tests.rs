@@ -50,6 +50,8 @@ fn the_schemas_are_those_of_the_answers() {
         place: "00:01.0".to_owned(),
         queues: 1,
         live: true,
+        stopped_by: Vec::new(),
+        doors: Vec::new(),
     };
     let info = Info {
         version: "0".to_owned(),
@@ -97,10 +99,14 @@ fn owner() -> owners::Owner {
         status: vec!["DRIVER_OK".to_owned()],
         features: "0x0".to_owned(),
         stopped_by: Vec::new(),
+        doors: vec!["suspend=v5".to_owned()],
     };
     let member = owners::Member {
         id: 1,
         function: function.clone(),
+        guest_mode: "active".to_owned(),
+        monitor_mode: "freeze".to_owned(),
+        recorded_by: vec!["guest".to_owned()],
     };
     let port = PortInfo {
         name: "pf0".to_owned(),
@@ -134,6 +140,7 @@ fn the_schemas_of_owners_are_those_of_the_answers() {
         status_name: "OK".to_owned(),
         qualifier: 0,
         qualifier_name: "OK".to_owned(),
+        output: 0,
         result: String::new(),
     };
     let command = owners::AdminCommand {
@@ -142,6 +149,7 @@ fn the_schemas_of_owners_are_those_of_the_answers() {
         group: 0,
         member: 0,
         data: String::new(),
+        room: Some(8),
     };
     for (name, keys, optional) in [
         ("Owner", keys(&owner), &["function"][..]),
@@ -149,16 +157,17 @@ fn the_schemas_of_owners_are_those_of_the_answers() {
         ("Port", keys(port), &[]),
         ("PortStats", keys(&port.stats), &[]),
         ("AdminAnswer", keys(&answer), &[]),
-        ("AdminCommand", keys(&command), &["member", "data"]),
+        ("AdminCommand", keys(&command), &["member", "data", "room"]),
     ] {
         let mut required = keys.clone();
         required.retain(|key| !optional.contains(&key.as_str()));
         assert_eq!(properties(name), (keys, required), "{name}");
     }
-    // A member is a function with a number.
-    let id = BTreeSet::from(["id".to_owned()]);
-    assert_eq!(properties("Member"), (id.clone(), id.clone()));
-    let all: BTreeSet<_> = keys(function).union(&id).cloned().collect();
+    // A member is a function with a number, and with what owner drivers did to it.
+    let own = ["id", "guest_mode", "monitor_mode", "recorded_by"];
+    let own = BTreeSet::from(own.map(str::to_owned));
+    assert_eq!(properties("Member"), (own.clone(), own.clone()));
+    let all: BTreeSet<_> = keys(function).union(&own).cloned().collect();
     assert_eq!(keys(&owner.members[0]), all);
 }
 

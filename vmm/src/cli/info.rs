@@ -1,8 +1,9 @@
 //! `tern info` for people.
 
+use devices::gate::Mode;
 use devices::net::PortInfo;
 
-use crate::api::owners::{Function, Owner};
+use crate::api::owners::{Function, Member, Owner};
 use crate::api::{Device, Info, State};
 use crate::layout::format_memory_size;
 
@@ -39,11 +40,46 @@ fn count(number: u16, thing: &str) -> String {
 fn device(device: &Device) -> String {
     let driver = if device.live { "in use" } else { "no driver" };
     format!(
-        "{}  {:<8} {}, {driver}",
+        "{}  {:<8} {}, {driver}{}{}",
         device.place,
         device.name,
-        count(device.queues, "queue")
+        count(device.queues, "queue"),
+        stopped(device.live, &device.stopped_by),
+        offers(&device.doors)
     )
+}
+
+/// Why a device does not run. Without a driver that is ready there is nothing to stop.
+fn stopped(live: bool, by: &[String]) -> String {
+    match by {
+        by if live && !by.is_empty() => format!(", stopped by {}", by.join(", ")),
+        _ => String::new(),
+    }
+}
+
+fn offers(doors: &[String]) -> String {
+    match doors {
+        [] => String::new(),
+        doors => format!(", offers {}", doors.join(" ")),
+    }
+}
+
+/// A member, with what owner drivers did to it if they did anything.
+fn member(member: &Member) -> String {
+    let mut text = function(&member.function);
+    for (who, mode) in [
+        ("guest", &member.guest_mode),
+        ("monitor", &member.monitor_mode),
+    ] {
+        if mode != Mode::Active.name() {
+            text.push_str(&format!(", mode {mode} by the {who}"));
+        }
+    }
+    if !member.recorded_by.is_empty() {
+        let who = member.recorded_by.join(" and the ");
+        text.push_str(&format!(", writes recorded by the {who}"));
+    }
+    text
 }
 
 fn describe_owner(owner: &Owner) -> Vec<String> {
@@ -62,12 +98,7 @@ fn describe_owner(owner: &Owner) -> Vec<String> {
         owner.admin
     )];
     lines.extend(owner.function.iter().map(function));
-    lines.extend(
-        owner
-            .members
-            .iter()
-            .map(|member| function(&member.function)),
-    );
+    lines.extend(owner.members.iter().map(member));
     if !owner.switch.is_empty() {
         lines.push(format!(
             "  {:<12} {:<17}  {:<4} {:>10} {:>12} {:>10} {:>12} {:>8}",
@@ -84,15 +115,13 @@ fn function(function: &Function) -> String {
         (false, []) => "no driver".to_owned(),
         (false, status) => format!("driver not ready ({})", status.join(", ")),
     };
-    // Without a driver that is ready there is nothing to stop.
-    let stopped = match function.stopped_by.as_slice() {
-        reasons if function.live && !reasons.is_empty() => {
-            format!(", stopped by {}", reasons.join(", "))
-        }
-        _ => String::new(),
-    };
     let place = function.place.as_deref().unwrap_or("-");
-    format!("{place:<7}  {:<9} {driver}{stopped}", function.name)
+    format!(
+        "{place:<7}  {:<9} {driver}{}{}",
+        function.name,
+        stopped(function.live, &function.stopped_by),
+        offers(&function.doors)
+    )
 }
 
 fn port(port: &PortInfo) -> String {
@@ -127,7 +156,33 @@ mod tests {
             status: status.iter().map(|s| (*s).to_owned()).collect(),
             features: "0x3".to_owned(),
             stopped_by: stopped_by.iter().map(|s| (*s).to_owned()).collect(),
+            doors: Vec::new(),
         }
+    }
+
+    #[test]
+    fn members_show_what_owner_drivers_did_to_them() {
+        let shown = |guest: &str, monitor: &str, recorded: &[&str]| {
+            member(&Member {
+                id: 1,
+                function: Function {
+                    doors: vec!["suspend=v5".to_owned(), "device-stop=44".to_owned()],
+                    ..a_function(&["DRIVER_OK"], &[])
+                },
+                guest_mode: guest.to_owned(),
+                monitor_mode: monitor.to_owned(),
+                recorded_by: recorded.iter().map(|s| (*s).to_owned()).collect(),
+            })
+        };
+        let always = "01:00.1  pf0-vf1   in use, features 0x3, offers suspend=v5 device-stop=44";
+        assert_eq!(shown("active", "active", &[]), always);
+        assert_eq!(
+            shown("stop", "freeze", &["guest", "monitor"]),
+            format!(
+                "{always}, mode stop by the guest, mode freeze by the monitor, writes recorded by the guest and the \
+                 monitor"
+            )
+        );
     }
 
     #[test]

@@ -38,7 +38,8 @@ enum Command {
     Resume(control::Guest),
     /// Press the guest's power button and wait until it has powered off
     Shutdown(control::ShutdownArgs),
-    /// Send an administration command to an SR-IOV owner of a running guest
+    /// Send administration commands to an SR-IOV owner of a running guest, or stop, save, restore and watch one of its
+    /// virtual functions with them
     Admin(admin::Admin),
     /// Say whether this host can run guests, and if not, why and what to do
     Doctor(Doctor),

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use devices::admin::envelope::REPLY_HEADER_LEN;
 use devices::admin::{self, FixedMembership, Member, OwnerDriver, Reply};
 use devices::block::{Block, BlockConfig, Pool};
 use devices::io::IoThread;
@@ -260,10 +261,15 @@ impl Group {
     }
 
     /// Executes a command as the monitor's own driver of the owner, in its own session. `request` is the
-    /// device-readable part.
+    /// device-readable part. Blocks while the command waits for a member, [`OwnerDriver`]'s patience at most.
     pub fn execute(&self, request: &[u8]) -> Reply {
+        self.execute_within(request, usize::MAX)
+    }
+
+    /// The same, with `room` bytes for the command-specific result.
+    pub fn execute_within(&self, request: &[u8], room: usize) -> Reply {
         let mut driver = self.driver.lock().unwrap_or_else(PoisonError::into_inner);
-        driver.execute(request)
+        driver.execute_within(request, room.saturating_add(REPLY_HEADER_LEN))
     }
 }
 

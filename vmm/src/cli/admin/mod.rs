@@ -1,4 +1,16 @@
 //! `tern admin`: administration commands by hand.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | `member` | finds a virtual function, sends migration commands, says what answers mean |
+//! | `mode` | its mode |
+//! | `context` | its context, and files of contexts |
+//! | `records` | what it writes |
+
+mod context;
+mod member;
+mod mode;
+mod records;
 
 use std::path::{Path, PathBuf};
 
@@ -9,6 +21,7 @@ use devices::admin::profile::{LIST_QUERY, LIST_USE};
 use crate::api::client::request;
 use crate::api::owners::{AdminAnswer, AdminCommand, from_hex};
 use crate::exit;
+use member::{Member, Refused};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -16,10 +29,17 @@ Examples:
   tern admin --api-socket guest.sock pf0 list-use --group self
   tern admin --api-socket guest.sock pf0 raw --opcode 1 --group 1 --data 0300000000000000
 
+  tern admin --api-socket guest.sock pf0-vf1 mode freeze
+  tern admin --api-socket guest.sock pf0-vf1 context read vf1.ctx
+  tern admin --api-socket guest.sock pf0-vf1 context show vf1.ctx
+  tern admin --api-socket guest.sock pf0-vf1 mode active
+  tern admin --api-socket guest.sock pf0-vf1 records start 0x0+256M
+
+The first three are for an owner, the others for one virtual function, whose owner has to have admin=draft.
 Commands go to the owner as bytes, the way those of the guest's driver do, but from a driver of the monitor's own, which
 negotiates for itself. The exit status is 0 only if the owner answered OK.";
 
-/// Send an administration command to an SR-IOV owner.
+/// Send administration commands to an SR-IOV owner, or stop, save, restore and watch a virtual function with them.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Admin {
@@ -31,8 +51,10 @@ pub struct Admin {
     #[arg(long, global = true)]
     json: bool,
 
-    /// Name of the owner, as `tern info` shows it: pf0 is the first --pf
-    owner: String,
+    /// Name of the owner or the virtual function, as `tern info` shows it: pf0 is the first --pf, pf0-vf1 its first
+    /// virtual function
+    #[arg(value_name = "MEMBER")]
+    name: String,
 
     #[command(subcommand)]
     command: Command,
@@ -46,6 +68,12 @@ enum Command {
     ListUse(OfGroup),
     /// Send any command, well-formed or not
     Raw(Raw),
+    /// Show or set the mode of a virtual function
+    Mode(mode::Mode),
+    /// Read, write and show the device context of a virtual function
+    Context(context::Context),
+    /// Record which pages of guest memory a virtual function writes
+    Records(records::Records),
 }
 
 #[derive(Debug, Args)]
@@ -99,11 +127,32 @@ fn number16(text: &str) -> Result<u16, String> {
 impl Admin {
     /// Sends the command and shows the answer.
     pub fn run(&self) -> anyhow::Result<u8> {
+        // A file is of no guest, so that need not run any more.
+        if let Command::Context(context) = &self.command
+            && let Some(file) = context.shown_file()
+        {
+            context::show_file(file, self.json)?;
+            return Ok(0);
+        }
         match &self.command {
             Command::ListQuery(of) => self.list_query(of.group),
             Command::ListUse(of) => self.list_use(of.group),
             Command::Raw(raw) => self.raw(raw),
+            Command::Mode(mode) => self.with_member(|member| mode.run(member, self.json)),
+            Command::Context(context) => self.with_member(|member| context.run(member, self.json)),
+            Command::Records(records) => self.with_member(|member| records.run(member, self.json)),
         }
+    }
+
+    fn with_member(&self, what: impl FnOnce(&Member) -> anyhow::Result<()>) -> anyhow::Result<u8> {
+        let done = Member::find(&self.api_socket, &self.name).and_then(|member| what(&member));
+        if let Err(error) = &done
+            && let Some(refused) = error.downcast_ref::<Refused>()
+            && self.json
+        {
+            println!("{}", serde_json::to_string(&refused.answer)?);
+        }
+        done.map(|()| 0)
     }
 
     fn send(
@@ -114,11 +163,12 @@ impl Admin {
         data: String,
     ) -> anyhow::Result<AdminAnswer> {
         let command = AdminCommand {
-            owner: self.owner.clone(),
+            owner: self.name.clone(),
             opcode,
             group,
             member,
             data,
+            room: None,
         };
         send(&self.api_socket, &command)
     }
@@ -145,7 +195,10 @@ impl Admin {
             "" => "none",
             result => result,
         };
-        self.show(&answer, || format!("result   {result}"))
+        self.show(&answer, || match answer.output {
+            0 => format!("result   {result}"),
+            output => format!("output   {output}\nresult   {result}"),
+        })
     }
 
     /// Shows `answer`, and what it means if it is a good one.
@@ -211,6 +264,7 @@ mod tests {
             status_name: "S".to_owned(),
             qualifier,
             qualifier_name: "Q".to_owned(),
+            output: 0,
             result: result.to_owned(),
         }
     }
