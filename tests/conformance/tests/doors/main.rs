@@ -8,7 +8,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod checks;
+mod device_state;
 mod device_stop;
+mod devices;
 mod rig;
 mod suspend_v1_4;
 mod suspend_v5;
+mod together;

@@ -14,7 +14,7 @@ use driver::host::{
 use driver::pci::{
     Address, VectorEntry, change_command, command, find_capability, find_extended_capability, id,
 };
-use driver::virtio::{Buffer, Door, SplitQueue, Transport, common, feature};
+use driver::virtio::{Buffer, DeviceState, Door, SplitQueue, Transport, common, feature};
 use pci::owner::{self, OwnerPci};
 
 /// Everything a driver accepts that knows all doors but one: of the two SUSPENDs, a device has at most one.
@@ -40,6 +40,15 @@ pub enum Kind {
     Plain,
     /// The second virtual function of an owner.
     Member,
+}
+
+/// Every door at once, with that SUSPEND.
+pub fn all_doors(suspend: Suspend) -> Doors {
+    Doors {
+        suspend: Some(suspend),
+        device_stop: Some(Doors::DEVICE_STOP),
+        queue_status: true,
+    }
 }
 
 /// What a device offers for `door`.
@@ -132,6 +141,14 @@ impl Rig {
 
     /// Resets the device and sets it up anew, up to all queues enabled. What was outstanding is forgotten.
     pub fn prepare(&mut self, features: u64) {
+        self.negotiate(features);
+        for queue in 0..self.queues.len() as u16 {
+            self.enable(queue);
+        }
+    }
+
+    /// The same, but with no queue enabled.
+    pub fn negotiate(&mut self, features: u64) {
         let features = self.transport.negotiate(features).unwrap();
         self.transport.set_config_vector(0).unwrap();
         let event_index = features & feature::EVENT_IDX != 0;
@@ -139,15 +156,17 @@ impl Rig {
             .map(|index| {
                 let size = self.transport.queue_size(index);
                 let dma = self.machine.dma().clone();
-                let queue = SplitQueue::new(dma, size, event_index).unwrap();
-                let transport = &self.transport;
-                transport
-                    .enable_queue(index, queue.layout(), 1 + index)
-                    .unwrap();
-                queue
+                SplitQueue::new(dma, size, event_index).unwrap()
             })
             .collect();
         self.expected.clear();
+    }
+
+    /// Enables `queue`, with a vector of its own.
+    pub fn enable(&self, queue: u16) {
+        let layout = self.queues[usize::from(queue)].layout();
+        let vector = 1 + queue;
+        self.transport.enable_queue(queue, layout, vector).unwrap();
     }
 
     /// Resets the device and shows that it works from the start.
@@ -257,6 +276,13 @@ impl Rig {
         self.settle();
         assert_eq!(self.collect(), 1, "no echo on queue {queue}");
         assert_eq!(self.outstanding(), before);
+    }
+
+    /// Registers of the device-state structure.
+    pub fn state(&self) -> DeviceState<'_, Rc<dyn Function>> {
+        self.transport
+            .device_state()
+            .expect("a device-state capability")
     }
 
     /// The vectors delivered since the last call.
