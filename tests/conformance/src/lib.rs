@@ -7,6 +7,8 @@
 // A rig states what must hold, like the tests it is part of.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod group;
+
 use driver::access::{DmaExt, Function, FunctionExt};
 use driver::host::{Controls, HostDma, HostFunction, Loopback, Machine, Place, Plugged, Shape};
 use driver::pci::{Address, VectorEntry, change_command, command};

@@ -5,7 +5,7 @@ use driver::access::{DmaExt, FunctionExt};
 use driver::virtio::admin::{command, group};
 use driver::virtio::{Buffer, common, status};
 
-use crate::rig::{ADMIN_VQ, Live, Rig, SR_IOV};
+use conformance::group::{ADMIN_VQ, Live, Rig, SR_IOV};
 use driver::pci::{change_command, command as pci_command};
 
 const SIMPLE: u64 = conformance::SIMPLE;

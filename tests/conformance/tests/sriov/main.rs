@@ -8,4 +8,3 @@
 
 mod admin_queue;
 mod members;
-mod rig;

@@ -4,7 +4,7 @@ use devices::admin::Options;
 use driver::access::FunctionExt;
 use driver::pci::{change_command, command, header, request_flr};
 
-use crate::rig::{Rig, SR_IOV, sriov};
+use conformance::group::{Rig, SR_IOV, sriov};
 
 const SIMPLE: u64 = conformance::SIMPLE;
 
@@ -87,7 +87,7 @@ fn e3_flr_of_a_busy_vf_leaves_its_siblings_alone_and_its_driver_recovers() {
     rig.enable(2);
     let mut first = rig.drive(rig.vf(1), SIMPLE);
     let mut second = rig.drive(rig.vf(2), SIMPLE);
-    let controls = &rig.functions[1].1;
+    let controls = &rig.controls[1];
     controls.hold(true);
     first.submit(0, b"never seen", 16);
     rig.machine.settle();
@@ -109,7 +109,7 @@ fn d2_rounds_of_enable_and_disable_under_load() {
     let rig = rig(4);
     for round in 0..20u16 {
         rig.enable(1 + round % 4);
-        let controls = &rig.functions[1].1;
+        let controls = &rig.controls[1];
         let mut vf = rig.drive(rig.vf(1), SIMPLE);
         assert_eq!(vf.request(0, b"alive", 8), b"alive");
         controls.hold(true);

@@ -169,6 +169,14 @@ impl VirtioDevice for Loopback {
         self.shared.lock().resets += 1;
     }
 
+    fn accepts_config(&self, config: &[u8]) -> bool {
+        config.len() == self.config.len()
+    }
+
+    fn restore_config(&mut self, config: &[u8]) {
+        self.config = config.to_vec();
+    }
+
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError> {
         while let Some(chain) = io.pop(queue)? {
             let mut state = self.shared.lock();

@@ -8,6 +8,7 @@ mod machine;
 mod memory;
 mod msi;
 mod pump;
+mod storage;
 mod virtual_function;
 
 pub use loopback::{Controls, Loopback, Shape};
@@ -17,4 +18,5 @@ pub use machine::{
 pub use memory::HostDma;
 pub use msi::{Delivery, MockMsi};
 pub use pump::Pump;
+pub use storage::{Access, Storage};
 pub use virtual_function::VirtualFunction;

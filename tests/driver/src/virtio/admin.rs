@@ -25,6 +25,10 @@ pub mod opcode {
 pub mod outcome {
     /// Done.
     pub const OK: (u16, u16) = (0, 0);
+    /// EINVAL: not in the present state.
+    pub const INVALID_COMMAND: (u16, u16) = (22, 1);
+    /// EAGAIN: it may work later.
+    pub const TRY_AGAIN: (u16, u16) = (11, 7);
     /// EINVAL: the group does not have this command, or the driver did not say that it would use it.
     pub const INVALID_OPCODE: (u16, u16) = (22, 2);
     /// EINVAL: the command-specific data.
@@ -84,6 +88,12 @@ impl Answer {
         (half(0), half(2))
     }
 
+    /// The command-specific output.
+    pub fn output(&self) -> u32 {
+        let bytes = self.bytes.iter().skip(4).take(4).rev();
+        bytes.fold(0, |word, byte| word << 8 | u32::from(*byte))
+    }
+
     /// The command-specific result.
     pub fn result(&self) -> &[u8] {
         self.bytes.get(HEADER..).unwrap_or_default()
@@ -110,6 +120,14 @@ pub enum Shape {
     Indirect(usize),
 }
 
+/// A command that was sent and whose answer is not yet taken.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Posted {
+    head: u16,
+    /// Where the answer goes.
+    to: u64,
+}
+
 /// An administration queue, used without interrupts.
 pub struct AdminQueue<D> {
     queue: SplitQueue<D>,
@@ -117,6 +135,8 @@ pub struct AdminQueue<D> {
     index: u16,
     request: Scratch,
     answer: Scratch,
+    /// Heads and used lengths of commands that came back, in order.
+    finished: Vec<(u16, u32)>,
 }
 
 impl<D: Dma + Clone> AdminQueue<D> {
@@ -136,6 +156,7 @@ impl<D: Dma + Clone> AdminQueue<D> {
             index,
             request: Scratch::default(),
             answer: Scratch::default(),
+            finished: Vec::new(),
         })
     }
 
@@ -150,6 +171,55 @@ impl<D: Dma + Clone> AdminQueue<D> {
         let none = AdminError::NoMemory;
         let from = self.request.reserve(&self.dma, request.len()).ok_or(none)?;
         let to = self.answer.reserve(&self.dma, room).ok_or(none)?;
+        let posted = self.submit(transport, request, room, shape, from, to)?;
+        let mut answer = Ok(None);
+        transport.function().wait_until(PATIENCE, || {
+            answer = self.poll(&posted);
+            answer != Ok(None)
+        });
+        answer?.ok_or(AdminError::Timeout)
+    }
+
+    /// Sends `request` and does not wait. Its buffers are its own.
+    pub fn post<F: Function>(
+        &mut self,
+        transport: &Transport<F>,
+        request: &[u8],
+        room: usize,
+    ) -> Result<Posted, AdminError> {
+        let none = AdminError::NoMemory;
+        let from = self.dma.allocate(request.len().max(1), 16).ok_or(none)?;
+        let to = self.dma.allocate(room.max(1), 16).ok_or(none)?;
+        self.submit(transport, request, room, Shape::Direct, from, to)
+    }
+
+    /// The answer to a command, if it came. Once only.
+    pub fn poll(&mut self, posted: &Posted) -> Result<Option<Answer>, AdminError> {
+        while let Some(used) = self.queue.take()? {
+            self.finished.push((used.head, used.len));
+        }
+        let found = self
+            .finished
+            .iter()
+            .position(|(head, _)| *head == posted.head);
+        let answer = found.map(|at| {
+            let (_, len) = self.finished.remove(at);
+            Answer {
+                bytes: self.dma.bytes(posted.to, len as usize),
+            }
+        });
+        Ok(answer)
+    }
+
+    fn submit<F: Function>(
+        &mut self,
+        transport: &Transport<F>,
+        request: &[u8],
+        room: usize,
+        shape: Shape,
+        from: u64,
+        to: u64,
+    ) -> Result<Posted, AdminError> {
         self.dma.write(from, request);
         self.dma.write(to, &vec![0xee; room]);
         let step = match shape {
@@ -158,29 +228,19 @@ impl<D: Dma + Clone> AdminQueue<D> {
         };
         let mut chain = pieces(from, request.len(), step, false);
         chain.extend(pieces(to, room, step, true));
-        match shape {
+        let head = match shape {
             Shape::Direct => self.queue.add(&chain)?,
             Shape::Indirect(_) => self.queue.add_indirect(&chain)?,
         };
         if self.queue.publish() {
             transport.notify(self.index);
         }
-        let mut used = None;
-        let mut broken = None;
-        transport.function().wait_until(PATIENCE, || {
-            match self.queue.take() {
-                Ok(taken) => used = taken,
-                Err(error) => broken = Some(error),
-            }
-            used.is_some() || broken.is_some()
-        });
-        if let Some(error) = broken {
-            return Err(error.into());
-        }
-        let used = used.ok_or(AdminError::Timeout)?;
-        Ok(Answer {
-            bytes: self.dma.bytes(to, used.len as usize),
-        })
+        Ok(Posted { head, to })
+    }
+
+    /// Its index.
+    pub fn index(&self) -> u16 {
+        self.index
     }
 }
 
