@@ -72,9 +72,7 @@ impl AdminQueue {
             return;
         };
         self.owner.abandon(&mut self.session);
-        if let Err(error) = io.push(index, chain.head(), 0) {
-            tracing::debug!(%error, "an administration command that was called off");
-        }
+        io.forget(index, chain.head());
     }
 
     /// Looks after the command that waits, and if it is done, those behind it.

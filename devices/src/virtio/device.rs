@@ -170,6 +170,14 @@ impl<'a> Io<'a> {
         ring.push(self.view, head, len)
     }
 
+    /// A chain of `queue` ceases to be in flight, because its queue or the device is being reset. The driver hears nothing of
+    /// it: in the used ring it would look like an answer.
+    pub(crate) fn forget(&mut self, queue: u16, head: Head) {
+        if let Some(ring) = self.queues.get_mut(usize::from(queue)) {
+            ring.forget(head);
+        }
+    }
+
     /// The device configuration changed: the driver is told, now or when the gate opens.
     pub fn config_changed(&mut self) {
         self.config_changed = true;
