@@ -33,6 +33,11 @@ impl Exchange<'_> {
         let raw = self.data.first().copied().unwrap_or(0);
         let mode = Mode::from_raw(raw).ok_or(BAD_FIELD)?;
         self.after_reset()?;
+        // A member that came to exist anew in between is in another mode than the one it was set to: it is set once more.
+        let held = self.mode();
+        self.session
+            .transition()
+            .take_if(|transition| transition.mode != held);
         if self.session.transition().is_none() {
             self.begin(mode)?;
         }
