@@ -487,3 +487,43 @@ pub fn a_stuck_device_says_that_it_runs(door: Door) {
         rig.start_over(ALL);
     });
 }
+
+/// MSI-X is programmed, masked and unmasked as ever, but what was signalled to a masked vector before the stop leaves
+/// after the resume, as the vector is programmed by then.
+pub fn messages_that_are_owed_wait_for_the_resume(door: Door) {
+    for_each(only(door), |mut rig| {
+        let msix = *rig.transport.msix().unwrap();
+        msix.mask(rig.pci(), 1, true);
+        rig.submit(0);
+        rig.settle();
+        rig.transport.stop(door).unwrap();
+        assert!(msix.is_pending(rig.pci(), 1));
+        let mut entry = msix.entry(rig.pci(), 1);
+        entry.data = 0x77;
+        entry.masked = false;
+        msix.set_entry(rig.pci(), 1, entry);
+        assert_eq!(msix.entry(rig.pci(), 1), entry);
+        rig.stays_still();
+        assert!(msix.is_pending(rig.pci(), 1));
+        rig.transport.resume(door).unwrap();
+        rig.all_come_back(1);
+        assert!(!msix.is_pending(rig.pci(), 1));
+        let delivered = rig.machine.msi().take().into_iter();
+        let data: Vec<_> = delivered.map(|d| d.message.unwrap().data).collect();
+        assert_eq!(data, [0x77]);
+    });
+}
+
+/// What changed behind a stopped device is not lost with a reset either: the next driver sees it.
+pub fn news_from_behind_survives_a_reset(door: Door) {
+    for_each(only(door), |mut rig| {
+        rig.transport.stop(door).unwrap();
+        rig.controls.change_config(vec![0x3c; 16]);
+        rig.settle();
+        rig.transport.reset().unwrap();
+        rig.start_over(ALL);
+        rig.settle();
+        let config: u32 = rig.transport.device_get(Register::at(8));
+        assert_eq!(config, 0x3c3c_3c3c);
+    });
+}

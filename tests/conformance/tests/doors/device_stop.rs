@@ -221,6 +221,12 @@ fn g2_a_the_feature_has_the_number_it_was_given() {
 
 /// Requirements: G2-c
 #[test]
+fn g2_c_messages_that_are_owed_wait_for_the_resume() {
+    checks::messages_that_are_owed_wait_for_the_resume(DOOR);
+}
+
+/// Requirements: G2-c
+#[test]
 fn g2_c_all_registers_are_after_the_resume_what_they_were() {
     checks::a_resume_brings_back_what_was(DOOR);
 }
@@ -266,4 +272,10 @@ fn g2_d_clearing_the_bit_before_it_shows_calls_the_stop_off() {
 #[test]
 fn g2_e_a_reset_overtakes_a_stop_and_waits_for_what_reaches_memory() {
     checks::a_reset_overtakes_a_stop(DOOR);
+}
+
+/// Requirements: S2-6, S2-10
+#[test]
+fn s2_10_configuration_changed_from_behind_survives_a_reset() {
+    checks::news_from_behind_survives_a_reset(DOOR);
 }

@@ -94,6 +94,12 @@ fn b45_buffers_that_change_meanwhile_are_taken_as_they_are_then() {
     checks::buffers_changed_meanwhile_are_taken_as_they_are(DOOR);
 }
 
+/// Requirements: B-45
+#[test]
+fn b45_messages_that_are_owed_wait_for_the_resume() {
+    checks::messages_that_are_owed_wait_for_the_resume(DOOR);
+}
+
 /// Requirements: B-46
 #[test]
 fn b46_configuration_changes_are_announced_after_the_resume() {
@@ -177,4 +183,10 @@ fn b49_a_reset_works_while_suspended_and_clears_everything() {
     checks::a_stopped_device_can_be_reset(DOOR);
     checks::a_stopped_function_can_be_reset(DOOR);
     checks::a_stuck_device_says_that_it_runs(DOOR);
+}
+
+/// Requirements: B-46
+#[test]
+fn b46_configuration_changed_from_behind_survives_a_reset() {
+    checks::news_from_behind_survives_a_reset(DOOR);
 }

@@ -1,6 +1,5 @@
 //! SUSPEND of the fifth version: DRIVER_OK stays, and a driver resumes by clearing the bit.
 
-use conformance::QUIET;
 use devices::virtio::{Doors, Suspend};
 use driver::access::FunctionExt;
 use driver::virtio::{Door, Transport, common, feature, status};
@@ -180,33 +179,10 @@ fn g1_c_a_function_level_reset_works_while_suspended() {
     checks::a_stopped_function_can_be_reset(DOOR);
 }
 
-/// Requirements: G1-c
+/// Requirements: G1-c, S1-14
 #[test]
-fn g1_c_msix_works_while_suspended_and_its_pending_messages_are_delivered() {
-    for (kind, features) in CASES {
-        let mut rig = Rig::live(kind, only(DOOR), features);
-        let msix = *rig.transport.msix().unwrap();
-        msix.mask(rig.pci(), 1, true);
-        // Signalled before the suspend: from here on it is MSI-X's.
-        rig.submit(0);
-        rig.settle();
-        rig.transport.stop(DOOR).unwrap();
-        assert!(msix.is_pending(rig.pci(), 1));
-        rig.kick_all();
-        assert_eq!(rig.interrupts(), QUIET);
-        let mut entry = msix.entry(rig.pci(), 1);
-        entry.data = 0x77;
-        entry.masked = false;
-        msix.set_entry(rig.pci(), 1, entry);
-        assert_eq!(msix.entry(rig.pci(), 1), entry);
-        assert!(!msix.is_pending(rig.pci(), 1));
-        let delivered = rig.machine.msi().take();
-        let data: Vec<_> = delivered.iter().map(|d| d.message.unwrap().data).collect();
-        assert_eq!(data, [0x77]);
-        rig.stays_still();
-        rig.transport.resume(DOOR).unwrap();
-        rig.all_come_back(1);
-    }
+fn g1_c_msix_works_while_suspended_and_what_it_owes_waits_for_the_resume() {
+    checks::messages_that_are_owed_wait_for_the_resume(DOOR);
 }
 
 /// Requirements: S1-14, G1-e
@@ -347,4 +323,10 @@ fn g1_i_an_owner_with_an_administration_queue_offers_no_suspend() {
     assert_eq!(owner.status(), RUNNING);
     let command: u16 = owner.function().config(driver::pci::header::COMMAND);
     assert_ne!(command, u16::MAX, "it is there");
+}
+
+/// Requirements: S1-19, G1-e
+#[test]
+fn g1_e_configuration_changed_from_behind_survives_a_reset() {
+    checks::news_from_behind_survives_a_reset(DOOR);
 }
