@@ -47,6 +47,8 @@ const END_TO_END_MEMORY: u64 = 8 * 1024;
 const END_TO_END_CPUS: u32 = 1;
 /// How many emulated hosts there are at a time, on a machine with as many CPUs.
 const END_TO_END_HOSTS: usize = 2;
+/// The group of unit tests that need privilege, and so a machine: those of taps.
+const TAPS: &str = "taps::";
 /// The group that takes longest.
 const LONGEST: &str = "sriov::";
 /// Tests that run at the same time in one host: most of the time some guest waits for its own kernel.
@@ -97,11 +99,16 @@ impl Test {
         let step = Step::begin("building tern and its end-to-end tests");
         let tern = workspace::release_binary("vmm", "tern")?;
         let tests = workspace::test_binary("e2e", "e2e")?;
+        let unit_tests = workspace::unit_tests("devices")?;
         step.done();
         image::guests(&Kernel::ALL, false)?;
         let groups = match self.filter {
             Some(filter) => vec![filter],
-            None => groups(&tests)?,
+            None => {
+                let mut groups = groups(&tests)?;
+                groups.push(TAPS.into());
+                groups
+            }
         };
         let step = Step::begin("end-to-end tests");
         let mut machine = self.machine;
@@ -115,10 +122,14 @@ impl Test {
             machine.variables.push(variable);
         }
         let command = |group: &str| -> Vec<OsString> {
+            let (program, filter) = match group {
+                TAPS => (&unit_tests, "--ignored"),
+                filter => (&tests, filter),
+            };
             vec![
-                tests.clone().into(),
+                program.clone().into(),
                 END_TO_END_THREADS.into(),
-                group.into(),
+                filter.into(),
             ]
         };
         let status = match groups.as_slice() {
@@ -218,8 +229,8 @@ fn session(machine: &kvm::Options, group: &str, command: &[OsString]) -> Result<
     Ok(status)
 }
 
-/// The modules of the end-to-end tests, as filters; no name of one ends with that of another. Each gets a machine of its own, so that what one leaves behind is not
-/// there for the next.
+/// The modules of the end-to-end tests, as filters; no name of one ends with that of another. Each gets a machine of its
+/// own, so that what one leaves behind is not there for the next.
 fn groups(tests: &Path) -> Result<Vec<String>> {
     let mut list = Command::new(tests);
     list.arg("--list");

@@ -4,9 +4,10 @@ use std::env;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 use crate::tools;
 
@@ -70,6 +71,27 @@ pub fn release_binary(package: &str, binary: &str) -> Result<PathBuf> {
 pub fn test_binary(package: &str, binary: &str) -> Result<PathBuf> {
     build(package, binary, &[])?;
     Ok(target()?.join("debug").join(binary))
+}
+
+/// Builds the unit tests of a library of the workspace, and returns the path of the program.
+pub fn unit_tests(package: &str) -> Result<PathBuf> {
+    let mut command = cargo();
+    command
+        .args(["test", "--package", package, "--lib", "--no-run"])
+        .arg("--message-format=json-render-diagnostics")
+        .stderr(Stdio::inherit());
+    let output = command.output().context("cannot run cargo")?;
+    ensure!(
+        output.status.success(),
+        "building the tests of {package} failed"
+    );
+    let messages = String::from_utf8_lossy(&output.stdout);
+    let program = messages.lines().rev().find_map(|line| {
+        let message: Value = serde_json::from_str(line).ok()?;
+        let program = message.get("executable")?.as_str()?;
+        Some(PathBuf::from(program))
+    });
+    program.with_context(|| format!("cargo names no tests of {package}"))
 }
 
 fn build(package: &str, binary: &str, profile: &[&str]) -> Result<()> {
