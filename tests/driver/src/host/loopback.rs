@@ -44,6 +44,7 @@ struct Shared {
 #[derive(Default)]
 struct State {
     hold: bool,
+    give_up: bool,
     held: VecDeque<(u16, Chain)>,
     release: usize,
     new_config: Option<Vec<u8>>,
@@ -83,6 +84,12 @@ impl Controls {
     /// From now on fetched chains are kept until [`Self::release`]; `false`: they come back at once.
     pub fn hold(&self, hold: bool) {
         self.shared.lock().hold = hold;
+    }
+
+    /// Whether chains that are held count as not begun, so that the device gives them up when it is asked to. At first
+    /// they do not.
+    pub fn give_up(&self, give_up: bool) {
+        self.shared.lock().give_up = give_up;
     }
 
     /// Chains the device has in its hands.
@@ -167,6 +174,15 @@ impl VirtioDevice for Loopback {
     fn reset(&mut self) {
         self.config.clone_from(&self.shape.config);
         self.shared.lock().resets += 1;
+    }
+
+    fn recall(&mut self, io: &mut Io<'_>) {
+        let mut state = self.shared.lock();
+        if state.give_up {
+            for (queue, chain) in state.held.drain(..).rev() {
+                io.recall(queue, chain);
+            }
+        }
     }
 
     fn accepts_config(&self, config: &[u8]) -> bool {
