@@ -329,12 +329,9 @@ impl VirtioFunction {
 
     fn work(&self, core: &mut Core, index: u16) -> Result<(), RingError> {
         let slot = usize::from(index);
-        // A queue that is stopped or waits for its reset has chains nobody may fetch; they must not count as work.
-        if !core.visible(index).is_some_and(Virtqueue::is_usable) {
-            return Ok(());
-        }
         let mut budget = BUDGET;
-        loop {
+        // A queue that is stopped or waits for its reset has chains nobody may fetch; they must not count as work.
+        while core.visible(index).is_some_and(Virtqueue::is_usable) {
             if let Some(queue) = core.queues.get_mut(slot) {
                 queue.disable_kicks(&core.view)?;
             }
@@ -362,6 +359,7 @@ impl VirtioFunction {
                 return Ok(());
             }
         }
+        Ok(())
     }
 
     /// After a device had its turn: interrupts, errors, and whatever waited for the drain.

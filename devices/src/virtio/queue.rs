@@ -134,14 +134,17 @@ impl Virtqueue {
         self.resetting
     }
 
-    /// True while the queue may be worked on, as far as it is concerned.
+    /// True while the queue may be worked on, as far as it is concerned. One that is to stop still has to do what it was
+    /// given back.
     pub(super) fn is_usable(&self) -> bool {
-        self.ring.is_some() && !self.resetting && !self.stopped
+        self.ring.is_some() && !self.resetting && !(self.stopped && self.owned.is_empty())
     }
 
-    /// `queue_status`: false if the queue is disabled, or stopped with nothing in flight (S0-4, S0-5).
+    /// `queue_status`: false if the queue is disabled, or stopped with nothing in flight (S0-4, S0-5). Chains that were
+    /// given up are none the driver may do without: `last_avail_idx` is beyond them.
     pub fn is_running(&self) -> bool {
-        self.ring.is_some() && !(self.stopped && self.is_drained())
+        let stands = self.stopped && self.is_drained() && self.owned.is_empty();
+        self.ring.is_some() && !stands
     }
 
     /// `last_avail_idx` of a queue that does not run: the available-ring entry that is fetched next (S0-9).
@@ -272,6 +275,7 @@ impl Virtqueue {
                 self.owned.pop_front();
                 chain
             }
+            None if self.stopped => return Ok(None),
             None => match ring.iter(&**view).map_err(RingError::Available)?.next() {
                 Some(found) => Chain::parse(view, table, Head(found.head_index()))?,
                 None => {
