@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::{Core, Suspend, VirtioFunction};
+use super::{Core, ISR_QUEUE, Suspend, VirtioFunction};
 use crate::gate::Reasons;
 use crate::state::{FunctionState, QueueState, RegisterState, Shape};
 use crate::virtio::queue::{NO_VECTOR, RingError, Virtqueue};
@@ -207,6 +207,9 @@ impl VirtioFunction {
                 queue.set_event_index(event_index);
             }
             core.device.activate(driver_features);
+            // What was not announced when the state was saved is not in it, and so is announced again.
+            core.isr = ISR_QUEUE;
+            core.config_pending = true;
             self.open(core, Reasons::NO_DRIVER);
         }
         if let Some(revived) = self.revived.get() {
