@@ -17,6 +17,7 @@ mod net;
 mod owners;
 mod refusals;
 mod sriov;
+mod stops;
 mod vm;
 
 use libtest_mimic::{Arguments, Trial};
@@ -31,6 +32,7 @@ fn main() -> std::process::ExitCode {
         sriov::trials(),
         api::trials(),
         owners::trials(),
+        stops::trials(),
         refusals::trials(),
     ]
     .into_iter()

@@ -50,7 +50,7 @@ impl fmt::Display for Found {
 type Run = fn(&Request) -> Result<Found>;
 
 /// Name, parameters, what runs. The README says what each does.
-const SCENARIOS: [(&str, &[&str], Run); 32] = [
+const SCENARIOS: [(&str, &[&str], Run); 33] = [
     ("boot", &[], boot::run),
     ("pci", &[], pci::run),
     ("poweroff", &[], |_| power::end(RebootCommand::PowerOff)),
@@ -86,6 +86,7 @@ const SCENARIOS: [(&str, &[&str], Run); 32] = [
     ("flr-io", &["pf", "n", "rounds"], sriov::flr_io),
     ("flr-pf", &["pf", "n", "rounds"], sriov::flr_pf),
     ("admin-user", &["pf", "n", "strict"], sriov::admin_user),
+    ("vf-stop", &["pf", "way"], sriov::vf_stop),
     ("dmesg-clean", &[], sriov::dmesg_clean),
 ];
 

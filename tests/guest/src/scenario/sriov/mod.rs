@@ -6,6 +6,7 @@ mod admin;
 mod block;
 mod flr;
 mod net;
+mod stops;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -26,6 +27,7 @@ pub use admin::run as admin_user;
 pub use block::run as block;
 pub use flr::{physical as flr_pf, run as flr_io};
 pub use net::{ping, traffic};
+pub use stops::run as vf_stop;
 
 const DEVICES: &str = "/sys/bus/pci/devices";
 /// Vendor of all virtio functions, as sysfs writes it.
