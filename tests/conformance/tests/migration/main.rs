@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod context_read;
+mod context_write;
 mod in_flight;
 mod modes;
 mod rig;

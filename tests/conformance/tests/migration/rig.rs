@@ -7,6 +7,7 @@ use conformance::group::{self, ADMIN_VQ, Devices, SR_IOV};
 use conformance::{SIMPLE, group::Live};
 use devices::admin::{Options, OwnerDriver};
 use devices::block::{Block, BlockConfig};
+use devices::net::{MacAddress, Net, PortConfig, Switch};
 use devices::virtio::{Doors, VirtioFunction};
 use driver::access::FunctionExt;
 use driver::host::{Controls, HostDma, HostFunction, Machine, Storage, VirtualFunction};
@@ -95,6 +96,32 @@ impl Rig {
 
     pub fn with(vfs: usize, options: Options) -> Self {
         Self::over(group::Rig::new(vfs, options))
+    }
+
+    /// One member with these doors.
+    pub fn with_doors(doors: Doors) -> Self {
+        Self::over(group::Rig::with_doors(&[doors], Options::default()))
+    }
+
+    /// Network interfaces on one switch: port `n` is that of VF `n`, with address [`mac`]`(n)`, and port 0 the PF's.
+    pub fn with_interfaces(vfs: usize) -> (Self, Switch) {
+        let switch = Switch::new();
+        let net = |number: usize| {
+            let mac = MacAddress::new(mac(number as u8));
+            let port = switch.port(PortConfig {
+                name: format!("port {number}"),
+                mac,
+                check_source: true,
+            });
+            Box::new(Net::new(mac, port.unwrap()))
+        };
+        let devices = Devices {
+            pf: net(0),
+            vfs: (1..=vfs).map(|n| (net(n) as _, Doors::default())).collect(),
+        };
+        let machine = Machine::new().unwrap();
+        let group = group::Rig::of(machine, devices, Options::default());
+        (Self::over(group), switch)
     }
 
     /// A disk of [`DISK`] bytes for each member, filled with `fill` and the number of the VF.
@@ -187,6 +214,11 @@ impl Rig {
     pub fn interrupts(&self) -> Vec<u16> {
         self.group.machine.msi().take_vectors()
     }
+}
+
+/// The address of VF `number`.
+pub fn mac(number: u8) -> [u8; 6] {
+    [0x52, 0x54, 0, 0, 0, number]
 }
 
 /// What the disk of VF `number` holds at first: each sector is different, and different from that of another disk.
