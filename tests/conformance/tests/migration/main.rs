@@ -11,3 +11,4 @@ mod context_write;
 mod in_flight;
 mod modes;
 mod rig;
+mod round_trip;

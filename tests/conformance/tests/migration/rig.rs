@@ -9,7 +9,7 @@ use devices::admin::{Options, OwnerDriver};
 use devices::block::{Block, BlockConfig};
 use devices::net::{MacAddress, Net, PortConfig, Switch};
 use devices::virtio::{Doors, VirtioFunction};
-use driver::access::FunctionExt;
+use driver::access::{Function, FunctionExt};
 use driver::host::{Controls, HostDma, HostFunction, Machine, Storage, VirtualFunction};
 use driver::pci::{change_command, command};
 use driver::virtio::Transport;
@@ -158,6 +158,21 @@ impl Rig {
     /// Both drivers of the owner.
     pub fn both(&mut self) -> [&mut dyn Commands; 2] {
         [&mut self.guest, &mut self.monitor]
+    }
+
+    /// Sets a mode for the guest's driver (0) or the monitor's (1), while the machine works.
+    pub fn set_mode(&mut self, party: usize, member: u64, mode: u8) -> Result<(), CommandError> {
+        if party == 0 {
+            return self.guest.set_mode(member, mode);
+        }
+        let (group, monitor) = (&self.group, &mut self.monitor);
+        std::thread::scope(|scope| {
+            let change = scope.spawn(move || monitor.set_mode(member, mode));
+            while !change.is_finished() {
+                group.at(0).relax();
+            }
+            change.join().unwrap()
+        })
     }
 
     /// A live driver of VF `number`.
