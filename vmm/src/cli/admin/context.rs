@@ -209,7 +209,7 @@ fn show(fields: &[Field], in_json: bool) {
         return;
     }
     for field in fields {
-        println!("{:<34}  {field}", field.id().to_string());
+        println!("{field}");
     }
 }
 
