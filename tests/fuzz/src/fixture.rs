@@ -11,7 +11,7 @@ use devices::gate::Reasons;
 use devices::memory::GuestSlice;
 use devices::net::{MacAddress, Net, PortConfig, Switch};
 use devices::rng::Rng;
-use devices::virtio::{VirtioDevice, VirtioFunction};
+use devices::virtio::{Doors, VirtioDevice, VirtioFunction};
 use driver::access::{DmaExt, Function};
 use driver::host::{Controls, HostDma, HostFunction, Loopback, Machine, Place, Pump, Shape};
 use driver::pci::{Address, change_command, command};
@@ -29,8 +29,12 @@ pub struct Rig {
 
 impl Rig {
     pub fn new(device: Box<dyn VirtioDevice>, dma: &HostDma) -> Self {
+        Self::with_doors(device, dma, Doors::default())
+    }
+
+    pub fn with_doors(device: Box<dyn VirtioDevice>, dma: &HostDma, doors: Doors) -> Self {
         let view = dma.ram().view().expect("view");
-        let function = VirtioFunction::new("fuzz", device, view).expect("events");
+        let function = VirtioFunction::with_doors("fuzz", device, view, doors).expect("events");
         let pump = Pump::new(Arc::clone(&function)).expect("epoll");
         Self { function, pump }
     }

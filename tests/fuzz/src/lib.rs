@@ -14,7 +14,9 @@ mod host;
 mod input;
 mod net;
 mod queues;
+mod records;
 mod registers;
+mod sessions;
 mod sriov;
 
 pub use admin::admin_commands;
@@ -22,7 +24,9 @@ pub use context::context;
 pub use host::{configuration, kernel_image};
 pub use net::net_frames;
 pub use queues::{queue_device_side, queue_driver_side};
+pub use records::write_records;
 pub use registers::{pci_config, virtio_registers};
+pub use sessions::context_sessions;
 pub use sriov::sriov_config;
 
 /// A target's name and its function.
@@ -33,6 +37,7 @@ pub const TARGETS: &[Target] = &[
     ("admin_commands", admin_commands),
     ("configuration", configuration),
     ("context", context),
+    ("context_sessions", context_sessions),
     ("kernel_image", kernel_image),
     ("net_frames", net_frames),
     ("pci_config", pci_config),
@@ -40,4 +45,5 @@ pub const TARGETS: &[Target] = &[
     ("queue_driver_side", queue_driver_side),
     ("sriov_config", sriov_config),
     ("virtio_registers", virtio_registers),
+    ("write_records", write_records),
 ];

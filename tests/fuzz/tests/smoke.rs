@@ -73,6 +73,7 @@ smoke! {
     admin_commands
     configuration
     context
+    context_sessions
     kernel_image
     net_frames
     pci_config
@@ -80,4 +81,5 @@ smoke! {
     queue_driver_side
     sriov_config
     virtio_registers
+    write_records
 }
