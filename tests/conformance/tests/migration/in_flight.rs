@@ -263,6 +263,57 @@ fn s3_19_an_flr_while_mode_set_waits_ends_the_wait_and_the_mode_holds() {
     assert_eq!(vf.complete(0), None);
 }
 
+/// Requirements: S3-20, G3-aa
+#[test]
+fn s3_20_a_virtio_reset_while_mode_set_waits_is_done_for_stop_and_ignored_for_freeze() {
+    for (to, resets) in [(STOP, true), (FREEZE, false)] {
+        let mut rig = Rig::new(1);
+        let mut vf = rig.drive(1);
+        rig.controls(1).hold(true);
+        vf.submit(0, b"in flight", 16);
+        rig.settle();
+        let posted = rig.guest.post(opcode::MODE_SET, VF, &[to]);
+        rig.settle();
+        let before = vf.transport.status();
+        vf.transport.set(common::DEVICE_STATUS, 0);
+        rig.settle();
+        assert_eq!(rig.guest.answered(&posted), None);
+        rig.controls(1).release(1);
+        rig.settle();
+        assert_eq!(rig.guest.answered(&posted), Some(OK));
+        assert_eq!(vf.transport.status(), if resets { 0 } else { before });
+        assert_eq!(vf.complete(0), if resets { None } else { Some(9) });
+    }
+}
+
+/// Requirements: S3-19, E13, B-7
+#[test]
+fn s3_19_a_command_that_waits_for_a_reset_ends_with_a_reset_of_the_owner() {
+    for (opcode, data) in [
+        (opcode::MODE_SET, vec![STOP]),
+        (opcode::CONTEXT_READ, vec![]),
+        (opcode::CONTEXT_WRITE, vec![]),
+    ] {
+        let mut rig = Rig::new(1);
+        let mut vf = rig.drive(1);
+        rig.controls(1).hold(true);
+        vf.submit(0, b"never seen", 16);
+        rig.settle();
+        assert!(request_flr(vf.transport.function()));
+        let posted = rig.guest.post(opcode, VF, &data);
+        rig.settle();
+        rig.guest.transport.reset().unwrap();
+        let before = rig.memory();
+        rig.controls(1).release(1);
+        rig.settle();
+        assert!(rig.memory() == before, "{opcode:#x}");
+        assert_eq!(rig.guest.answered(&posted), None);
+        let mut guest = crate::rig::Guest::start(&rig.group);
+        assert_eq!(guest.mode(VF), Ok(ACTIVE));
+        assert!(!guest.read_context(VF, 8).unwrap().is_empty());
+    }
+}
+
 /// Requirements: S3-9, G3-g, G3-h
 #[test]
 fn g3_g_what_a_slow_disk_has_not_begun_becomes_the_devices_and_is_done_once_in_order() {

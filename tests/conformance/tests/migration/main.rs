@@ -10,5 +10,7 @@ mod context_read;
 mod context_write;
 mod in_flight;
 mod modes;
+mod records;
 mod rig;
 mod round_trip;
+mod sessions;
