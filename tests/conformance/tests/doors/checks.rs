@@ -2,7 +2,7 @@
 
 use conformance::QUIET;
 use driver::access::{Dma, DmaExt, FunctionExt, Register};
-use driver::pci::{change_command, command, find_capability, id};
+use driver::pci::{change_command, command};
 use driver::virtio::{Door, common, isr, status};
 
 use super::rig::{ALL, CASES, Kind, NO_DOOR, Rig, SIMPLE, for_each, only};
@@ -157,25 +157,30 @@ pub fn a_stopped_device_can_be_reset(door: Door) {
     }
 }
 
-/// A function level reset ends a stop as well.
+/// A function level reset ends a stop, whether it waits or is complete. What is in flight comes back to nobody.
 pub fn a_stopped_function_can_be_reset(door: Door) {
-    for (kind, features) in CASES {
-        let rig = Rig::live(kind, only(door), features);
+    for_each(only(door), |mut rig| {
         rig.transport.stop(door).unwrap();
-        let express = find_capability(rig.pci(), id::EXPRESS).unwrap().unwrap();
-        let control = express.offset + 8;
-        let old: u16 = rig.pci().config(control);
-        rig.pci().set_config(control, old | 1 << 15);
-        change_command(rig.pci(), command::BUS_MASTER, 0);
-        if kind == Kind::Plain {
-            // Its BAR is as after power-on: the machine places it anew.
-            rig.machine.power_on().unwrap();
-            change_command(rig.pci(), command::MEMORY, 0);
-        }
+        rig.lay(0);
+        rig.function_level_reset();
         assert_eq!(rig.transport.status(), 0);
-        let msix = rig.transport.msix().unwrap();
-        assert!(!msix.is_enabled(rig.pci()));
-    }
+        rig.start_over(ALL);
+        assert_eq!(rig.transport.status(), RUNNING);
+    });
+    for_each(only(door), |mut rig| {
+        rig.occupy(0);
+        write(&rig, door.stop(RUNNING));
+        rig.function_level_reset();
+        assert_ne!(rig.transport.status(), 0, "a chain is in flight");
+        let memory = rig.memory();
+        rig.interrupts();
+        rig.release();
+        assert_eq!(rig.transport.status(), 0);
+        assert!(memory == rig.memory(), "memory changed");
+        assert_eq!(rig.interrupts(), QUIET);
+        rig.start_over(ALL);
+        assert_eq!(rig.transport.status(), RUNNING);
+    });
 }
 
 /// A reset overtakes a stop that waits. Its status reads 0 when nothing is in flight any more; from then on no byte of
@@ -212,6 +217,7 @@ pub fn a_resume_brings_back_what_was(door: Door) {
             let queues = [0, 1].map(|queue| rig.queue_registers(queue));
             let features = (rig.transport.offered(), rig.transport.accepted());
             (
+                conformance::config_bytes(rig.pci(), 0..4096),
                 rig.transport.status(),
                 queues,
                 features,
@@ -525,5 +531,45 @@ pub fn news_from_behind_survives_a_reset(door: Door) {
         rig.settle();
         let config: u32 = rig.transport.device_get(Register::at(8));
         assert_eq!(config, 0x3c3c_3c3c);
+    });
+}
+
+/// News from behind reach a driver that has no queue, too.
+pub fn news_reaches_a_driver_without_queues(door: Door) {
+    for (kind, features) in CASES {
+        let mut rig = Rig::untouched(kind, only(door));
+        rig.negotiate(features);
+        rig.transport.start();
+        rig.transport.stop(door).unwrap();
+        rig.controls.change_config(vec![0x18; 16]);
+        rig.settle();
+        assert_eq!(rig.interrupts(), QUIET);
+        rig.transport.resume(door).unwrap();
+        rig.settle();
+        assert_eq!(rig.interrupts(), [0]);
+        assert_eq!(rig.transport.device_get::<u8>(Register::at(0)), 0x18);
+    }
+}
+
+/// The window to the registers in configuration space leads to the same registers: the status can be written through it,
+/// and nothing else.
+pub fn the_access_window_leads_to_the_same_registers(door: Door) {
+    for_each(only(door), |mut rig| {
+        let common = rig.transport.common_region();
+        let device = rig.transport.device_region().unwrap();
+        let at = |offset: u64| offset as u32;
+        let status = at(common.offset + common::DEVICE_STATUS.offset);
+        let through = |value: u8| rig.transport.window_set(common.bar, status, value);
+        through(door.stop(RUNNING)).unwrap();
+        assert_eq!(rig.transport.status(), door.stopped(RUNNING));
+        let before = rig.registers();
+        let config = at(device.offset);
+        rig.transport.window_set(device.bar, config, 0x1122_3344u32);
+        assert_eq!(rig.registers(), before);
+        let shown = rig.transport.window_get(common.bar, status);
+        assert_eq!(shown, Some(door.stopped(RUNNING)));
+        through(door.resume(door.stopped(RUNNING))).unwrap();
+        assert_eq!(rig.transport.status(), RUNNING);
+        rig.echo(0);
     });
 }

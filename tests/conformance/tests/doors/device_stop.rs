@@ -279,3 +279,15 @@ fn g2_e_a_reset_overtakes_a_stop_and_waits_for_what_reaches_memory() {
 fn s2_10_configuration_changed_from_behind_survives_a_reset() {
     checks::news_from_behind_survives_a_reset(DOOR);
 }
+
+/// Requirements: S2-10
+#[test]
+fn s2_10_news_reaches_a_driver_without_queues() {
+    checks::news_reaches_a_driver_without_queues(DOOR);
+}
+
+/// Requirements: S2-10
+#[test]
+fn s2_10_the_access_window_leads_to_the_same_registers() {
+    checks::the_access_window_leads_to_the_same_registers(DOOR);
+}

@@ -2,6 +2,7 @@
 //! sending.
 
 use std::io;
+use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -10,14 +11,13 @@ use devices::block::{Backend, Block, BlockConfig};
 use devices::memory::GuestSlice;
 use devices::net::{MacAddress, Net, PortConfig, Switch};
 use devices::virtio::{Doors, VirtioDevice};
-use driver::access::{Dma, DmaExt, FunctionExt};
-use driver::host::{HostDma, HostFunction, Machine, Place, Plugged, RAM};
-use driver::pci::{change_command, command};
+use driver::access::{Dma, DmaExt, Function, FunctionExt};
+use driver::host::{HostDma, Machine, RAM};
 use driver::virtio::net::{HEADER, RECEIVE, RECEIVE_BUFFER, TRANSMIT};
 use driver::virtio::{Buffer, Door, SplitQueue, Transport, common};
 
 use super::checks::RUNNING;
-use super::rig::{ALL, SIMPLE, only};
+use super::rig::{CASES, Kind, enable_msix, only, plug};
 use vm_memory::Bytes;
 
 /// How long a thread of a device may take.
@@ -26,24 +26,25 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// A machine with one device of some type.
 struct Bench {
     machine: Machine,
-    transport: Transport<HostFunction>,
+    transport: Transport<Rc<dyn Function>>,
     queues: Vec<SplitQueue<HostDma>>,
-    // Last: the function goes after what drives it.
-    _plugged: Plugged,
 }
 
 impl Bench {
     /// The device, live, with its first `queues` queues of 64 entries, and a vector for each.
-    fn new(device: Box<dyn VirtioDevice>, doors: Doors, features: u64, queues: u16) -> Self {
+    fn new(
+        kind: Kind,
+        device: Box<dyn VirtioDevice>,
+        spare: &dyn Fn() -> Box<dyn VirtioDevice>,
+        doors: Doors,
+        features: u64,
+        queues: u16,
+    ) -> Self {
         let machine = Machine::new().unwrap();
-        let plugged = machine.add_with_doors("device", device, Place::RootBus, doors);
-        let plugged = plugged.unwrap();
-        machine.power_on().unwrap();
-        let function = machine.function(machine.locate(&plugged));
-        change_command(&function, command::MEMORY | command::BUS_MASTER, 0);
-        let transport = Transport::new(function).unwrap();
+        let (_, _, pci) = plug(&machine, kind, device, doors, spare);
+        let transport = Transport::new(pci).unwrap();
         let features = transport.negotiate(features).unwrap();
-        conformance::enable_msix(&transport);
+        enable_msix(&transport);
         let event_index = features & driver::virtio::feature::EVENT_IDX != 0;
         let queues = (0..queues).map(|index| {
             let queue = SplitQueue::new(machine.dma().clone(), 64, event_index).unwrap();
@@ -59,7 +60,6 @@ impl Bench {
             machine,
             transport,
             queues,
-            _plugged: plugged,
         }
     }
 
@@ -171,6 +171,10 @@ impl Backend for Slow {
     }
 }
 
+fn disk(storage: Arc<Slow>) -> Box<dyn VirtioDevice> {
+    Box::new(Block::with_backend(storage, &BlockConfig::new("slow")).unwrap())
+}
+
 /// A disk with reads on their way.
 struct Disk {
     bench: Bench,
@@ -180,12 +184,12 @@ struct Disk {
 }
 
 impl Disk {
-    fn new(door: Door, features: u64) -> Self {
+    fn new(kind: Kind, door: Door, features: u64) -> Self {
         let storage = Arc::new(Slow::default());
-        let backend = Arc::clone(&storage) as Arc<dyn Backend>;
-        let block = Block::with_backend(backend, &BlockConfig::new("slow")).unwrap();
+        let spare = || disk(Arc::default());
+        let device = disk(Arc::clone(&storage));
         Self {
-            bench: Bench::new(Box::new(block), only(door), features, 1),
+            bench: Bench::new(kind, device, &spare, only(door), features, 1),
             storage,
             reads: Default::default(),
         }
@@ -241,8 +245,8 @@ impl Disk {
 
 fn for_each_disk(test: impl Fn(Door, Disk)) {
     for door in Door::ALL {
-        for features in [ALL, SIMPLE] {
-            test(door, Disk::new(door, features));
+        for (kind, features) in CASES {
+            test(door, Disk::new(kind, door, features));
         }
     }
 }
@@ -280,9 +284,9 @@ fn s1_16_a_disk_stops_when_its_storage_has_answered_everything() {
 /// Requirements: S1-6, G1-f, G2-d
 #[test]
 fn s1_6_a_stop_is_called_off_while_storage_is_stuck() {
-    for features in [ALL, SIMPLE] {
+    for (kind, features) in CASES {
         for door in [Door::SuspendV5, Door::DeviceStop] {
-            let mut disk = Disk::new(door, features);
+            let mut disk = Disk::new(kind, door, features);
             disk.read();
             disk.busy(1);
             disk.bench.write_status(door.stop(RUNNING));
@@ -334,24 +338,34 @@ struct Pair {
     buffers: std::collections::HashMap<u16, u64>,
 }
 
+fn interface(switch: &Switch, octets: [u8; 6]) -> Box<dyn VirtioDevice> {
+    let mac = MacAddress::new(octets);
+    let port = switch.port(PortConfig {
+        name: format!("{mac}"),
+        mac,
+        check_source: false,
+    });
+    Box::new(Net::new(mac, port.unwrap()))
+}
+
 const US: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const PEER: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
 impl Pair {
-    fn new(door: Door, features: u64) -> Self {
+    fn new(kind: Kind, door: Door, features: u64) -> Self {
         let switch = Switch::new();
-        let interface = |octets: [u8; 6], doors| {
-            let mac = MacAddress::new(octets);
-            let port = switch.port(PortConfig {
-                name: format!("{mac}"),
-                mac,
-                check_source: false,
-            });
-            let net = Net::new(mac, port.unwrap());
-            Bench::new(Box::new(net), doors, features, 2)
-        };
-        let us = interface(US, only(door));
-        let peer = interface(PEER, Doors::default());
+        let spare = || interface(&Switch::new(), US);
+        let us = Bench::new(
+            kind,
+            interface(&switch, US),
+            &spare,
+            only(door),
+            features,
+            2,
+        );
+        let doors = Doors::default();
+        let peer = interface(&switch, PEER);
+        let peer = Bench::new(Kind::Plain, peer, &spare, doors, features, 2);
         let mut pair = Self {
             us,
             peer,
@@ -423,8 +437,8 @@ impl Pair {
 
 fn for_each_pair(test: impl Fn(Door, Pair)) {
     for door in Door::ALL {
-        for features in [ALL, SIMPLE] {
-            test(door, Pair::new(door, features));
+        for (kind, features) in CASES {
+            test(door, Pair::new(kind, door, features));
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use devices::admin::{self, Owner};
 use devices::state::FunctionState;
-use devices::virtio::{Doors, Suspend, VirtioFunction};
+use devices::virtio::{Doors, Suspend, VirtioDevice, VirtioFunction};
 use driver::access::{DmaExt, Function, FunctionExt, Region, Register};
 use driver::host::{
     Controls, HostDma, HostFunction, Loopback, Machine, Place, RAM, Shape, VirtualFunction,
@@ -65,6 +65,7 @@ pub fn only(door: Door) -> Doors {
 /// A function and what drives it.
 pub struct Rig {
     pub machine: Machine,
+    kind: Kind,
     pub function: Arc<VirtioFunction>,
     /// The owner of a member.
     pub owner: Option<HostFunction>,
@@ -79,41 +80,14 @@ pub struct Rig {
 impl Rig {
     /// A device that offers `doors`, with decoding, bus mastering and MSI-X on, which no driver has touched yet.
     pub fn untouched(kind: Kind, doors: Doors) -> Self {
-        let machine = Machine::new().unwrap();
         let (device, controls) = Loopback::new(Shape::default()).unwrap();
-        let (function, pci, owner): (_, Rc<dyn Function>, _) = match kind {
-            Kind::Plain => {
-                let plugged = machine.add_with_doors("device", device, Place::RootBus, doors);
-                let plugged = plugged.unwrap();
-                machine.power_on().unwrap();
-                let pci = machine.function(machine.locate(&plugged));
-                change_command(&pci, command::MEMORY, 0);
-                (plugged.function, Rc::new(pci), None)
-            }
-            Kind::Member => {
-                let view = || machine.dma().ram().view().unwrap();
-                let sibling = Loopback::new(Shape::default()).unwrap().0;
-                let sibling = VirtioFunction::with_doors("vf1", sibling, view(), doors).unwrap();
-                let function = VirtioFunction::with_doors("vf2", device, view(), doors).unwrap();
-                let pf = own(&machine, vec![sibling, Arc::clone(&function)]);
-                let pci = VirtualFunction::new(&pf, 2).unwrap().unwrap();
-                (function, Rc::new(pci), Some(pf))
-            }
-        };
-        change_command(&pci, command::BUS_MASTER, 0);
+        let machine = Machine::new().unwrap();
+        let (function, owner, pci) = plug(&machine, kind, device, doors, &loopback);
         let transport = Transport::new(pci).unwrap();
-        let msix = transport.msix().unwrap();
-        for vector in 0..msix.vectors {
-            let entry = VectorEntry {
-                address: conformance::MESSAGE_ADDRESS,
-                data: conformance::message_data(vector),
-                masked: false,
-            };
-            msix.set_entry(transport.function(), vector, entry);
-        }
-        msix.set_control(transport.function(), true, false);
+        enable_msix(&transport);
         Self {
             machine,
+            kind,
             function,
             owner,
             controls,
@@ -175,6 +149,24 @@ impl Rig {
         self.transport.start();
         self.echo(0);
         self.echo(1);
+    }
+
+    /// A function level reset, after which the machine and the driver set the function up as after power-on.
+    pub fn function_level_reset(&self) {
+        let express = find_capability(self.pci(), id::EXPRESS).unwrap().unwrap();
+        let control = express.offset + 8;
+        let old: u16 = self.pci().config(control);
+        self.pci().set_config(control, old | 1 << 15);
+        let switches = match self.kind {
+            Kind::Plain => {
+                self.machine.power_on().unwrap();
+                command::MEMORY | command::BUS_MASTER
+            }
+            Kind::Member => command::BUS_MASTER,
+        };
+        change_command(self.pci(), switches, 0);
+        assert!(!self.transport.msix().unwrap().is_enabled(self.pci()));
+        enable_msix(&self.transport);
     }
 
     /// The PCI function.
@@ -392,13 +384,64 @@ impl Rig {
     }
 }
 
+/// Puts `device` into `machine`, and switches decoding and bus mastering on. The owner is that of a member;
+/// it and a sibling of the member are `spare` devices.
+pub fn plug(
+    machine: &Machine,
+    kind: Kind,
+    device: Box<dyn VirtioDevice>,
+    doors: Doors,
+    spare: &dyn Fn() -> Box<dyn VirtioDevice>,
+) -> (Arc<VirtioFunction>, Option<HostFunction>, Rc<dyn Function>) {
+    match kind {
+        Kind::Plain => {
+            let plugged = machine.add_with_doors("device", device, Place::RootBus, doors);
+            let plugged = plugged.unwrap();
+            machine.power_on().unwrap();
+            let pci = machine.function(machine.locate(&plugged));
+            change_command(&pci, command::MEMORY | command::BUS_MASTER, 0);
+            (plugged.function, None, Rc::new(pci))
+        }
+        Kind::Member => {
+            let view = || machine.dma().ram().view().unwrap();
+            let sibling = VirtioFunction::with_doors("vf1", spare(), view(), doors).unwrap();
+            let function = VirtioFunction::with_doors("vf2", device, view(), doors).unwrap();
+            let pf = own(machine, spare(), vec![sibling, Arc::clone(&function)]);
+            let pci = VirtualFunction::new(&pf, 2).unwrap().unwrap();
+            change_command(&pci, command::BUS_MASTER, 0);
+            (function, Some(pf), Rc::new(pci))
+        }
+    }
+}
+
+/// Programs every vector, unmasked, and turns MSI-X on.
+pub fn enable_msix<F: Function>(transport: &Transport<F>) {
+    let msix = transport.msix().unwrap();
+    for vector in 0..msix.vectors {
+        let entry = VectorEntry {
+            address: conformance::MESSAGE_ADDRESS,
+            data: conformance::message_data(vector),
+            masked: false,
+        };
+        msix.set_entry(transport.function(), vector, entry);
+    }
+    msix.set_control(transport.function(), true, false);
+}
+
+fn loopback() -> Box<dyn VirtioDevice> {
+    Loopback::new(Shape::default()).unwrap().0
+}
+
 /// Makes `members` the virtual functions of an owner behind a port of `machine`, and enables all of them.
-fn own(machine: &Machine, members: Vec<Arc<VirtioFunction>>) -> HostFunction {
+fn own(
+    machine: &Machine,
+    device: Box<dyn VirtioDevice>,
+    members: Vec<Arc<VirtioFunction>>,
+) -> HostFunction {
     let count = members.len() as u16;
     let view = machine.dma().ram().view().unwrap();
     let group = members.iter().map(|vf| Arc::clone(vf) as _).collect();
     let owner = Owner::new(group, admin::Options::default()).unwrap();
-    let device = Loopback::new(Shape::default()).unwrap().0;
     let pf = VirtioFunction::new_owner("pf", device, view, owner).unwrap();
     let options = owner::Options::default();
     let shown = OwnerPci::new(Arc::clone(&pf), members.clone(), machine.msi(), options);

@@ -190,3 +190,15 @@ fn b49_a_reset_works_while_suspended_and_clears_everything() {
 fn b46_configuration_changed_from_behind_survives_a_reset() {
     checks::news_from_behind_survives_a_reset(DOOR);
 }
+
+/// Requirements: B-46
+#[test]
+fn b46_news_reaches_a_driver_without_queues() {
+    checks::news_reaches_a_driver_without_queues(DOOR);
+}
+
+/// Requirements: B-44
+#[test]
+fn b44_the_access_window_leads_to_the_same_registers() {
+    checks::the_access_window_leads_to_the_same_registers(DOOR);
+}

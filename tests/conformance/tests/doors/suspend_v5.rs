@@ -330,3 +330,15 @@ fn g1_i_an_owner_with_an_administration_queue_offers_no_suspend() {
 fn g1_e_configuration_changed_from_behind_survives_a_reset() {
     checks::news_from_behind_survives_a_reset(DOOR);
 }
+
+/// Requirements: G1-e
+#[test]
+fn g1_e_news_reaches_a_driver_without_queues() {
+    checks::news_reaches_a_driver_without_queues(DOOR);
+}
+
+/// Requirements: G1-c, S1-13
+#[test]
+fn g1_c_the_access_window_leads_to_the_same_registers() {
+    checks::the_access_window_leads_to_the_same_registers(DOOR);
+}
