@@ -241,10 +241,15 @@ fn s1_13_device_state_is_closed_while_suspended() {
             rig.lay(0);
             rig.transport.stop(door).unwrap();
             let before = (rig.registers(), rig.place());
-            rig.state().set_index(0, 0x1234);
-            rig.state().start(0);
-            rig.state().run(1, false);
-            assert_eq!((rig.registers(), rig.place()), before);
+            let ask: [&dyn Fn(&Rig); 3] = [
+                &|rig| rig.state().set_index(0, 0x1234),
+                &|rig| rig.state().start(0),
+                &|rig| rig.state().run(1, false),
+            ];
+            for (number, ask) in ask.into_iter().enumerate() {
+                ask(&rig);
+                assert_eq!((rig.registers(), rig.place()), before, "{number}");
+            }
             rig.stays_still();
             rig.transport.resume(door).unwrap();
             assert_eq!([0, 1].map(|queue| rig.state().runs(queue)), [false, true]);
