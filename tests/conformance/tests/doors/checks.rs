@@ -1,11 +1,18 @@
 //! What holds for every door, one function each. The tests that cite requirements are in the files of the doors.
 
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
 use conformance::QUIET;
 use driver::access::{Dma, DmaExt, FunctionExt, Register};
 use driver::pci::{change_command, command};
 use driver::virtio::{Door, common, isr, status};
 
 use super::rig::{ALL, CASES, Kind, NO_DOOR, Rig, SIMPLE, for_each, only};
+
+/// How long another thread may take.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The status of a device that runs.
 pub const RUNNING: u8 =
@@ -572,4 +579,54 @@ pub fn the_access_window_leads_to_the_same_registers(door: Door) {
         assert_eq!(rig.transport.status(), RUNNING);
         rig.echo(0);
     });
+}
+
+/// The same with a device that works on a thread of its own: however the stop falls into its work, from the moment it shows
+/// no byte of memory changes, and nothing is lost or comes twice.
+pub fn a_device_at_work_on_its_own_thread_stops(door: Door) {
+    for (kind, features) in CASES {
+        let mut rig = Rig::live(kind, only(door), features);
+        let ends = AtomicBool::new(false);
+        let machine = rig.machine.clone();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ends.load(Ordering::Relaxed) {
+                    machine.pump();
+                    std::thread::yield_now();
+                }
+            });
+            let _end = EndsOnDrop(&ends);
+            for _ in 0..40 {
+                for _ in 0..6 {
+                    rig.submit(0);
+                }
+                rig.submit(1);
+                rig.transport.stop(door).unwrap();
+                rig.interrupts();
+                rig.lay(1);
+                let memory = rig.memory();
+                rig.kick_all();
+                assert!(memory == rig.memory(), "memory changed");
+                assert_eq!(rig.interrupts(), QUIET);
+                rig.transport.resume(door).unwrap();
+                let pci = Rc::clone(rig.pci());
+                let mut back = 0;
+                let all = pci.wait_until(PATIENCE, || {
+                    back += rig.collect();
+                    rig.outstanding() == 0
+                });
+                assert!(all, "{back} of 8 came back");
+                assert_eq!(back, 8);
+            }
+        });
+    }
+}
+
+/// Lets the device's thread end, also when the test fails.
+struct EndsOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for EndsOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }

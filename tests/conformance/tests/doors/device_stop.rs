@@ -291,3 +291,9 @@ fn s2_10_news_reaches_a_driver_without_queues() {
 fn s2_10_the_access_window_leads_to_the_same_registers() {
     checks::the_access_window_leads_to_the_same_registers(DOOR);
 }
+
+/// Requirements: S2-9, S2-8
+#[test]
+fn s2_9_a_device_at_work_on_its_own_thread_stops() {
+    checks::a_device_at_work_on_its_own_thread_stops(DOOR);
+}

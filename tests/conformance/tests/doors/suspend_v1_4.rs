@@ -202,3 +202,9 @@ fn b46_news_reaches_a_driver_without_queues() {
 fn b44_the_access_window_leads_to_the_same_registers() {
     checks::the_access_window_leads_to_the_same_registers(DOOR);
 }
+
+/// Requirements: B-45, B-47
+#[test]
+fn b45_a_device_at_work_on_its_own_thread_stops() {
+    checks::a_device_at_work_on_its_own_thread_stops(DOOR);
+}

@@ -342,3 +342,9 @@ fn g1_e_news_reaches_a_driver_without_queues() {
 fn g1_c_the_access_window_leads_to_the_same_registers() {
     checks::the_access_window_leads_to_the_same_registers(DOOR);
 }
+
+/// Requirements: S1-14, S1-16
+#[test]
+fn s1_14_a_device_at_work_on_its_own_thread_stops() {
+    checks::a_device_at_work_on_its_own_thread_stops(DOOR);
+}
