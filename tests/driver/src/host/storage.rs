@@ -164,6 +164,17 @@ fn part(bytes: &mut [u8], offset: u64, len: usize) -> &mut [u8] {
     bytes.get_mut(from..from + len).unwrap_or_default()
 }
 
+/// Writes `bytes` to `buffer`, which is as long, the way a kernel does that reads a file: nothing marks the pages. The
+/// device has to.
+#[allow(unsafe_code)]
+fn fill(buffer: &GuestSlice<'_>, bytes: &[u8]) {
+    let len = buffer.len().min(bytes.len());
+    let memory = buffer.ptr_guard_mut();
+    // SAFETY: the guard holds `len` bytes or more of mapped guest memory, which no Rust reference points to, and `bytes` is
+    // memory of this process's own, so that the two do not overlap.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.as_ptr(), len) }
+}
+
 fn total(buffers: &[GuestSlice<'_>]) -> usize {
     buffers.iter().map(|buffer| buffer.len()).sum()
 }
@@ -179,7 +190,7 @@ impl Backend for Disk {
             let mut from = &*part(bytes, offset, len);
             for buffer in buffers {
                 let (head, rest) = from.split_at(buffer.len());
-                buffer.copy_from(head);
+                fill(buffer, head);
                 from = rest;
             }
         })
