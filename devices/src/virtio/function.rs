@@ -104,6 +104,8 @@ struct Core {
     /// Tokens of the sources that became readable while the device was to be still. They are handed to it when the gate
     /// opens.
     missed: Vec<u16>,
+    /// The gate opened, and the rings were not looked at since. A kick of the first queue is under way.
+    rescan: bool,
     /// Someone asked whether nothing is in flight, and wants to be woken when that is so.
     awaited: bool,
     /// Counts function level resets and the like.
@@ -177,6 +179,7 @@ impl VirtioFunction {
                 isr: 0,
                 config_pending: false,
                 missed: Vec::new(),
+                rescan: false,
                 awaited: false,
                 epoch: 0,
             }),
@@ -294,6 +297,7 @@ impl VirtioFunction {
         if !core.gate.is_open() {
             return;
         }
+        self.scan(&mut core, index);
         for token in std::mem::take(&mut core.missed) {
             self.handle(&mut core, token);
         }
@@ -434,13 +438,21 @@ impl VirtioFunction {
         if !opened {
             return;
         }
-        for (index, queue) in core.queues.iter().enumerate() {
-            if queue.is_enabled() {
-                self.kick(index as u16);
-            }
+        // However many queues there are: whoever opens the gate may be one who counts the microseconds.
+        core.rescan = true;
+        self.kick(0);
+    }
+
+    /// If the gate opened since the rings were last looked at, they all are: queue `current` now, the others in turns of
+    /// their own.
+    fn scan(&self, core: &mut Core, current: u16) {
+        if !std::mem::take(&mut core.rescan) {
+            return;
         }
-        if !core.missed.is_empty() {
-            self.kick(0);
+        for (index, queue) in (0..).zip(&core.queues) {
+            if queue.is_enabled() && index != current {
+                self.kick(index);
+            }
         }
     }
 
