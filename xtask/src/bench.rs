@@ -3,6 +3,7 @@
 //! Absolute times of an emulated host say little; the ratio of two programs measured in turns in the same one does.
 
 mod boot;
+mod context;
 mod process;
 mod vfs;
 
@@ -23,6 +24,8 @@ enum What {
     /// Runs inside the machine
     #[command(hide = true)]
     BootInside(boot::Inside),
+    /// Contexts of virtual functions: their size, and the time to save, restore and activate them
+    Context(context::Context),
     /// What virtual functions cost: time, memory, commands, and the switch against a bridge of the host
     Vfs(vfs::Vfs),
     /// Runs inside the machine
@@ -35,6 +38,7 @@ impl Bench {
         match self.what {
             What::Boot(boot) => boot.run(),
             What::BootInside(inside) => inside.run(),
+            What::Context(context) => context.run(),
             What::Vfs(vfs) => vfs.run(),
             What::VfsInside(inside) => inside.run(),
         }
