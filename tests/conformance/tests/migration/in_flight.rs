@@ -12,7 +12,7 @@ use driver::virtio::block::block_feature;
 use driver::virtio::migration::{Migrate, mode, opcode};
 use driver::virtio::{common, status};
 
-use crate::rig::{AGAIN, PATIENCE, Rig, VF, content, read_request, write_request};
+use crate::rig::{AGAIN, PATIENCE, Rig, VF, content, patient, read_request, write_request};
 use conformance::group::Live;
 use mode::{ACTIVE, FREEZE, STOP};
 
@@ -439,7 +439,7 @@ fn s3_6_of_a_stuck_disk_the_monitor_gives_up_and_nothing_has_changed() {
 /// Requirements: S3-9
 #[test]
 fn s3_9_the_monitor_waits_for_requests_in_flight() {
-    let (mut rig, disks) = Rig::with_disks(2, Options::default());
+    let (mut rig, disks) = Rig::with_disks(2, patient());
     let mut vf = four_writes(&rig, &disks[1]);
     let mut sibling = rig.drive(2);
     let monitor = &mut rig.monitor;
@@ -466,7 +466,7 @@ fn s3_9_the_monitor_waits_for_requests_in_flight() {
 /// Requirements: S3-9
 #[test]
 fn s3_9_a_disk_that_fails_or_is_slow_delays_no_more_than_its_requests() {
-    let (mut rig, disks) = Rig::with_disks(1, Options::default());
+    let (mut rig, disks) = Rig::with_disks(1, patient());
     let mut vf = rig.drive(1);
     disks[1].slow_down(Duration::from_millis(5));
     disks[1].fail(2);

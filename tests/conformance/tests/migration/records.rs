@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 
 use conformance::SIMPLE;
 use conformance::group::Live;
-use devices::admin::Options;
 use driver::access::{Dma, DmaExt};
 use driver::host::{RAM, VirtualFunction};
 use driver::pci::request_flr;
@@ -13,7 +12,9 @@ use driver::virtio::migration::{
 };
 use driver::virtio::{Buffer, feature};
 
-use crate::rig::{BAD_FIELD, BAD_STATE, DISK, Guest, Rig, VF, mac, read_request, write_request};
+use crate::rig::{
+    BAD_FIELD, BAD_STATE, DISK, Guest, Rig, VF, mac, patient, read_request, write_request,
+};
 
 const PAGE: u64 = 4096;
 /// All of memory.
@@ -429,7 +430,7 @@ fn s3_43_the_records_of_a_disk_agree_with_memory() {
         (4, feature::EVENT_IDX, 4),
     ] {
         let size = PAGE << shift;
-        let (mut rig, _disks) = Rig::with_disks(1, Options::default());
+        let (mut rig, _disks) = Rig::with_disks(1, patient());
         let mut vf = rig.drive_with(1, SIMPLE | event_index);
         let party = seed as usize % 2;
         let all = range(0, RAM as u64 / size);

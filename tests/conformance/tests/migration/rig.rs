@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use conformance::group::{self, ADMIN_VQ, Devices, SR_IOV};
 use conformance::{SIMPLE, group::Live};
-use devices::admin::{Options, OwnerDriver};
+use devices::admin::{Drain, Options, OwnerDriver};
 use devices::block::{Block, BlockConfig};
 use devices::net::{MacAddress, Net, PortConfig, Switch};
 use devices::virtio::{Doors, VirtioFunction};
@@ -91,7 +91,7 @@ pub struct Rig {
 impl Rig {
     /// `vfs` members that echo.
     pub fn new(vfs: usize) -> Self {
-        Self::with(vfs, Options::default())
+        Self::with(vfs, patient())
     }
 
     pub fn with(vfs: usize, options: Options) -> Self {
@@ -100,7 +100,7 @@ impl Rig {
 
     /// One member with these doors.
     pub fn with_doors(doors: Doors) -> Self {
-        Self::over(group::Rig::with_doors(&[doors], Options::default()))
+        Self::over(group::Rig::with_doors(&[doors], patient()))
     }
 
     /// Network interfaces on one switch: port `n` is that of VF `n`, with address [`mac`]`(n)`, and port 0 the PF's.
@@ -120,7 +120,7 @@ impl Rig {
             vfs: (1..=vfs).map(|n| (net(n) as _, Doors::default())).collect(),
         };
         let machine = Machine::new().unwrap();
-        let group = group::Rig::of(machine, devices, Options::default());
+        let group = group::Rig::of(machine, devices, patient());
         (Self::over(group), switch)
     }
 
@@ -228,6 +228,14 @@ impl Rig {
     /// The vectors of interrupts since the last call, whoever sent them.
     pub fn interrupts(&self) -> Vec<u16> {
         self.group.machine.msi().take_vectors()
+    }
+}
+
+/// An owner that takes nothing back, however slow the host of a test is.
+pub fn patient() -> Options {
+    Options {
+        drain: Drain(PATIENCE),
+        ..Options::default()
     }
 }
 

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use conformance::group::{self, Live};
 use conformance::{QUIET, SIMPLE};
-use devices::admin::Options;
 use devices::virtio::{Doors, Suspend};
 use driver::access::{DmaExt, FunctionExt};
 use driver::host::{Storage, VirtualFunction};
@@ -13,7 +12,7 @@ use driver::virtio::block::block_feature;
 use driver::virtio::migration::{Migrate, mode};
 use driver::virtio::{Buffer, Door, Transport, feature, status};
 
-use crate::rig::{DISK, PATIENCE, Rig, VF, content, mac, read_request, write_request};
+use crate::rig::{DISK, PATIENCE, Rig, VF, content, mac, patient, read_request, write_request};
 use mode::{ACTIVE, FREEZE, STOP};
 
 /// What happens to one VF when it is moved: Freeze, its context away, an FLR, what a hypervisor restores beside the
@@ -48,7 +47,7 @@ impl Numbers {
 /// Rounds of random reads and writes with a move in the middle of each. Every request is answered once, every read has
 /// what was written last, and the disk has all of it at the end.
 fn disk_under_load(party: usize, features: u64) {
-    let (mut rig, disks) = Rig::with_disks(2, Options::default());
+    let (mut rig, disks) = Rig::with_disks(2, patient());
     let mut vf = rig.drive_with(1, features);
     let mut sibling = rig.drive_with(2, features);
     let disk: &Storage = &disks[1];
@@ -186,7 +185,7 @@ fn s3_32_an_interface_is_moved_under_load_and_loses_nothing() {
 #[test]
 fn s3_32_the_context_of_one_vf_becomes_that_of_another_which_goes_on_with_its_work() {
     for party in 0..2 {
-        let (mut rig, disks) = Rig::with_disks(2, Options::default());
+        let (mut rig, disks) = Rig::with_disks(2, patient());
         let mut vf = rig.drive_with(1, SIMPLE | block_feature::FLUSH);
         vf.submit(0, &read_request(0), 513);
         vf.collect(0, 1);
