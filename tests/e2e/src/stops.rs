@@ -14,6 +14,9 @@ use crate::block::{MIB, checksum};
 use crate::trial;
 use crate::vm::{Vm, tern};
 
+/// How often what is in use is moved.
+const MOVES: u32 = 5;
+
 pub fn trials() -> Vec<Trial> {
     vec![
         trial("stops::a_suspended_vf_goes_on", || {
@@ -36,6 +39,14 @@ pub fn trials() -> Vec<Trial> {
             || stop("freeze", "", |vm| vm.kernel("vmlinuz-6.1", "6.1")),
         ),
         trial("stops::a_disk_is_frozen_and_given_back_by_hand", by_hand),
+        trial("stops::a_disk_in_use_is_moved_again_and_again", || {
+            let disks = Disks::new()?;
+            let used = "sriov-block:n=2:mib=4,sriov-block:n=2:mib=4,sriov-block:n=2:mib=4";
+            in_use(&disks.option(""), used)
+        }),
+        trial("stops::a_card_in_use_is_moved_again_and_again", || {
+            in_use("net,vfs=2", "sriov-ping:n=2:mib=4")
+        }),
     ]
 }
 
@@ -177,6 +188,39 @@ fn by_hand() -> Result<()> {
     let pages = hand.ask(&["pf0-vf1", "records", "read", "0x0+256M"])?;
     ensure!(!pages["pages"].as_array().context("pages")?.is_empty());
     hand.ask(&["pf0-vf1", "records", "stop"])?;
+    vm.wait_for_end(crate::vm::PATIENCE)?.expect_ok()
+}
+
+/// While the guest uses both virtual functions with the stock driver, the first is frozen, and its context read and written
+/// back, [`MOVES`] times; the first time before it has anything to do.
+fn in_use(pf: &str, used: &str) -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let socket = directory.path().join("api.sock");
+    let file = directory.path().join("vf1.ctx");
+    let file = file.to_str().context("a path")?;
+    let scenario = format!("sriov-enable:n=2,console-echo,{used},console-echo,dmesg-clean");
+    let mut vm = Vm::new(scenario)
+        .args(["--cpus", "2", "--pf", pf])
+        .args(["--api-socket".as_ref(), socket.as_os_str()])
+        .spawn()?;
+    const ASKED: &str = "tern-guest: type a line";
+    let begun = vm.wait_for(ASKED, 0)?;
+    let hand = Hand { socket: &socket };
+    for round in 0..MOVES {
+        let mut once = || {
+            hand.ask(&["pf0-vf1", "mode", "freeze"])?;
+            if round == 0 {
+                vm.send(b"go on\n")?;
+            }
+            hand.ask(&["pf0-vf1", "context", "read", file])?;
+            hand.ask(&["pf0-vf1", "context", "write", file])?;
+            hand.ask(&["pf0-vf1", "mode", "active"])
+        };
+        // A guest that ended in between says why.
+        once().with_context(|| format!("in round {round}\n{}", vm.console()))?;
+    }
+    vm.wait_for(ASKED, begun)?;
+    vm.send(b"the end\n")?;
     vm.wait_for_end(crate::vm::PATIENCE)?.expect_ok()
 }
 
