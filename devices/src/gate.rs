@@ -16,8 +16,6 @@
 
 use bitflags::bitflags;
 
-pub use crate::memory::records::Party;
-
 bitflags! {
     /// Why a function is stopped. Any subset may hold at once, in any order.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -56,6 +54,22 @@ bitflags! {
         const UNTIL_RESET = Self::BROKEN.bits() | Self::RESET.bits() | Self::SUSPENDED.bits()
             | Self::DEVICE_STOPPED.bits();
     }
+}
+
+/// Who gives orders to the members of a group: each has a mode of its own for every member, and records of its own, and a
+/// member runs if both modes are Active. So a monitor that moves a VM neither sees nor disturbs what a driver in it has
+/// stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Party {
+    /// The owner's driver in the guest, through the administration virtqueue.
+    Guest,
+    /// The monitor.
+    Monitor,
+}
+
+impl Party {
+    /// Every party.
+    pub const ALL: [Self; 2] = [Self::Guest, Self::Monitor];
 }
 
 /// The mode of a member, as the migration commands have it (S3-2 to S3-18).

@@ -39,6 +39,8 @@ pub struct RegisterState {
     pub config_generation: u8,
     /// `queue_select`.
     pub queue_select: u16,
+    /// `queue_select` of the device-state capability; 0 without it.
+    pub state_queue_select: u16,
 }
 
 /// One split virtqueue.
@@ -61,17 +63,15 @@ pub struct QueueState {
     /// The available-ring entry the device fetches next, modulo 2^16. Of a queue that is not enabled: where it will
     /// start.
     pub next_available: u16,
+    /// The used-ring entry the device writes next, modulo 2^16. Of a queue whose driver left `last_avail_idx` alone that is
+    /// `next_available - owned.len()`.
+    pub next_used: u16,
+    /// The driver wrote `last_avail_idx`, and nothing was fetched since: the device goes on in the used ring where that
+    /// says it stands (G0-l).
+    pub restarts: bool,
     /// Heads of the chains that the device fetched and did not use, in the order in which they were fetched. They are
-    /// executed anew before anything else is fetched. Together with `next_available` they say where the used ring
-    /// stands: at `next_available - owned.len()`.
+    /// executed anew before anything else is fetched.
     pub owned: Vec<u16>,
-}
-
-impl QueueState {
-    /// The used-ring entry the device writes next, modulo 2^16.
-    pub fn next_used(&self) -> u16 {
-        self.next_available.wrapping_sub(self.owned.len() as u16)
-    }
 }
 
 /// What is the same in every state of one device, and bounds what a saved form of it can hold.

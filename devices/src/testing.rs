@@ -53,6 +53,8 @@ impl Interrupt for Recorder {
     }
 
     fn deliver_pending(&self) {}
+
+    fn forget_pending(&self) {}
 }
 
 /// One buffer of a chain.

@@ -193,6 +193,13 @@ impl Msix {
         }
     }
 
+    /// Clears all pending bits.
+    pub fn forget_pending(&self) {
+        for slot in &self.vectors {
+            lock(slot).pending = false;
+        }
+    }
+
     fn fire(&self, index: u16, state: &mut Vector) {
         state.pending = false;
         self.sink.fire(index);

@@ -147,6 +147,10 @@ impl Interrupt for Vectors {
     fn deliver_pending(&self) {
         self.0.deliver_pending();
     }
+
+    fn forget_pending(&self) {
+        self.0.forget_pending();
+    }
 }
 
 impl VirtioPci {

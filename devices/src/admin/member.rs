@@ -22,6 +22,15 @@ pub enum Rest {
     Resetting,
 }
 
+/// What a member went through, to tell whether anything it was told before still holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Epoch {
+    /// How often it came to exist, or ceased to.
+    pub life: u64,
+    /// How often it was reset by a function level reset, or with its bus.
+    pub resets: u64,
+}
+
 /// Someone who waits for members. Called with the lock of a member's function held: it must only leave a note.
 pub trait Wake: Send + Sync {
     /// A member came to rest.
@@ -45,9 +54,8 @@ pub trait Member: Send + Sync {
     /// Gives up requests in flight whose execution has not begun: they become descriptors that the member owns.
     fn recall(&self);
 
-    /// Counts the resets that make it forget what an owner's driver wrote to it: function level resets, and its own
-    /// coming and going.
-    fn epoch(&self) -> u64;
+    /// What it went through.
+    fn epoch(&self) -> Epoch;
 
     /// What bounds its context.
     fn shape(&self) -> Shape;
@@ -58,8 +66,8 @@ pub trait Member: Send + Sync {
     /// Whether it could be put into `state`.
     fn check(&self, state: &FunctionState) -> Result<(), RestoreError>;
 
-    /// Puts it into `state`, or does nothing.
-    fn restore(&self, state: &FunctionState) -> Result<(), RestoreError>;
+    /// Puts it into `state`, or does nothing; also if it is no longer in `epoch`.
+    fn restore(&self, state: &FunctionState, epoch: Epoch) -> Result<(), RestoreError>;
 
     /// The records of its writes to memory.
     fn records(&self) -> Arc<Records>;

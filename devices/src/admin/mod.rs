@@ -55,7 +55,7 @@ mod wakeups;
 pub use driver::OwnerDriver;
 pub use envelope::{Answer, Failure, GroupType, Outcome, Qualifier, Reply, Request, Status};
 pub use list::CommandSet;
-pub use member::{Member, MemberId, Rest, Wake};
+pub use member::{Epoch, Member, MemberId, Rest, Wake};
 pub use owner::{Drain, FixedMembership, Membership, Options, Owner, Strictness};
 pub use profile::{Command, Migration, Profile};
 pub use queue::AdminQueue;

@@ -24,6 +24,9 @@ pub const QUEUE_SIZE: u16 = 256;
 /// context: of that, nothing may get lost.
 pub const MAX_DATA: usize = 1 << 20;
 
+/// Bytes of commands and answers after which others get their turn.
+const TURN: usize = 1 << 20;
+
 /// Capacity that is kept for the next command.
 const KEPT: usize = 16 << 10;
 
@@ -75,6 +78,11 @@ impl AdminQueue {
         io.forget(index, chain.head());
     }
 
+    /// True while a command waits for a member.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.waiting.is_some()
+    }
+
     /// Looks after the command that waits, and if it is done, those behind it.
     pub(crate) fn resume(&mut self, index: u16, io: &mut Io<'_>) -> Result<(), RingError> {
         match self.waiting {
@@ -90,7 +98,14 @@ impl AdminQueue {
         {
             return Ok(Progress::Waiting);
         }
-        while let Some(chain) = io.pop(index)? {
+        let mut moved = 0;
+        while moved < TURN {
+            let Some(chain) = io.pop(index)? else {
+                return Ok(Progress::Exhausted);
+            };
+            // What a command costs is what it reads and what it may write.
+            moved = usize::try_from(chain.readable_len() + chain.writable_len())
+                .map_or(TURN, |len| len.saturating_add(moved));
             if let Err(error) = self.fetch(&chain, io) {
                 // The chain goes back even if its buffers could not be reached: none is ever dropped (E13).
                 io.push(index, chain.head(), 0)?;
@@ -100,6 +115,7 @@ impl AdminQueue {
                 return Ok(Progress::Waiting);
             }
         }
+        io.go_on_later();
         Ok(Progress::Exhausted)
     }
 

@@ -2,7 +2,7 @@
 
 use super::error::ContextError;
 use super::field::{Field, FieldId, FieldType};
-use super::value::{CommonConfig, OwnedChains, QueueConfig, SplitRuntime};
+use super::value::{CommonConfig, OwnedChains, QueueConfig, QueueStatus, SplitRuntime};
 use crate::state::{FunctionState, QueueState, RegisterState, Shape};
 
 /// The fields that came so far, each checked against the device and against the others.
@@ -20,7 +20,7 @@ struct QueueDraft {
     config: Option<QueueConfig>,
     runtime: Option<SplitRuntime>,
     owned: Option<Vec<u16>>,
-    running: Option<bool>,
+    status: Option<QueueStatus>,
 }
 
 impl Draft {
@@ -45,7 +45,7 @@ impl Draft {
             FieldType::QueueConfig => queue.is_some_and(|q| q.config.is_some()),
             FieldType::SplitRuntime => queue.is_some_and(|q| q.runtime.is_some()),
             FieldType::OwnedChains => queue.is_some_and(|q| q.owned.is_some()),
-            FieldType::QueueStatus => queue.is_some_and(|q| q.running.is_some()),
+            FieldType::QueueStatus => queue.is_some_and(|q| q.status.is_some()),
             FieldType::PackedRuntime | FieldType::OwnedPackedChains => false,
         }
     }
@@ -84,7 +84,7 @@ impl Draft {
                 check_chains(id, &heads, size.min(most.unwrap_or(0)))?;
                 queue.owned = Some(heads);
             }
-            Field::QueueStatus(value) => self.queue(id)?.running = Some(value.running != 0),
+            Field::QueueStatus(value) => self.queue(id)?.status = Some(value),
             Field::DeviceConfig(value) => self.config = Some(value),
             Field::PackedRuntime(_) | Field::OwnedPackedChains(_) => {
                 return Err(ContextError::Unsupported(id.kind));
@@ -105,7 +105,7 @@ impl Draft {
             (FieldType::QueueConfig, Some(queue)) => queue.config = None,
             (FieldType::SplitRuntime, Some(queue)) => queue.runtime = None,
             (FieldType::OwnedChains, Some(queue)) => queue.owned = None,
-            (FieldType::QueueStatus, Some(queue)) => queue.running = None,
+            (FieldType::QueueStatus, Some(queue)) => queue.status = None,
             // Never added.
             _ => {}
         }
@@ -142,10 +142,25 @@ impl Draft {
                 status: registers.status,
                 config_generation: registers.config_generation,
                 queue_select: registers.queue_select.get(),
+                state_queue_select: self.state_queue_select(),
             },
             queues,
             config,
         })
+    }
+}
+
+impl Draft {
+    /// The queue that a VQ_STATUS calls selected. If all that came say they are not, then one that does not exist is; and 0
+    /// without any.
+    fn state_queue_select(&self) -> u16 {
+        let statuses = || self.queues.iter().filter_map(|queue| queue.status);
+        let selected = statuses().find(|status| status.has(QueueStatus::SELECTED));
+        match (selected, statuses().next()) {
+            (Some(status), _) => status.queue.get(),
+            (None, Some(_)) => u16::MAX,
+            (None, None) => 0,
+        }
     }
 }
 
@@ -154,16 +169,23 @@ impl QueueDraft {
         let missing = |kind: FieldType| ContextError::Missing(kind.of(index));
         let config = self.config.ok_or(missing(FieldType::QueueConfig))?;
         let runtime = self.runtime.ok_or(missing(FieldType::SplitRuntime))?;
+        let next_available = runtime.next_available.get();
+        let owned = self.owned.clone().unwrap_or_default();
+        let derived = next_available.wrapping_sub(owned.len() as u16);
+        let enabled = runtime.enabled != 0;
+        let status = self.status;
         Ok(QueueState {
             size: config.size.get(),
             vector: config.vector.get(),
             descriptor_area: config.descriptor_area.get(),
             driver_area: config.driver_area.get(),
             device_area: config.device_area.get(),
-            enabled: runtime.enabled != 0,
-            stopped: !self.running.unwrap_or(true),
-            next_available: runtime.next_available.get(),
-            owned: self.owned.clone().unwrap_or_default(),
+            enabled,
+            stopped: status.is_some_and(|status| status.running == 0),
+            next_available,
+            next_used: status.map_or(if enabled { derived } else { 0 }, |s| s.next_used.get()),
+            restarts: status.is_some_and(|status| status.has(QueueStatus::RESTARTS)),
+            owned,
         })
     }
 }

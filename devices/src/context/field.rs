@@ -395,10 +395,20 @@ impl fmt::Display for Field {
                 let pairs = chains.map(|chain| (chain.id.get(), chain.descriptors.get()));
                 f.debug_map().entries(pairs).finish()
             }
-            Self::QueueStatus(value) => f.write_str(match value.running {
-                0 => "stopped",
-                _ => "running",
-            }),
+            Self::QueueStatus(value) => {
+                f.write_str(match value.running {
+                    0 => "stopped",
+                    _ => "running",
+                })?;
+                write!(f, ", next used {}", value.next_used)?;
+                if value.has(QueueStatus::RESTARTS) {
+                    f.write_str(", goes on where the driver said")?;
+                }
+                if value.has(QueueStatus::SELECTED) {
+                    f.write_str(", selected")?;
+                }
+                Ok(())
+            }
             Self::DeviceConfig(value) => write!(f, "{value:02x?}"),
         }
     }

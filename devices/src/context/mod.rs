@@ -65,7 +65,8 @@ pub fn state_fields(state: &FunctionState, shape: &Shape) -> Vec<Field> {
         Field::CommonConfig(CommonConfig::of(state)),
     ];
     for (queue, index) in state.queues.iter().zip(0..=u16::MAX) {
-        queue_fields(index, queue, shape, &mut fields);
+        let selected = state.registers.state_queue_select == index;
+        queue_fields(index, queue, selected, shape, &mut fields);
     }
     if shape.config_len > 0 {
         fields.push(Field::DeviceConfig(state.config.clone()));
@@ -73,7 +74,13 @@ pub fn state_fields(state: &FunctionState, shape: &Shape) -> Vec<Field> {
     fields
 }
 
-fn queue_fields(index: u16, queue: &QueueState, shape: &Shape, fields: &mut Vec<Field>) {
+fn queue_fields(
+    index: u16,
+    queue: &QueueState,
+    selected: bool,
+    shape: &Shape,
+    fields: &mut Vec<Field>,
+) {
     fields.push(Field::QueueConfig(QueueConfig {
         queue: index.into(),
         size: queue.size.into(),
@@ -97,7 +104,9 @@ fn queue_fields(index: u16, queue: &QueueState, shape: &Shape, fields: &mut Vec<
         fields.push(Field::QueueStatus(QueueStatus {
             queue: index.into(),
             running: (!queue.stopped).into(),
-            reserved: 0,
+            flags: QueueStatus::flags(queue.restarts, selected),
+            next_used: queue.next_used.into(),
+            reserved: 0.into(),
         }));
     }
 }

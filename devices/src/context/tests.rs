@@ -32,6 +32,7 @@ fn state() -> FunctionState {
             status: 0x0f,
             config_generation: 7,
             queue_select: 0,
+            state_queue_select: 1,
         },
         queues: vec![
             QueueState {
@@ -43,6 +44,8 @@ fn state() -> FunctionState {
                 enabled: true,
                 stopped: true,
                 next_available: 0x0102,
+                next_used: 0x00ff,
+                restarts: true,
                 owned: vec![5, 2],
             },
             QueueState {
@@ -54,6 +57,8 @@ fn state() -> FunctionState {
                 enabled: false,
                 stopped: false,
                 next_available: 0,
+                next_used: 0,
+                restarts: false,
                 owned: vec![],
             },
         ],
@@ -90,18 +95,18 @@ const GOLDEN: &[&[u8]] = &[
     // VQ_SPLIT_DEV_OWN_DESC, 8 bytes
     &[4, 0, 0, 0, 0, 0, 0, 0], &[8, 0, 0, 0, 0, 0, 0, 0],
     &[0, 0], &[2, 0], &[5, 0], &[2, 0],
-    // VQ_STATUS, 4 bytes
-    &[8, 0, 0, 0, 0, 0, 0, 0], &[4, 0, 0, 0, 0, 0, 0, 0],
-    &[0, 0], &[0], &[0],
+    // VQ_STATUS, 8 bytes
+    &[8, 0, 0, 0, 0, 0, 0, 0], &[8, 0, 0, 0, 0, 0, 0, 0],
+    &[0, 0], &[0], &[1], &[0xff, 0], &[0, 0],
     // VQ_CFG, 30 bytes
     &[2, 0, 0, 0, 0, 0, 0, 0], &[30, 0, 0, 0, 0, 0, 0, 0],
     &[1, 0], &[4, 0], &[0xff, 0xff], &[0; 24],
     // VQ_SPLIT_RUNTIME_CFG, 5 bytes
     &[3, 0, 0, 0, 0, 0, 0, 0], &[5, 0, 0, 0, 0, 0, 0, 0],
     &[1, 0], &[0, 0], &[0],
-    // VQ_STATUS, 4 bytes
-    &[8, 0, 0, 0, 0, 0, 0, 0], &[4, 0, 0, 0, 0, 0, 0, 0],
-    &[1, 0], &[1], &[0],
+    // VQ_STATUS, 8 bytes
+    &[8, 0, 0, 0, 0, 0, 0, 0], &[8, 0, 0, 0, 0, 0, 0, 0],
+    &[1, 0], &[1], &[2], &[0, 0], &[0, 0],
     // DEV_CFG, 3 bytes
     &[0, 0x10, 0, 0, 0, 0, 0, 0], &[3, 0, 0, 0, 0, 0, 0, 0],
     &[0xaa, 0xbb, 0xcc],
@@ -145,8 +150,15 @@ fn any_queue(max_size: u16, queue_status: bool) -> impl Strategy<Value = QueueSt
     let size = (0..=max_size.ilog2()).prop_map(|order| 1u16 << order);
     let owned = size.prop_flat_map(|size| (Just(size), vec(0..size, 0..=usize::from(size))));
     let areas = any::<(u64, u64, u64)>();
-    let rest = any::<(u16, u16, bool, bool)>();
+    let rest = any::<(u16, u16, bool, bool, u16, bool)>();
     (owned, areas, rest).prop_map(move |((size, owned), areas, rest)| QueueState {
+        next_used: match (queue_status, rest.2) {
+            (true, _) => rest.4,
+            // Without VQ_STATUS it follows from the rest.
+            (false, true) => rest.1.wrapping_sub(owned.len() as u16),
+            (false, false) => 0,
+        },
+        restarts: rest.5 && queue_status,
         size,
         vector: rest.0,
         descriptor_area: areas.0,
@@ -170,6 +182,12 @@ fn any_state(shape: Shape) -> impl Strategy<Value = (Shape, FunctionState)> {
     let config = vec(any::<u8>(), shape.config_len);
     (any::<(u128, u128)>(), registers, queues, config).prop_map(
         move |((offered, accepted), (plain, queue_select), queues, config)| {
+            let selected = match shape.queue_sizes.len() {
+                0 => 0,
+                _ if !shape.queue_status => 0,
+                count if usize::from(queue_select) < count => queue_select,
+                _ => u16::MAX,
+            };
             let state = FunctionState {
                 offered,
                 accepted,
@@ -181,6 +199,7 @@ fn any_state(shape: Shape) -> impl Strategy<Value = (Shape, FunctionState)> {
                     status: plain.3,
                     config_generation: plain.4,
                     queue_select,
+                    state_queue_select: selected,
                 },
                 queues,
                 config,
@@ -245,7 +264,7 @@ fn s3_35_the_fields_of_a_device_are_listed_with_their_lengths() {
         (2, 30),
         (3, 5),
         (4, 4 + 2 * 8),
-        (8, 4),
+        (8, 8),
         (0x1000, 3),
     ];
     assert_eq!(numbers(&shape()), with);

@@ -182,13 +182,15 @@ pub struct PackedRuntime {
     pub reserved: u8,
 }
 
-/// VQ_STATUS: `queue_status` of one queue, as the device-state capability shows it of an enabled one; 4 bytes.
+/// VQ_STATUS: one queue as the device-state capability has it; 8 bytes.
 ///
 /// | offset | value |
 /// |---|---|
 /// | 0 | le16 queue index |
-/// | 2 | u8 queue_status: 0 stopped, 1 running |
-/// | 3 | a reserved byte |
+/// | 2 | u8 queue_status: 0 stopped, 1 running, or not enabled |
+/// | 3 | u8 flags: bit 0, the driver wrote last_avail_idx and nothing was fetched since; bit 1, queue_select of the capability selects this queue |
+/// | 4 | le16 next entry of the used ring |
+/// | 6 | 2 reserved bytes |
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
@@ -198,8 +200,30 @@ pub struct QueueStatus {
     pub queue: U16,
     /// 0 if the driver stopped the queue, otherwise 1.
     pub running: u8,
+    /// [`RESTARTS`](Self::RESTARTS) and [`SELECTED`](Self::SELECTED).
+    pub flags: u8,
+    /// The used-ring entry that is written next.
+    pub next_used: U16,
     /// Reserved: written as 0, ignored when read.
-    pub reserved: u8,
+    pub reserved: U16,
+}
+
+impl QueueStatus {
+    /// The driver wrote `last_avail_idx`, and nothing was fetched since.
+    pub const RESTARTS: u8 = 1;
+    /// `queue_select` of the device-state capability selects this queue.
+    pub const SELECTED: u8 = 2;
+
+    /// Both flags.
+    pub fn flags(restarts: bool, selected: bool) -> u8 {
+        let set = |flag, is_set| if is_set { flag } else { 0 };
+        set(Self::RESTARTS, restarts) | set(Self::SELECTED, selected)
+    }
+
+    /// True if `flag` is set.
+    pub fn has(&self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
 }
 
 /// VQ_SPLIT_DEV_OWN_DESC: chains of one split queue that were fetched and not used, `4 + 2 * n` bytes (G3-g).
@@ -263,4 +287,4 @@ const _: () = assert!(size_of::<CommonConfig>() == 64);
 const _: () = assert!(size_of::<QueueConfig>() == 30);
 const _: () = assert!(size_of::<SplitRuntime>() == 5);
 const _: () = assert!(size_of::<PackedRuntime>() == 8);
-const _: () = assert!(size_of::<QueueStatus>() == 4);
+const _: () = assert!(size_of::<QueueStatus>() == 8);

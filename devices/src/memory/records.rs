@@ -38,6 +38,7 @@ use arc_swap::ArcSwapOption;
 use pages::WrittenPages;
 
 use super::RamRange;
+use crate::gate::Party;
 
 /// The page sizes a recording can have: bit n stands for 4 KiB << n. 4 KiB to 1 GiB.
 pub const PAGE_SIZES: u32 = (1 << 19) - 1;
@@ -47,17 +48,6 @@ pub const MAX_RANGES: u32 = 128;
 
 /// log2 of the smallest page size.
 const MIN_SHIFT: u32 = 12;
-
-/// Who drives a function's owner, and so who records.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Party {
-    /// The guest's driver.
-    Guest,
-    /// The monitor itself.
-    Monitor,
-}
-
-const PARTIES: [Party; 2] = [Party::Guest, Party::Monitor];
 
 /// Guest memory to record, in pages of the size chosen with it. It need not be RAM; what is not is never written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,7 +113,7 @@ pub struct Records {
     ram: Arc<[RamRange]>,
     /// One bit per party that records; not set before its `written` is there.
     active: AtomicU8,
-    seats: [Seat; PARTIES.len()],
+    seats: [Seat; Party::ALL.len()],
 }
 
 /// What belongs to one party.
@@ -323,7 +313,7 @@ impl Records {
 
     #[inline(never)]
     fn mark_active(&self, active: u8, region: usize, offset: usize, len: usize) {
-        for party in PARTIES {
+        for party in Party::ALL {
             if active & 1 << party as u8 == 0 {
                 continue;
             }

@@ -178,6 +178,11 @@ impl<'a> Io<'a> {
         }
     }
 
+    /// Ends the turn, although chains may be left: the queue has another one soon.
+    pub(crate) fn go_on_later(&mut self) {
+        self.more = true;
+    }
+
     /// The device configuration changed: the driver is told, now or when the gate opens.
     pub fn config_changed(&mut self) {
         self.config_changed = true;

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::device::{Io, Progress, Source, VirtioDevice};
 use super::queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
 use super::{DeviceType, Status, Warnings, feature};
-use crate::admin::{self, AdminQueue, Owner, Wake};
+use crate::admin::{self, AdminQueue, Epoch, Owner, Wake};
 use crate::gate::{Gate, Reasons};
 use crate::memory::View;
 pub use doors::{Doors, Suspend};
@@ -46,6 +46,9 @@ pub trait Interrupt: Send + Sync {
 
     /// Sends the messages that were held back by masks which are gone. Called when the function may send again.
     fn deliver_pending(&self);
+
+    /// Drops the messages that masks hold back: the device was reset, and what they were about is gone (E1).
+    fn forget_pending(&self);
 }
 
 /// What a driver sees of one queue.
@@ -108,8 +111,8 @@ struct Core {
     rescan: bool,
     /// Someone asked whether nothing is in flight, and wants to be woken when that is so.
     awaited: bool,
-    /// Counts function level resets and the like.
-    epoch: u64,
+    /// Function level resets and the like.
+    epoch: Epoch,
 }
 
 impl VirtioFunction {
@@ -181,7 +184,7 @@ impl VirtioFunction {
                 missed: Vec::new(),
                 rescan: false,
                 awaited: false,
-                epoch: 0,
+                epoch: Epoch::default(),
             }),
             drained: Condvar::new(),
             kicks,
@@ -242,7 +245,9 @@ impl VirtioFunction {
     pub fn close_and_drain(&self, reason: Reasons, patience: Duration) -> bool {
         let mut core = self.lock();
         core.gate.close(reason);
-        self.wait_while(core, patience, |core| !core.drained())
+        // Without bus mastering, an administration command that waits for a member touches nothing until it is back.
+        let but_admin = reason == Reasons::BUS_MASTER;
+        self.wait_while(core, patience, |core| !core.drained_but(but_admin))
     }
 
     /// Waits for the drain as long as `unfinished` says so. False if that takes longer than `patience`.
@@ -308,7 +313,12 @@ impl VirtioFunction {
     /// The device's source `token` became readable.
     pub fn on_event(&self, token: u16) {
         let mut core = self.lock();
-        if core.is_acknowledged(Reasons::STILL) && token != ADMIN_TOKEN {
+        // What an administration command waits for may come while the owner reaches no memory for the answer.
+        let waits = match token {
+            ADMIN_TOKEN => core.gate.reasons().contains(Reasons::BUS_MASTER),
+            _ => core.is_acknowledged(Reasons::STILL),
+        };
+        if waits {
             if !core.missed.contains(&token) {
                 core.missed.push(token);
             }
@@ -422,6 +432,9 @@ impl VirtioFunction {
         }
         if core.gate.reasons().contains(Reasons::RESET) {
             core.reset();
+            if let Some(interrupt) = self.interrupt.get() {
+                interrupt.forget_pending();
+            }
         }
         self.drained.notify_all();
         if std::mem::take(&mut core.awaited)
@@ -590,6 +603,14 @@ impl Core {
     /// True if nothing is in flight; with a closed gate, nothing more will happen.
     fn drained(&self) -> bool {
         self.queues.iter().all(Virtqueue::is_drained)
+    }
+
+    /// The same; if asked for, without the administration command that waits for a member.
+    fn drained_but(&self, admin: bool) -> bool {
+        let waiting = admin && self.admin.as_ref().is_some_and(AdminQueue::is_waiting);
+        let device_queues = self.queues.len() - usize::from(waiting);
+        let mut queues = self.queues.iter().take(device_queues);
+        queues.all(Virtqueue::is_drained)
     }
 
     fn reset(&mut self) {

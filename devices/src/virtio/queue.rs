@@ -42,6 +42,9 @@ pub enum RingError {
     /// The used ring cannot be written.
     #[error("used ring is unusable: {0}")]
     Used(virtio_queue::Error),
+    /// A chain is made available while the device still has it.
+    #[error("descriptor {0} is made available again before it was used")]
+    Again(u16),
     /// A chain is malformed.
     #[error(transparent)]
     Chain(#[from] ChainError),
@@ -87,6 +90,8 @@ pub struct Virtqueue {
     owned: VecDeque<u16>,
     /// Chains were used since the driver was last notified.
     unsignalled: bool,
+    /// The queue comes from a saved state, which does not tell whether the driver was notified of everything.
+    owes_signal: bool,
     /// The device found the ring empty at this available index, and the driver was not yet asked for a kick. What
     /// was put back since then does not count as news.
     starved: Option<u16>,
@@ -104,6 +109,7 @@ impl Virtqueue {
             in_flight: VecDeque::new(),
             owned: VecDeque::new(),
             unsignalled: false,
+            owes_signal: false,
             starved: None,
         }
     }
@@ -166,15 +172,12 @@ impl Virtqueue {
     }
 
     /// The driver writes 1 to `queue_status`. True if the queue goes on.
-    pub(super) fn resume(&mut self, view: &View) -> Result<bool, RingError> {
-        let resumes = std::mem::take(&mut self.stopped);
-        if resumes {
-            self.go_to_start(view)?;
-        }
-        Ok(resumes)
+    pub(super) fn resume(&mut self) -> bool {
+        std::mem::take(&mut self.stopped)
     }
 
-    /// Moves to the index the driver set, if it did. Where it left the used ring is in that ring (G0-l).
+    /// Moves to the index the driver set, if it did. Where it left the used ring is in that ring (G0-l), which may not be
+    /// looked at before the queue is worked on.
     fn go_to_start(&mut self, view: &View) -> Result<(), RingError> {
         if let (Some(ring), Some(start)) = (&mut self.ring, self.start.take()) {
             let used = GuestAddress(ring.used_ring().wrapping_add(USED_INDEX));
@@ -189,7 +192,7 @@ impl Virtqueue {
     pub(super) fn enable(&mut self, view: &View, event_index: bool) -> Result<(), RingError> {
         self.ring = Some(make_ring(self.max_size, &self.registers, view)?);
         self.set_event_index(event_index);
-        self.go_to_start(view)
+        Ok(())
     }
 
     /// What moves with this queue. Chains in flight are the function's, as those it gave up.
@@ -204,6 +207,8 @@ impl Virtqueue {
             enabled: self.is_enabled(),
             stopped: self.stopped,
             next_available: self.next_available(),
+            next_used: self.ring.as_ref().map_or(0, QueueT::next_used),
+            restarts: self.start.is_some(),
             owned: self.in_flight.iter().chain(&self.owned).copied().collect(),
         }
     }
@@ -225,13 +230,12 @@ impl Virtqueue {
         if saved.enabled {
             let mut ring = make_ring(max_size, &queue.registers, view)?;
             ring.set_next_avail(saved.next_available);
-            ring.set_next_used(saved.next_used());
+            ring.set_next_used(saved.next_used);
             queue.ring = Some(ring);
             queue.stopped = saved.stopped;
             queue.owned = saved.owned.iter().copied().collect();
-        } else {
-            queue.start = Some(saved.next_available).filter(|start| *start != 0);
         }
+        queue.start = Some(saved.next_available).filter(|_| saved.restarts);
         Ok(queue)
     }
 
@@ -239,6 +243,11 @@ impl Virtqueue {
         if let Some(ring) = &mut self.ring {
             ring.set_event_idx(enabled);
         }
+    }
+
+    /// The driver may not have been notified of everything that was used: it is notified once more.
+    pub(super) fn signal_again(&mut self) {
+        self.owes_signal = self.ring.is_some();
     }
 
     /// Asks for a reset of this queue; [`Self::finish_reset`] completes it once nothing is in flight.
@@ -262,6 +271,7 @@ impl Virtqueue {
         if !self.is_usable() {
             return Ok(None);
         }
+        self.go_to_start(view)?;
         let Some(ring) = &mut self.ring else {
             return Ok(None);
         };
@@ -277,7 +287,13 @@ impl Virtqueue {
             }
             None if self.stopped => return Ok(None),
             None => match ring.iter(&**view).map_err(RingError::Available)?.next() {
-                Some(found) => Chain::parse(view, table, Head(found.head_index()))?,
+                Some(found) => {
+                    let head = found.head_index();
+                    if self.in_flight.contains(&head) {
+                        return Err(RingError::Again(head));
+                    }
+                    Chain::parse(view, table, Head(head))?
+                }
                 None => {
                     self.starved = Some(ring.next_avail());
                     return Ok(None);
@@ -370,6 +386,10 @@ impl Virtqueue {
 
     /// True if chains were used since the last call and the driver wants to hear of it.
     pub(super) fn take_signal(&mut self, view: &View) -> Result<bool, RingError> {
+        if std::mem::take(&mut self.owes_signal) {
+            self.unsignalled = false;
+            return Ok(self.ring.is_some());
+        }
         if !std::mem::take(&mut self.unsignalled) {
             return Ok(false);
         }

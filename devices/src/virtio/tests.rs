@@ -842,3 +842,63 @@ proptest! {
         prop_assert_eq!(driver.request(0, &one()).0, 8);
     }
 }
+
+/// Requirements: S3-32, G3-d
+#[test]
+fn s3_32_features_that_were_refused_do_not_keep_a_device_from_being_restored() {
+    let (_, driver) = live(0);
+    let function = &driver.function;
+    let _ = function.write_status(0);
+    let _ = function.write_status(ACKNOWLEDGE | DRIVER);
+    function.set_driver_features(0, u32::MAX);
+    function.set_driver_features(1, u32::MAX);
+    let _ = function.write_status(ACKNOWLEDGE | DRIVER | FEATURES_OK);
+    assert_eq!(function.status(), ACKNOWLEDGE | DRIVER);
+    let saved = function.save();
+    assert_eq!(saved.accepted, u64::MAX.into());
+    function.restore(&saved).unwrap();
+    assert_eq!(function.driver_features(0), u32::MAX);
+    let mut settled = saved;
+    settled.registers.status |= FEATURES_OK;
+    assert!(matches!(
+        function.restore(&settled),
+        Err(RestoreError::Features(_))
+    ));
+}
+
+/// Requirements: G3-g
+#[test]
+fn g3_g_a_descriptor_that_is_made_available_again_while_it_is_in_flight_breaks_the_ring() {
+    let (probe, mut driver) = live(0);
+    probe.control().hold = true;
+    let added = driver.add(0, &one());
+    driver.kick(0);
+    driver.turn();
+    driver.publish(0, added.head);
+    driver.kick(0);
+    driver.turn();
+    assert_ne!(driver.function.status() & NEEDS_RESET, 0);
+    let saved = driver.function.save();
+    assert_eq!(saved.queues[0].owned, [added.head]);
+}
+
+/// Requirements: S1-12, S3-32
+#[test]
+fn s3_32_a_driver_that_may_have_missed_an_interrupt_gets_another_when_the_device_goes_on() {
+    let (_, mut driver) = live(0);
+    driver.add(0, &one());
+    driver.kick(0);
+    driver.turn();
+    driver.interrupts.take();
+    let function = &driver.function;
+    function.close(Reasons::MONITOR_FREEZE);
+    function.restore(&function.save()).unwrap();
+    assert!(driver.interrupts.take().is_empty());
+    function.reopen(Reasons::MONITOR_FREEZE);
+    driver.turn();
+    let vectors = driver.interrupts.take();
+    assert!(
+        vectors.contains(&function.queue(0).unwrap().registers.vector),
+        "{vectors:?}"
+    );
+}

@@ -92,6 +92,7 @@ fn state(input: &mut Input<'_>, shape: &Shape) -> FunctionState {
             status: input.byte(),
             config_generation: input.byte(),
             queue_select: input.byte().into(),
+            state_queue_select: 0,
         },
         queues: shape
             .queue_sizes
@@ -111,6 +112,7 @@ fn queue(input: &mut Input<'_>, max_size: u16, queue_status: bool) -> QueueState
     let size = max_size >> input.pick(max_size.ilog2() as u8 + 1);
     let flags = input.byte();
     let owned = u16::from(input.byte()) % (size + 1);
+    let next_available = input.word();
     QueueState {
         size,
         vector: input.byte().into(),
@@ -119,7 +121,12 @@ fn queue(input: &mut Input<'_>, max_size: u16, queue_status: bool) -> QueueState
         device_area: input.dword().into(),
         enabled: flags & 1 != 0,
         stopped: queue_status && flags & 2 != 0,
-        next_available: input.word(),
+        next_available,
+        next_used: match flags & 1 {
+            0 if !queue_status => 0,
+            _ => next_available.wrapping_sub(owned),
+        },
+        restarts: queue_status && flags & 4 != 0,
         owned: (0..owned).map(|_| input.word() % size).collect(),
     }
 }

@@ -5,6 +5,7 @@
 
 use super::{BAD_FIELD, BAD_STATE, Exchange, Refusal};
 use crate::admin::envelope::Answer;
+use crate::admin::member::Epoch;
 use crate::admin::queue::MAX_DATA;
 use crate::context::{self, Decoder, Pushed};
 use crate::gate::Mode;
@@ -15,7 +16,7 @@ use crate::virtio::RestoreError;
 #[derive(Debug, Default)]
 pub struct ContextSession {
     /// That of the member when this was true.
-    epoch: u64,
+    epoch: Epoch,
     reading: Reading,
     writing: Option<Decoder>,
 }
@@ -33,13 +34,15 @@ enum Reading {
 }
 
 impl ContextSession {
-    /// The member is in `epoch`: if that is a new one, everything here is out of date (G3-z).
-    pub fn enter(&mut self, epoch: u64) {
+    /// The member is in `epoch`. What was written before a reset is out of date then (G3-z); what is being read is a snapshot,
+    /// and stays one (S3-23, G3-m), unless the member itself is another.
+    pub fn enter(&mut self, epoch: Epoch) {
+        if self.epoch.life != epoch.life {
+            self.reading = Reading::Begin;
+        }
         if self.epoch != epoch {
-            *self = Self {
-                epoch,
-                ..Self::default()
-            };
+            self.epoch = epoch;
+            self.writing = None;
         }
     }
 
@@ -60,8 +63,8 @@ impl ContextSession {
         self.writing.as_ref().and_then(Decoder::latest)
     }
 
-    pub(super) fn take_written(&mut self) -> Option<FunctionState> {
-        self.writing.as_mut().and_then(Decoder::take_latest)
+    pub(super) fn has_written(&self) -> bool {
+        self.written().is_some()
     }
 }
 
@@ -142,14 +145,19 @@ impl Exchange<'_> {
     }
 
     /// The context that was written takes effect (S3-32).
-    pub(super) fn take_effect(&mut self, state: FunctionState) -> Result<(), Refusal> {
-        let Err(error) = self.member.restore(&state) else {
+    pub(super) fn take_effect(&mut self) -> Result<(), Refusal> {
+        let member = self.member;
+        let context = self.context();
+        let Some(state) = context.written() else {
             return Ok(());
         };
-        // It had been checked, and the member has not run since.
-        tracing::error!(member = self.member.name(), %error, "a device context that was accepted cannot take effect");
+        let Err(error) = member.restore(state, context.epoch) else {
+            return Ok(());
+        };
+        // It had been checked, and the member has not run since: only a reset can have come between.
+        tracing::debug!(member = member.name(), %error, "a device context that was accepted cannot take effect");
         Err(match error {
-            RestoreError::Busy => Refusal::Later,
+            RestoreError::Busy | RestoreError::Stale => Refusal::Later,
             _ => BAD_FIELD.into(),
         })
     }

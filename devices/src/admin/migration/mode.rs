@@ -55,10 +55,8 @@ impl Exchange<'_> {
         if mode != Mode::Freeze && context.is_partial() {
             return Err(BAD_STATE.into());
         }
-        if previous == Mode::Freeze
-            && let Some(state) = context.take_written()
-        {
-            self.take_effect(state)?;
+        if previous == Mode::Freeze && context.has_written() {
+            self.take_effect()?;
         }
         let (party, member) = (self.party(), self.member);
         member.set_mode(party, mode);

@@ -108,7 +108,7 @@ fn g3_i_a_field_says_in_a_line_what_it_holds() {
         "VQ_CFG of queue 0: size 8, vector 0x1, descriptors at 0x1000, available ring at 0x2000, used ring at 0x100003000",
         "VQ_SPLIT_RUNTIME_CFG of queue 0: enabled, next available 258",
         "VQ_SPLIT_DEV_OWN_DESC of queue 0: [5, 2]",
-        "VQ_STATUS of queue 0: stopped",
+        "VQ_STATUS of queue 0: stopped, next used 255, goes on where the driver said",
         "VQ_PACKED_RUNTIME of queue 3: enabled, next available 5 with wrap counter 1, next used 4 with wrap counter 0",
         "VQ_PACKED_DEV_OWN_DESC of queue 258: {9: 1, 772: 2}",
         "DEV_CFG: [00, ab]",

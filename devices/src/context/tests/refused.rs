@@ -175,6 +175,9 @@ fn g3_d_what_is_optional_has_a_default() {
     expected.accepted = expected.offered;
     expected.queues[0].owned = vec![];
     expected.queues[0].stopped = false;
+    expected.queues[0].restarts = false;
+    expected.queues[0].next_used = expected.queues[0].next_available;
+    expected.registers.state_queue_select = 0;
     assert_eq!(decode(&assemble(&fields), &shape()), Ok(expected));
 }
 
@@ -242,7 +245,9 @@ fn s3_33_a_queue_that_is_not_there_is_refused() {
         let status = QueueStatus {
             queue: queue.into(),
             running: 1,
-            reserved: 0,
+            flags: 0,
+            next_used: 0.into(),
+            reserved: 0.into(),
         };
         let owned = OwnedChains {
             queue,
@@ -273,7 +278,9 @@ fn g3_q_what_can_be_0_or_1_is_nothing_else() {
     let status = QueueStatus {
         queue: 0.into(),
         running: 0xff,
-        reserved: 0,
+        flags: 0,
+        next_used: 0.into(),
+        reserved: 0.into(),
     };
     for (field, register, value) in [
         (Field::SplitRuntime(runtime), "queue_enable", 2),

@@ -642,7 +642,7 @@ proptest! {
                 }
             }
         }
-        for party in PARTIES {
+        for party in Party::ALL {
             for range in view.records().ranges(party) {
                 let model = models[party as usize].as_mut().unwrap();
                 let length = range.page_count * model.size;

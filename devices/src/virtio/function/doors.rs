@@ -142,6 +142,7 @@ impl VirtioFunction {
             }
             None => {}
         }
+        // Also while suspended as virtio 1.4 has it: the device is live behind its status, and stops are lifted in any order.
         if core.can_stop() {
             let stop = value.contains(Status::DEVICE_STOPPED);
             self.turn(core, Reasons::DEVICE_STOPPED, stop);
@@ -169,18 +170,13 @@ impl VirtioFunction {
         if core.ignores_writes() || core.hides(index) {
             return;
         }
-        let view = &core.view;
         let Some(queue) = core.queues.get_mut(usize::from(index)) else {
             return;
         };
         if !run {
             queue.stop();
-            return;
-        }
-        match queue.resume(view) {
-            Ok(true) => self.kick(index),
-            Ok(false) => {}
-            Err(error) => self.needs_reset(core, index, &error),
+        } else if queue.resume() {
+            self.kick(index);
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::VirtioFunction;
-use crate::admin::{Member, Rest, Wake};
+use crate::admin::{Epoch, Member, Rest, Wake};
 use crate::gate::{Mode, Party, Reasons};
 use crate::memory::records::Records;
 use crate::state::{FunctionState, Shape};
@@ -45,7 +45,7 @@ impl Member for VirtioFunction {
         self.settle(&mut core);
     }
 
-    fn epoch(&self) -> u64 {
+    fn epoch(&self) -> Epoch {
         self.lock().epoch
     }
 
@@ -61,8 +61,12 @@ impl Member for VirtioFunction {
         Self::check(self, state)
     }
 
-    fn restore(&self, state: &FunctionState) -> Result<(), RestoreError> {
-        Self::restore(self, state)
+    fn restore(&self, state: &FunctionState, epoch: Epoch) -> Result<(), RestoreError> {
+        let mut core = self.lock();
+        if core.epoch != epoch {
+            return Err(RestoreError::Stale);
+        }
+        self.restore_locked(&mut core, state)
     }
 
     fn records(&self) -> Arc<Records> {
@@ -80,6 +84,7 @@ impl VirtioFunction {
     /// and nobody records it.
     pub fn renew(&self) {
         let mut core = self.lock();
+        core.epoch.life += 1;
         for party in [Party::Guest, Party::Monitor] {
             self.open(&mut core, Reasons::modes(party));
             core.view.records().stop(party);

@@ -119,7 +119,7 @@ impl VirtioFunction {
     /// mode, and that what an owner's driver had written to the function is forgotten (G3-z).
     pub fn request_reset(&self) -> Effect {
         let mut core = self.lock();
-        core.epoch += 1;
+        core.epoch.resets += 1;
         self.start_reset(&mut core);
         Effect::LayoutChanged
     }

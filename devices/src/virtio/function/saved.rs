@@ -14,6 +14,9 @@ pub enum RestoreError {
     /// Requests are in flight, or a reset is under way.
     #[error("the function is not at rest")]
     Busy,
+    /// The function was reset since the state was given to it.
+    #[error("the function was reset in between")]
+    Stale,
     /// Features the device does not offer.
     #[error("the driver accepted features {0:#x}, which this device does not offer")]
     Features(u128),
@@ -93,6 +96,7 @@ impl VirtioFunction {
                 status: core.shown_status().bits(),
                 config_generation: core.config_generation,
                 queue_select: core.selectors.queue,
+                state_queue_select: core.selectors.state_queue,
             },
             queues: queues.map(Virtqueue::save).collect(),
             config: core.device.config().to_vec(),
@@ -107,13 +111,20 @@ impl VirtioFunction {
     /// Puts the function into `state`, all of it or none of it. It starts to work when its gate opens; reasons that are not
     /// the driver's stay as they are.
     pub fn restore(&self, state: &FunctionState) -> Result<(), RestoreError> {
-        let mut core = self.lock();
+        self.restore_locked(&mut self.lock(), state)
+    }
+
+    pub(super) fn restore_locked(
+        &self,
+        core: &mut Core,
+        state: &FunctionState,
+    ) -> Result<(), RestoreError> {
         let busy = core.gate.reasons().contains(Reasons::RESET) || !core.drained();
         if busy {
             return Err(RestoreError::Busy);
         }
-        let checked = self.checked(&core, state)?;
-        self.commit(&mut core, checked);
+        let checked = self.checked(core, state)?;
+        self.commit(core, checked);
         Ok(())
     }
 
@@ -124,12 +135,13 @@ impl VirtioFunction {
     ) -> Result<Checked<'a>, RestoreError> {
         let offered = core.offered();
         let accepted = u64::try_from(state.accepted).ok();
-        let driver_features =
-            accepted
-                .filter(|features| features & !offered == 0)
-                .ok_or(RestoreError::Features(
-                    state.accepted & !u128::from(offered),
-                ))?;
+        // Before FEATURES_OK they are what the driver wrote, and nothing says that it will get them.
+        let settled = state.registers.status & Status::FEATURES_OK.bits() != 0;
+        let driver_features = accepted
+            .filter(|features| !settled || features & !offered == 0)
+            .ok_or(RestoreError::Features(
+                state.accepted & !u128::from(offered),
+            ))?;
         let status = core.checked_status(state.registers.status, driver_features)?;
         let vectors = self.interrupt.get().map_or(NO_VECTOR, |i| i.vectors());
         let vector = |vector, of: &dyn Fn() -> String| match vector {
@@ -180,6 +192,9 @@ impl VirtioFunction {
         core.selectors.device_feature = registers.device_feature_select;
         core.selectors.driver_feature = registers.driver_feature_select;
         core.selectors.queue = registers.queue_select;
+        if core.doors.queue_status {
+            core.selectors.state_queue = registers.state_queue_select;
+        }
         core.config_vector = registers.config_vector;
         // Whoever was reading the configuration reads it again (G3-f).
         core.config_generation = registers.config_generation.wrapping_add(1);
@@ -205,6 +220,7 @@ impl VirtioFunction {
             let event_index = core.event_index();
             for queue in &mut core.queues {
                 queue.set_event_index(event_index);
+                queue.signal_again();
             }
             core.device.activate(driver_features);
             // What was not announced when the state was saved is not in it, and so is announced again.
@@ -260,13 +276,18 @@ fn check_queue(saved: &QueueState, max_size: u16, can_stop: bool) -> Result<(), 
             QueueState { owned, .. } if !owned.is_empty() => {
                 Err("descriptors owned without being enabled")
             }
-            QueueState { next_available, .. } if *next_available != 0 && !can_stop => {
-                Err("an available index without being enabled")
+            QueueState { restarts: true, .. } if !can_stop => {
+                Err("an available index, which this device does not offer")
             }
+            QueueState {
+                next_available,
+                restarts: false,
+                ..
+            } if *next_available != 0 => Err("an available index without being enabled"),
             _ => Ok(()),
         };
     }
-    if saved.stopped && !can_stop {
+    if (saved.stopped || saved.restarts) && !can_stop {
         return Err("stopped, which this device does not offer");
     }
     let mut seen = HashSet::with_capacity(saved.owned.len());

@@ -26,6 +26,8 @@ pub struct Queue {
     pub available: VecDeque<Id>,
     /// Fetched and given up.
     pub owned: VecDeque<Id>,
+    /// The driver is notified when the queue goes on, as nobody knows whether it was.
+    pub signal_again: bool,
 }
 
 /// A change of the guest's mode that is not answered yet.
@@ -40,6 +42,8 @@ pub struct Pending {
 pub struct Effects {
     /// Requests that come back, with their queue.
     pub completed: Vec<(usize, Id)>,
+    /// Queues that were restored and go on.
+    pub signalled: Vec<usize>,
     /// The driver hears of a change of the configuration.
     pub config: bool,
     /// The answer to the guest's change of the mode comes.
@@ -277,6 +281,9 @@ impl Model {
     pub fn restored(&mut self) {
         self.generation = self.generation.wrapping_add(1);
         self.config_pending = self.live;
+        for queue in &mut self.queues {
+            queue.signal_again = self.live && queue.enabled;
+        }
     }
 
     /// All that follows by itself.
@@ -309,6 +316,9 @@ impl Model {
         }
         self.effects.config |= std::mem::take(&mut self.config_pending);
         for index in 0..QUEUES {
+            if std::mem::take(&mut self.queues[index].signal_again) {
+                self.effects.signalled.push(index);
+            }
             self.fetch(index);
         }
     }

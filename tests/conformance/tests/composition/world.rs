@@ -700,7 +700,11 @@ impl World {
         }
         let vectors: BTreeSet<u16> = self.machine.msi().take_vectors().into_iter().collect();
         let used = effects.completed.iter().map(|(queue, _)| 1 + *queue as u16);
-        let expected: BTreeSet<_> = used.chain(effects.config.then_some(0)).collect();
+        let again = effects.signalled.iter().map(|queue| 1 + *queue as u16);
+        let expected: BTreeSet<_> = used
+            .chain(again)
+            .chain(effects.config.then_some(0))
+            .collect();
         same!(vectors, expected, "interrupts");
         let still = closed && self.model.is_closed() && effects.completed.is_empty();
         if still && self.memory() != before {

@@ -278,7 +278,9 @@ const IMPOSSIBLE: [Change; 37] = [
         f.push(Field::QueueStatus(QueueStatus {
             queue: 0.into(),
             running: 1,
-            reserved: 0,
+            flags: 0,
+            next_used: 0.into(),
+            reserved: 0.into(),
         }));
     }),
     ("packed rings, which are not offered", |f| {

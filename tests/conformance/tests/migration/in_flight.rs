@@ -7,7 +7,7 @@ use devices::admin::{Drain, Options};
 use devices::context::{self, Field};
 use driver::access::DmaExt;
 use driver::host::{Access, VirtualFunction};
-use driver::pci::request_flr;
+use driver::pci::{change_command, command, request_flr};
 use driver::virtio::block::block_feature;
 use driver::virtio::migration::{Migrate, mode, opcode};
 use driver::virtio::{common, status};
@@ -372,6 +372,8 @@ fn g3_g_owned_descriptors_survive_a_reset_of_the_vf_in_its_context() {
         assert_eq!(owned(&context).len(), 3);
         assert!(request_flr(vf.transport.function()));
         rig.settle();
+        // A context that was read to its end before the reset is not read once more by itself.
+        rig.guest.discard(VF).unwrap();
         assert_eq!(owned(&rig.guest.read_all(VF, 4096).unwrap()), QUIET);
         rig.restore_pci(&vf);
         rig.both()[party].write_context(VF, &context).unwrap();
@@ -390,6 +392,26 @@ fn g3_g_owned_descriptors_survive_a_reset_of_the_vf_in_its_context() {
         all.push(Access::Write(4 * 512, 512));
         assert_eq!(disks[1].done(), all, "once each, in order");
     }
+}
+
+/// Requirements: E10, E13
+#[test]
+fn e10_the_answer_of_a_command_that_waited_comes_when_the_owner_may_write_it() {
+    let mut rig = Rig::new(1);
+    let mut vf = rig.drive(1);
+    rig.controls(1).hold(true);
+    vf.submit(0, b"in flight", 16);
+    rig.settle();
+    let posted = rig.guest.post(opcode::MODE_SET, VF, &[STOP]);
+    rig.settle();
+    let owner = rig.guest.transport.function().clone();
+    change_command(&owner, 0, command::BUS_MASTER);
+    rig.controls(1).release(1);
+    rig.settle();
+    assert_eq!(rig.guest.answered(&posted), None);
+    change_command(&owner, command::BUS_MASTER, 0);
+    rig.settle();
+    assert_eq!(rig.answer(&posted), OK);
 }
 
 /// Requirements: S3-6, E13

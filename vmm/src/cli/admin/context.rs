@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, Subcommand};
 use devices::admin::Migration;
-use devices::context::{self, Field, FieldType};
+use devices::context::{self, Field, FieldType, QueueStatus};
 use serde_json::{Value, json};
 
 use super::member::{Member, Refused};
@@ -253,7 +253,12 @@ fn describe(field: &Field) -> Value {
                 .collect();
             json!({ "chains": chains })
         }
-        Field::QueueStatus(v) => json!({ "queue_status": v.running }),
+        Field::QueueStatus(v) => json!({
+            "queue_status": v.running,
+            "next_used": v.next_used.get(),
+            "restarts": v.has(QueueStatus::RESTARTS),
+            "selected": v.has(QueueStatus::SELECTED),
+        }),
         Field::DeviceConfig(bytes) => json!({ "bytes": crate::api::owners::to_hex(bytes) }),
     };
     if let Some(object) = value.as_object_mut() {
@@ -386,9 +391,14 @@ mod tests {
                 Field::QueueStatus(QueueStatus {
                     queue: 1.into(),
                     running: 0,
-                    reserved: 0,
+                    flags: QueueStatus::SELECTED,
+                    next_used: 5.into(),
+                    reserved: 0.into(),
                 }),
-                json!({ "field": "VQ_STATUS", "type": 8, "queue": 1, "queue_status": 0 }),
+                json!({
+                    "field": "VQ_STATUS", "type": 8, "queue": 1, "queue_status": 0, "next_used": 5,
+                    "restarts": false, "selected": true,
+                }),
             ),
             (
                 Field::DeviceConfig(vec![0, 255]),
