@@ -303,7 +303,8 @@ impl World {
         );
         assert_eq!([0, 1].map(|party| self.mode(party, member)), modes, "G3-z");
         for progress in &mut self.progress {
-            progress[member] = Progress::default();
+            // What is being read is a snapshot, and stays one.
+            progress[member].writing = None;
         }
     }
 

@@ -284,6 +284,9 @@ fn check_queue(saved: &QueueState, max_size: u16, can_stop: bool) -> Result<(), 
                 restarts: false,
                 ..
             } if *next_available != 0 => Err("an available index without being enabled"),
+            QueueState { next_used, .. } if *next_used != 0 => {
+                Err("a used index without being enabled")
+            }
             _ => Ok(()),
         };
     }
