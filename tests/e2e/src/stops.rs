@@ -50,6 +50,9 @@ pub fn trials() -> Vec<Trial> {
     ]
 }
 
+/// The guest waits for a line on its console.
+const ASKED: &str = "tern-guest: type a line";
+
 /// Files of an owner and two members.
 struct Disks {
     directory: TempDir,
@@ -106,13 +109,13 @@ fn by_hand() -> Result<()> {
     let disks = Disks::new()?;
     let socket = disks.directory.path().join("api.sock");
     let file = disks.directory.path().join("vf1.ctx");
-    let scenario = "sriov-enable:n=2,console-echo,sriov-block:n=2:mib=4,sriov-disable";
+    let scenario = "sriov-enable:n=2,console-echo,sriov-block:n=2:mib=4,console-echo,sriov-disable";
     let mut vm = Vm::new(scenario)
         .args(["--cpus", "2", "--pf"])
         .args([disks.option("")])
         .args(["--api-socket".as_ref(), socket.as_os_str()])
         .spawn()?;
-    vm.wait_for("tern-guest: type a line", 0)?;
+    let begun = vm.wait_for(ASKED, 0)?;
 
     let hand = Hand { socket: &socket };
     let name = file.to_str().context("a path")?;
@@ -184,10 +187,12 @@ fn by_hand() -> Result<()> {
     hand.ask(&["pf0-vf1", "mode", "active"])?;
     mode("active")?;
     vm.send(b"go on\n")?;
-    vm.wait_for("tern-guest: ok sriov-block", 0)?;
+    // It keeps its virtual functions until it is told to go on.
+    vm.wait_for(ASKED, begun)?;
     let pages = hand.ask(&["pf0-vf1", "records", "read", "0x0+256M"])?;
     ensure!(!pages["pages"].as_array().context("pages")?.is_empty());
     hand.ask(&["pf0-vf1", "records", "stop"])?;
+    vm.send(b"the end\n")?;
     vm.wait_for_end(crate::vm::PATIENCE)?.expect_ok()
 }
 
@@ -203,7 +208,6 @@ fn in_use(pf: &str, used: &str) -> Result<()> {
         .args(["--cpus", "2", "--pf", pf])
         .args(["--api-socket".as_ref(), socket.as_os_str()])
         .spawn()?;
-    const ASKED: &str = "tern-guest: type a line";
     let begun = vm.wait_for(ASKED, 0)?;
     let hand = Hand { socket: &socket };
     for round in 0..MOVES {
