@@ -163,13 +163,14 @@ fn read(member: &Member) -> anyhow::Result<Vec<u8>> {
 
 /// Writes all of a context, or nothing.
 fn write(member: &Member, bytes: &[u8]) -> anyhow::Result<()> {
-    for chunk in bytes.chunks(CHUNK) {
+    for (index, chunk) in bytes.chunks(CHUNK).enumerate() {
         let written = member.command(Migration::ContextWrite, chunk);
         if let Err(error) = written {
             let refused = error.downcast_ref::<Refused>();
             let begun = refused.is_some_and(|r| r.answer.qualifier_name == "INVALID_FIELD");
-            // What was written before it must not keep the mode from changing.
-            if begun {
+            // A piece that is refused leaves no trace, but those before it would keep the mode from changing. What was
+            // written earlier, by another command, is nobody's to drop unasked.
+            if begun && index > 0 {
                 member.command(Migration::ContextDiscard, &[])?;
             }
             return Err(error);
