@@ -186,7 +186,7 @@ impl Rig {
         change_command(&function, command::BUS_MASTER, 0);
         let transport = Transport::new(function).unwrap();
         let features = transport.negotiate(features).unwrap();
-        enable_vectors(&transport);
+        crate::enable_msix(&transport);
         transport.set_config_vector(0).unwrap();
         let mut count: u16 = transport.get(driver::virtio::common::NUM_QUEUES);
         if features & ADMIN_VQ != 0 {
@@ -214,20 +214,6 @@ impl Rig {
             queues,
         }
     }
-}
-
-/// Programs every vector, unmasked, and turns MSI-X on.
-pub fn enable_vectors<F: Function>(transport: &Transport<F>) {
-    let msix = transport.msix().unwrap();
-    for vector in 0..msix.vectors {
-        let entry = driver::pci::VectorEntry {
-            address: crate::MESSAGE_ADDRESS,
-            data: crate::message_data(vector),
-            masked: false,
-        };
-        msix.set_entry(transport.function(), vector, entry);
-    }
-    msix.set_control(transport.function(), true, false);
 }
 
 /// A driver and a function that is live.

@@ -116,7 +116,7 @@ impl Default for Rig {
 }
 
 /// Programs every vector, unmasked, and turns MSI-X on.
-pub fn enable_msix(transport: &Transport<HostFunction>) {
+pub fn enable_msix<F: Function>(transport: &Transport<F>) {
     let msix = transport.msix().unwrap();
     for vector in 0..msix.vectors {
         let entry = VectorEntry {

@@ -85,7 +85,7 @@ impl VirtioFunction {
     pub fn renew(&self) {
         let mut core = self.lock();
         core.epoch.life += 1;
-        for party in [Party::Guest, Party::Monitor] {
+        for party in Party::ALL {
             self.open(&mut core, Reasons::modes(party));
             core.view.records().stop(party);
         }

@@ -5,16 +5,14 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use conformance::{MESSAGE_ADDRESS, message_data};
+use conformance::enable_msix;
 use devices::admin::{Drain, GroupType, Member, Options, Owner, OwnerDriver, Rest, Status};
 use devices::block::{Block, BlockConfig};
 use devices::gate::{Party, Reasons};
 use devices::virtio::{Doors, Suspend, VirtioDevice, VirtioFunction};
 use driver::access::{Dma, DmaExt, FunctionExt, Register};
 use driver::host::{Controls, HostDma, HostFunction, Loopback, Machine, Shape, VirtualFunction};
-use driver::pci::{
-    Address, VectorEntry, change_command, command, find_extended_capability, id, request_flr,
-};
+use driver::pci::{Address, change_command, command, find_extended_capability, id, request_flr};
 use driver::virtio::admin::command as encode;
 use driver::virtio::{Buffer, NO_VECTOR, SplitQueue, Transport, common, feature, status};
 use pci::owner::{self, OwnerPci};
@@ -502,7 +500,7 @@ impl World {
     fn initialise(&mut self) {
         self.model.bus_master = true;
         self.set_bus_master(self.at, true);
-        enable_vectors(&self.transport);
+        enable_msix(&self.transport);
         let suspend = match self.setup.suspend {
             Suspending::None => 0,
             Suspending::V5 => 1 << 42,
@@ -674,7 +672,7 @@ impl World {
         self.copy(by, from, to, chunk)?;
         self.at = to;
         self.transport = Transport::new(self.seats[to].place.clone()).unwrap();
-        enable_vectors(&self.transport);
+        enable_msix(&self.transport);
         self.pause(to, self.model.paused);
         self.pause(from, false);
         self.set_bus_master(to, self.model.bus_master);
@@ -947,19 +945,6 @@ fn enable_members(pf: &HostFunction, enable: bool) {
         pf.set_config(at + 0x10, 2u16);
     }
     pf.set_config(at + 0x08, if enable { 0x19u16 } else { 0x10 });
-}
-
-fn enable_vectors(transport: &Transport<VirtualFunction>) {
-    let msix = transport.msix().unwrap();
-    for vector in 0..msix.vectors {
-        let entry = VectorEntry {
-            address: MESSAGE_ADDRESS,
-            data: message_data(vector),
-            masked: false,
-        };
-        msix.set_entry(transport.function(), vector, entry);
-    }
-    msix.set_control(transport.function(), true, false);
 }
 
 /// Requests to a disk take turns.

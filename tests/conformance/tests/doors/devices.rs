@@ -17,7 +17,7 @@ use driver::virtio::net::{HEADER, RECEIVE, RECEIVE_BUFFER, TRANSMIT};
 use driver::virtio::{Buffer, Door, SplitQueue, Transport, common};
 
 use super::checks::RUNNING;
-use super::rig::{CASES, Kind, enable_msix, only, plug};
+use super::rig::{CASES, Kind, only, plug};
 use vm_memory::Bytes;
 
 /// How long a thread of a device may take.
@@ -44,7 +44,7 @@ impl Bench {
         let (_, _, pci) = plug(&machine, kind, device, doors, spare);
         let transport = Transport::new(pci).unwrap();
         let features = transport.negotiate(features).unwrap();
-        enable_msix(&transport);
+        conformance::enable_msix(&transport);
         let event_index = features & driver::virtio::feature::EVENT_IDX != 0;
         let queues = (0..queues).map(|index| {
             let queue = SplitQueue::new(machine.dma().clone(), 64, event_index).unwrap();

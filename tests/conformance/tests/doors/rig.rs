@@ -12,7 +12,7 @@ use driver::host::{
     Controls, HostDma, HostFunction, Loopback, Machine, Place, RAM, Shape, VirtualFunction,
 };
 use driver::pci::{
-    Address, VectorEntry, change_command, command, find_capability, find_extended_capability, id,
+    Address, change_command, command, find_capability, find_extended_capability, id,
 };
 use driver::virtio::{Buffer, DeviceState, Door, SplitQueue, Transport, common, feature};
 use pci::owner::{self, OwnerPci};
@@ -84,7 +84,7 @@ impl Rig {
         let machine = Machine::new().unwrap();
         let (function, owner, pci) = plug(&machine, kind, device, doors, &loopback);
         let transport = Transport::new(pci).unwrap();
-        enable_msix(&transport);
+        conformance::enable_msix(&transport);
         Self {
             machine,
             kind,
@@ -166,7 +166,7 @@ impl Rig {
         };
         change_command(self.pci(), switches, 0);
         assert!(!self.transport.msix().unwrap().is_enabled(self.pci()));
-        enable_msix(&self.transport);
+        conformance::enable_msix(&self.transport);
     }
 
     /// The PCI function.
@@ -412,20 +412,6 @@ pub fn plug(
             (function, Some(pf), Rc::new(pci))
         }
     }
-}
-
-/// Programs every vector, unmasked, and turns MSI-X on.
-pub fn enable_msix<F: Function>(transport: &Transport<F>) {
-    let msix = transport.msix().unwrap();
-    for vector in 0..msix.vectors {
-        let entry = VectorEntry {
-            address: conformance::MESSAGE_ADDRESS,
-            data: conformance::message_data(vector),
-            masked: false,
-        };
-        msix.set_entry(transport.function(), vector, entry);
-    }
-    msix.set_control(transport.function(), true, false);
 }
 
 fn loopback() -> Box<dyn VirtioDevice> {

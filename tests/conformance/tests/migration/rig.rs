@@ -206,7 +206,7 @@ impl Rig {
     /// What a hypervisor does for a VF beside its context (G3-cc): bus mastering and MSI-X are as before an FLR.
     pub fn restore_pci(&self, vf: &Live<VirtualFunction>) {
         change_command(vf.transport.function(), command::BUS_MASTER, 0);
-        group::enable_vectors(&vf.transport);
+        conformance::enable_msix(&vf.transport);
     }
 
     /// Lets the machine work until the guest's command is answered, which takes no longer than a test may.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use conformance::group::{self, Live};
+use conformance::group::Live;
 use conformance::{QUIET, SIMPLE};
 use devices::virtio::{Doors, Suspend};
 use driver::access::{DmaExt, FunctionExt};
@@ -23,7 +23,7 @@ fn move_in_place(rig: &mut Rig, party: usize, vf: &Transport<VirtualFunction>, s
     assert!(request_flr(vf.function()));
     assert_eq!(rig.function(1).save().registers.status, 0);
     change_command(vf.function(), command::BUS_MASTER, 0);
-    group::enable_vectors(vf);
+    conformance::enable_msix(vf);
     let driver = &mut rig.both()[party];
     for piece in context.chunks(step) {
         driver.write_context(VF, piece).unwrap();
@@ -201,7 +201,7 @@ fn s3_32_the_context_of_one_vf_becomes_that_of_another_which_goes_on_with_its_wo
         let function = rig.group.vf(2);
         change_command(&function, command::BUS_MASTER, 0);
         let transport = Transport::new(function).unwrap();
-        group::enable_vectors(&transport);
+        conformance::enable_msix(&transport);
         rig.quiet();
         rig.both()[party].set_mode(2, STOP).unwrap();
         assert_eq!(rig.function(2).save(), moved);
