@@ -6,6 +6,15 @@
 //! anything.
 //!
 //! PCI configuration space and the MSI-X table are not in it: a hypervisor saves those by itself.
+//!
+//! | type | whose state | in a device context |
+//! |---|---|---|
+//! | [`FunctionState`] | a function, as its driver set it up | yes |
+//! | [`TransientState`] | a function: notifications it owes, its administration virtqueue, what is its device type's own | no |
+//! | [`OwnerState`] | an owner: sessions of its drivers, modes, write records | no |
+
+use crate::gate::{Mode, Party};
+use crate::memory::records::PageRange;
 
 /// The state of one function, as its driver left it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,4 +92,127 @@ pub struct Shape {
     pub config_len: usize,
     /// The device has the device-state capability, so that its queues can be stopped one by one.
     pub queue_status: bool,
+}
+
+/// State of a function that its device context leaves out, since whoever writes a context has the function notify its
+/// driver once more. An exact restore, as that of a whole VM, needs both.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TransientState {
+    /// ISR status.
+    pub isr: u8,
+    /// A configuration change, or DEVICE_NEEDS_RESET, was not announced to the driver yet.
+    pub config_pending: bool,
+    /// Virtqueues with used buffers that the driver was not notified of yet, ascending. The administration virtqueue has
+    /// the number after those of the device.
+    pub unsignalled: Vec<u16>,
+    /// The administration virtqueue, of an owner. A command that waits for a member is in it as a chain that the device
+    /// owns.
+    pub admin_queue: Option<QueueState>,
+    /// State of the device type's own.
+    pub device: DeviceState,
+}
+
+/// State of one device type that is neither in its virtqueues nor in its configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum DeviceState {
+    /// There is none.
+    #[default]
+    None,
+    /// virtio-console.
+    Console {
+        /// Bytes read from the input and not yet given to the driver.
+        input: Vec<u8>,
+    },
+}
+
+/// Why the state of a device cannot be saved. The message follows the name of the device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cannot be saved: {0}")]
+pub struct Unsavable(pub String);
+
+/// State of a group's owner, apart from its function's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OwnerState {
+    /// Sessions of the drivers that move with the VM: that of the guest, and that of the monitor's commands.
+    pub sessions: Vec<SessionState>,
+}
+
+/// State of one driver's session with an owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionState {
+    /// Whose session it is.
+    pub party: Party,
+    /// Commands chosen by LIST_USE for the self group, bit `n` being opcode `n`.
+    pub self_group: Option<u128>,
+    /// Commands chosen by LIST_USE for the SR-IOV group.
+    pub sr_iov: Option<u128>,
+    /// Members this driver has done something to, ascending by id.
+    pub members: Vec<MemberSessionState>,
+    /// The DEV_MODE_SET that waits for a member.
+    pub transition: Option<TransitionState>,
+}
+
+/// What one driver has done to one member.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberSessionState {
+    /// Group member id.
+    pub id: u16,
+    /// Mode.
+    pub mode: Mode,
+    /// DEV_CTX_READ.
+    pub reading: ReadingState,
+    /// DEV_CTX_WRITE, if something was written that has not taken effect.
+    pub writing: Option<WritingState>,
+    /// Write records, if they were started.
+    pub recording: Option<RecordingState>,
+}
+
+/// How far a context was read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ReadingState {
+    /// Not at all.
+    #[default]
+    Begin,
+    /// In part.
+    Part {
+        /// The context as it was when its first byte was read.
+        bytes: Vec<u8>,
+        /// Bytes of it that were read.
+        at: usize,
+    },
+    /// To its end.
+    End,
+}
+
+/// Contexts that were written and have not taken effect.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WritingState {
+    /// The last complete context.
+    pub complete: Option<Vec<u8>>,
+    /// The beginning of one that is not complete.
+    pub partial: Vec<u8>,
+}
+
+/// Write records of one member, for one driver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordingState {
+    /// Page size in bytes.
+    pub page_size: u64,
+    /// Ranges under record, ascending and disjoint.
+    pub ranges: Vec<PageRange>,
+    /// Pages that were written and not yet read, ascending and disjoint.
+    pub written: Vec<PageRange>,
+}
+
+/// A change of mode that waits for requests in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TransitionState {
+    /// Group member id.
+    pub member: u16,
+    /// The mode that was asked for, in force already.
+    pub mode: Mode,
+    /// The mode to return to if the command is abandoned.
+    pub previous: Mode,
+    /// Milliseconds until requests that have not begun are recalled; `None` once that was done.
+    pub recall_after_ms: Option<u64>,
 }

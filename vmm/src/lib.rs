@@ -15,4 +15,5 @@ pub mod limits;
 pub mod machine;
 pub mod serial;
 pub mod signals;
+pub mod snapshot;
 pub mod vcpu;

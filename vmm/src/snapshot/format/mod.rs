@@ -1,0 +1,11 @@
+//! The JSON of `state.json`.
+//!
+//! Types here are never the running ones, and are read as hostile input: unknown fields are errors, and every list is
+//! bounded by what is checked after parsing. Numbers of more than 32 bits, masks and bytes are strings in hexadecimal,
+//! since JSON readers keep 53 bits at most.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`hex`] | numbers and bytes in hexadecimal |
+
+pub mod hex;
