@@ -2,7 +2,7 @@
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::config::Machine;
+use crate::config::MachineSpec;
 
 /// Descriptors of a process with a guest without devices, vCPUs and their events included, with some to spare.
 const BASE: u64 = 128;
@@ -27,7 +27,7 @@ pub struct TooFewDescriptors {
 }
 
 /// The most descriptors `config` can need.
-pub fn needed(config: &Machine) -> u64 {
+pub fn needed(config: &MachineSpec) -> u64 {
     let function = |queues: u64| PER_FUNCTION + PER_QUEUE * queues;
     let disks = config.disks.iter().map(|d| function(d.queues.into()));
     let nets = config.nets.iter().map(|_| function(2));
@@ -38,7 +38,7 @@ pub fn needed(config: &Machine) -> u64 {
 }
 
 /// Raises the limit on open descriptors as far as the host lets everyone, and checks that it is enough for `config`.
-pub fn raise(config: &Machine) -> Result<(), TooFewDescriptors> {
+pub fn raise(config: &MachineSpec) -> Result<(), TooFewDescriptors> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let needed = needed(config);
     let raised = Rlimit {
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
     use crate::config::Config;
 
-    fn machine(pf: &[&str]) -> Machine {
+    fn machine(pf: &[&str]) -> MachineSpec {
         let config = Config {
             kernel: Some("k".into()),
             pfs: pf.iter().map(|pf| pf.parse().unwrap()).collect(),

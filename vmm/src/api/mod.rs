@@ -20,7 +20,7 @@ pub mod socket;
 
 use serde::{Deserialize, Serialize};
 
-use crate::vcpu::RunState;
+use crate::machine;
 
 /// The OpenAPI document.
 pub const OPENAPI: &str = include_str!("../../../resources/openapi.json");
@@ -29,20 +29,26 @@ pub const OPENAPI: &str = include_str!("../../../resources/openapi.json");
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
+    /// Is complete and was not started yet.
+    Created,
     /// Runs.
     Running,
     /// Is paused.
     Paused,
+    /// Runs, for most of the time, while a snapshot is taken.
+    Saving,
     /// Has ended; the process is about to exit.
     Ended,
 }
 
-impl From<RunState> for State {
-    fn from(state: RunState) -> Self {
+impl From<machine::State> for State {
+    fn from(state: machine::State) -> Self {
         match state {
-            RunState::Running => Self::Running,
-            RunState::Paused => Self::Paused,
-            RunState::Ended => Self::Ended,
+            machine::State::Created => Self::Created,
+            machine::State::Running => Self::Running,
+            machine::State::Paused => Self::Paused,
+            machine::State::Saving => Self::Saving,
+            machine::State::Ended => Self::Ended,
         }
     }
 }

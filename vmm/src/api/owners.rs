@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::doors;
 use crate::machine::Machine;
+use crate::machine::lease::Busy;
 use crate::machine::owner::Group;
 
 /// An SR-IOV owner and its members.
@@ -125,6 +126,9 @@ pub enum AdminError {
         /// Those there are.
         there: String,
     },
+    /// Somebody else has the guest for himself.
+    #[error(transparent)]
+    Busy(#[from] Busy),
     /// Data that are no bytes.
     #[error("'{0}' is not an even number of hexadecimal digits")]
     Data(String),
@@ -215,7 +219,9 @@ pub fn execute(machine: &Machine, command: &AdminCommand) -> Result<AdminAnswer,
     let room = command
         .room
         .map_or(MAX_DATA, |room| MAX_DATA.min(room as usize));
-    let reply = group.execute_within(&command.encode()?, room).encode();
+    let request = command.encode()?;
+    let _under_way = machine.command()?;
+    let reply = group.execute_within(&request, room).encode();
     Ok(AdminAnswer::decode(&reply))
 }
 

@@ -21,7 +21,7 @@ use super::{Device, Event, Info, OPENAPI, Shutdown, State, Status};
 use crate::config::doors;
 use crate::config::object::Object;
 use crate::exit::Outcome;
-use crate::machine::{Machine, TransitionError};
+use crate::machine::{self, Machine, TransitionError};
 
 /// What a request can reach.
 #[derive(Clone)]
@@ -88,7 +88,7 @@ async fn info(Extract(context): Extract<Context>) -> Json<Info> {
 
 /// What there is to say about a machine.
 pub fn describe(machine: &Machine) -> Info {
-    let config = machine.config();
+    let config = machine.spec();
     Info {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
@@ -131,6 +131,7 @@ async fn admin(Extract(context): Extract<Context>, body: Bytes) -> Response {
         Ok(Ok(answer)) => Json(answer).into_response(),
         Ok(Err(error @ AdminError::Owner { .. })) => failure(StatusCode::NOT_FOUND, error),
         Ok(Err(error @ AdminError::Data(_))) => failure(StatusCode::BAD_REQUEST, error),
+        Ok(Err(error @ AdminError::Busy(_))) => failure(StatusCode::CONFLICT, error),
         Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
     }
 }
@@ -138,12 +139,12 @@ async fn admin(Extract(context): Extract<Context>, body: Bytes) -> Response {
 /// Runs what may block for seconds on a thread of its own, then tells everyone who listens what the guest does now.
 async fn transition(
     context: Context,
-    what: fn(&Machine) -> Result<(), TransitionError>,
+    what: fn(&Machine) -> Result<machine::State, TransitionError>,
 ) -> Response {
     let machine = Arc::clone(&context.machine);
     match tokio::task::spawn_blocking(move || what(&machine)).await {
-        Ok(Ok(())) => {
-            let state = context.machine.state().into();
+        Ok(Ok(state)) => {
+            let state = state.into();
             // Nobody may be listening.
             let _ = context.events.send(Event {
                 state,
@@ -181,15 +182,17 @@ async fn shutdown(Extract(context): Extract<Context>, body: Bytes) -> Response {
     match request.force_after_ms {
         Some(0) => force(&machine),
         after => {
-            if machine.state() == crate::vcpu::RunState::Paused {
-                return failure(
-                    StatusCode::CONFLICT,
-                    "the guest is paused and cannot see its power button; let it run first (`tern resume`), or end it \
-                     as it is (`tern shutdown --force-after 0`)",
-                );
-            }
-            if let Err(error) = machine.press_power_button() {
-                return failure(StatusCode::INTERNAL_SERVER_ERROR, error);
+            match machine.press_power_button() {
+                Ok(true) => {}
+                Ok(false) if machine.state() == machine::State::Ended => {}
+                Ok(false) => {
+                    return failure(
+                        StatusCode::CONFLICT,
+                        "the guest is paused and cannot see its power button; let it run first (`tern resume`), or end \
+                         it as it is (`tern shutdown --force-after 0`)",
+                    );
+                }
+                Err(error) => return failure(StatusCode::INTERNAL_SERVER_ERROR, error),
             }
             if let Some(after) = after {
                 let machine = Arc::downgrade(&machine);

@@ -174,6 +174,12 @@ fn the_schemas_of_owners_are_those_of_the_answers() {
 #[test]
 fn the_states_are_the_documented_ones() {
     let documented = document()["components"]["schemas"]["State"]["enum"].clone();
-    let states = [State::Running, State::Paused, State::Ended];
+    let states = [
+        State::Created,
+        State::Running,
+        State::Paused,
+        State::Saving,
+        State::Ended,
+    ];
     assert_eq!(documented, serde_json::to_value(states).unwrap());
 }

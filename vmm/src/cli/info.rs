@@ -10,6 +10,8 @@ use crate::layout::format_memory_size;
 /// `info` in lines.
 pub fn describe(info: &Info) -> String {
     let state = match info.state {
+        State::Created => "created, not started",
+        State::Saving => "running, a snapshot is being taken",
         State::Running => "running",
         State::Paused => "paused",
         State::Ended => "ended",

@@ -5,19 +5,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
+use devices::memory::GuestRam;
 use rustix::pipe::PipeFlags;
 
 use crate::api::server::Server;
 use crate::api::socket::{Socket, remove_bound};
+use crate::boot::load::Prepared;
 use crate::config::check::{console_file, keep_made, remove_made};
 use crate::config::{Config, Disk, MAX_CPUS, Net, Pf};
 use crate::console::output::{Loss, Output};
 use crate::console::{self, Target, terminal};
 use crate::exit::{self, Outcome};
+use crate::layout;
 use crate::limits;
 use crate::machine::functions::Backends;
 use crate::machine::run::Sink;
-use crate::machine::{Machine, run};
+use crate::machine::{Hardware, run};
 use crate::signals::Signals;
 
 /// How long the reader of the console may take for the rest before those who listen to the API are told of the end.
@@ -104,6 +107,10 @@ pub struct Run {
     #[arg(long, value_name = "FILE.json")]
     config: Option<PathBuf>,
 
+    /// Do not let the guest begin; `tern resume` does
+    #[arg(long, requires = "api_socket")]
+    paused: bool,
+
     /// Run even where KVM only interprets guest code and is a thousand times too slow
     #[arg(long)]
     force: bool,
@@ -141,9 +148,11 @@ impl Run {
             Some(path) => Config::from_file(path)?,
             None => Config::default(),
         };
-        let config = base.overlaid(self.config()).resolve()?;
+        let config = base.overlaid(self.config());
+        let api_socket = config.api_socket.clone();
+        let config = config.resolve()?;
         limits::raise(&config)?;
-        let socket = match &config.api_socket {
+        let socket = match &api_socket {
             Some(path) => Some(Socket::bind(path)?),
             None => None,
         };
@@ -166,14 +175,18 @@ impl Run {
             _ => (None, None),
         };
         let backends = Backends::open(&config, input, &loss)?;
-        let machine = Machine::build(config, backends, output.as_ref(), self.force)?;
+        let kernel = Prepared::open(config.memory, &config.boot)?;
+        let ram = GuestRam::new(&layout::ram_ranges(config.memory))?;
+        let hardware = Hardware::create(config, ram, backends, output.as_ref(), self.force)?;
+        hardware.boot(kernel)?;
+        let machine = hardware.finish()?;
         keep_made();
         let server = match socket {
             Some(socket) => Some(Server::start(socket, Arc::clone(&machine))?),
             None => None,
         };
         let mut signals = watch.finish()?;
-        let outcome = run::run(&machine, &mut signals, sink);
+        let outcome = run::run(&machine, &mut signals, sink, self.paused);
         // What follows waits for threads, which may hang together with a disk. Another signal then ends the process
         // at once, so that nothing may be left to do that outlives it.
         remove_bound();

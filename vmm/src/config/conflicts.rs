@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::path::Path;
 
-use super::{ConfigError, MAX_DEVICES, Machine, NetBackend, PfDevice};
+use super::{ConfigError, MAX_DEVICES, MachineSpec, NetBackend, PfDevice};
 use crate::console::Target;
 
 fn contradiction(first: String, second: String, reason: &'static str) -> ConfigError {
@@ -40,7 +40,7 @@ impl<K: Eq + Hash> Claims<K> {
     }
 }
 
-impl Machine {
+impl MachineSpec {
     /// Checks everything that two or more options say together.
     pub(super) fn check_contradictions(&self) -> Result<(), ConfigError> {
         self.check_places()?;

@@ -19,6 +19,7 @@ pub mod pf;
 
 use std::path::{Path, PathBuf};
 
+use devices::net::MacAddress;
 use serde::{Deserialize, Serialize};
 
 use crate::console::Target;
@@ -69,9 +70,10 @@ pub struct Config {
     pub api_socket: Option<PathBuf>,
 }
 
-/// A checked configuration.
+/// Specification of a machine: plain, with every default filled in and every choice made, so that the same machine can be
+/// built from it again, also by another process in another directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Machine {
+pub struct MachineSpec {
     /// What to boot.
     pub boot: crate::boot::load::Sources,
     /// Number of vCPUs, 1 to [`MAX_CPUS`].
@@ -90,8 +92,6 @@ pub struct Machine {
     pub console: Target,
     /// The virtio console.
     pub virtio_console: Option<Target>,
-    /// Unix socket of the control API.
-    pub api_socket: Option<PathBuf>,
 }
 
 /// Why a configuration cannot be meant. Exit status 2.
@@ -239,11 +239,13 @@ impl Config {
     }
 
     /// Fills in the defaults and checks everything that can be checked without asking the host.
-    pub fn resolve(self) -> Result<Machine, ConfigError> {
+    /// MAC addresses that were not given are derived from names, the same each time on one host; relative paths are
+    /// those of the current directory.
+    pub fn resolve(self) -> Result<MachineSpec, ConfigError> {
         let value = |option, reason: String| ConfigError::Value { option, reason };
         let cpus = cpus(self.cpus).map_err(|e| value("--cpus", e))?;
         let memory = memory(self.memory.as_deref()).map_err(|e| value("--memory", e))?;
-        let machine = Machine {
+        let mut spec = MachineSpec {
             boot: crate::boot::load::Sources {
                 kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
                 initrd: self.initrd,
@@ -257,14 +259,67 @@ impl Config {
             rng: self.rng.unwrap_or(true),
             console: self.console.unwrap_or_default(),
             virtio_console: self.virtio_console.filter(|t| *t != Target::None),
-            api_socket: self.api_socket,
         };
-        machine.check_contradictions()?;
-        Ok(machine)
+        // As they were written: the messages are about that.
+        spec.check_contradictions()?;
+        spec.decide();
+        Ok(spec)
     }
 }
 
-impl Machine {
+impl MachineSpec {
+    /// Decides what was left open: MAC addresses, and what relative paths are relative to.
+    fn decide(&mut self) {
+        for path in self.paths_mut() {
+            // Only an empty path or a current directory that is gone is refused; both are noticed when it is opened.
+            if let Ok(absolute) = std::path::absolute(&*path) {
+                *path = absolute;
+            }
+        }
+        for (index, net) in self.nets.iter_mut().enumerate() {
+            let (kind, name) = match &net.backend {
+                NetBackend::Tap(name) => ("tap", name),
+                NetBackend::Switch(name) => ("switch", name),
+            };
+            let seed = seed(&[&format!("net{index}"), kind, name]);
+            net.mac.get_or_insert(MacAddress::derive(seed, 0));
+        }
+        for (index, pf) in self.pfs.iter_mut().enumerate() {
+            match &mut pf.device {
+                PfDevice::Net {
+                    uplink_tap, mac, ..
+                } => {
+                    let uplink = uplink_tap.as_deref().unwrap_or_default();
+                    let seed = seed(&[&format!("pf{index}"), uplink]);
+                    mac.get_or_insert(MacAddress::derive(seed, 0));
+                }
+                PfDevice::Block { vf_path, .. } => {
+                    if let Some(absolute) = absolute_pattern(vf_path) {
+                        *vf_path = absolute;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Every path of the specification, but for the pattern of members' disks.
+    fn paths_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        let consoles = std::iter::once(&mut self.console).chain(&mut self.virtio_console);
+        let consoles = consoles.filter_map(|target| match target {
+            Target::File(path) => Some(path),
+            Target::Stdio | Target::None => None,
+        });
+        let owners = self.pfs.iter_mut().flat_map(|pf| match &mut pf.device {
+            PfDevice::Block { path, .. } => path.as_mut(),
+            PfDevice::Net { .. } => None,
+        });
+        std::iter::once(&mut self.boot.kernel)
+            .chain(&mut self.boot.initrd)
+            .chain(self.disks.iter_mut().map(|disk| &mut disk.path))
+            .chain(owners)
+            .chain(consoles)
+    }
+
     /// The files the guest is booted from, which nothing may write to.
     pub fn boot_files(&self) -> Vec<&Path> {
         let initrd = self.boot.initrd.as_deref();
@@ -292,6 +347,27 @@ impl Machine {
         let ports = slots.filter(|slot| *slot == Slot::Port).count();
         (1 + ports + self.pfs.len()) as u16
     }
+}
+
+/// `pattern` as an absolute path, if it can be made one.
+fn absolute_pattern(pattern: &str) -> Option<String> {
+    let path = std::path::absolute(pattern).ok()?;
+    path.into_os_string().into_string().ok()
+}
+
+/// A number that is the same each time for the same parts on the same host: FNV-1a.
+fn seed(parts: &[&str]) -> u64 {
+    let host = rustix::system::uname();
+    let host = host.nodename().to_bytes();
+    let parts = parts.iter().map(|part| part.as_bytes());
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    for part in std::iter::once(host).chain(parts) {
+        // A part never has this byte, so that it separates them.
+        for byte in part.iter().chain(&[0]) {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    }
+    hash
 }
 
 #[cfg(test)]

@@ -26,24 +26,55 @@ fn defaults_are_filled_in() {
 #[test]
 fn the_command_line_wins_and_lists_grow() {
     let file: Config = serde_json::from_str(
-        r#"{"kernel": "a", "cpus": 2, "memory": "1G", "rng": false, "console": "none",
-            "disks": [{"path": "d1", "readonly": true}], "nets": [{"switch": "s"}]}"#,
+        r#"{"kernel": "/a", "cpus": 2, "memory": "1G", "rng": false, "console": "none",
+            "disks": [{"path": "/d1", "readonly": true}], "nets": [{"switch": "s"}]}"#,
     )
     .unwrap();
     let over = Config {
-        kernel: Some("b".into()),
+        kernel: Some("/b".into()),
         cpus: Some(4),
         rng: Some(true),
-        disks: vec!["path=d2".parse().unwrap()],
+        disks: vec!["path=/d2".parse().unwrap()],
         ..Default::default()
     };
     let machine = file.overlaid(over).resolve().unwrap();
-    assert_eq!(machine.boot.kernel, PathBuf::from("b"));
+    assert_eq!(machine.boot.kernel, PathBuf::from("/b"));
     assert_eq!((machine.cpus, machine.memory), (4, layout::GIB));
     assert!(machine.rng);
     assert_eq!(machine.console, Target::None);
     let paths: Vec<_> = machine.disks.iter().map(|d| d.path.clone()).collect();
-    assert_eq!(paths, [PathBuf::from("d1"), PathBuf::from("d2")]);
+    assert_eq!(paths, [PathBuf::from("/d1"), PathBuf::from("/d2")]);
+}
+
+#[test]
+fn what_is_left_open_is_decided_the_same_each_time() {
+    let decided = || {
+        let config = Config {
+            kernel: Some("k".into()),
+            disks: vec!["path=d".parse().unwrap()],
+            nets: vec!["switch=a".parse().unwrap(), "switch=a".parse().unwrap()],
+            pfs: vec![
+                "net,vfs=2".parse().unwrap(),
+                "block,vfs=2,path=p,vf-path=v%d".parse().unwrap(),
+            ],
+            console: Some("file=c".parse().unwrap()),
+            ..Config::default()
+        };
+        config.resolve().unwrap()
+    };
+    let spec = decided();
+    assert_eq!(spec, decided());
+    let macs: Vec<_> = spec.nets.iter().map(|net| net.mac.unwrap()).collect();
+    assert_ne!(macs[0], macs[1]);
+    let paths = [&spec.boot.kernel, &spec.disks[0].path];
+    assert!(paths.iter().all(|path| path.is_absolute()));
+    assert!(matches!(&spec.console, Target::File(path) if path.is_absolute()));
+    let members = spec.pfs[1].paths();
+    assert!(members.iter().all(|(_, path)| path.is_absolute()));
+    assert!(matches!(
+        spec.pfs[0].device,
+        PfDevice::Net { mac: Some(_), .. }
+    ));
 }
 
 #[test]

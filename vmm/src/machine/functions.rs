@@ -4,7 +4,6 @@
 //! [`Functions::plug`] puts a function around each.
 
 use std::collections::BTreeMap;
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -15,7 +14,7 @@ use devices::console::Console;
 use devices::gate::Reasons;
 use devices::io::{IoThread, IoThreadError};
 use devices::memory::{GuestRam, MemoryError};
-use devices::net::{MacAddress, Net, PortConfig, Switch, SwitchError, Tap, TapError};
+use devices::net::{Net, PortConfig, Switch, SwitchError, Tap, TapError};
 use devices::rng::Rng;
 use devices::virtio::{Doors, VirtioDevice, VirtioFunction};
 use pci::function::SingleFunction;
@@ -28,7 +27,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::owner::{Group, GroupBackend};
 use crate::config::check::{HostError, console_file};
-use crate::config::{Machine, NetBackend, Slot};
+use crate::config::{MachineSpec, NetBackend, Slot};
 use crate::console::output::{Loss, Reporting};
 use crate::console::{self, Target};
 
@@ -62,6 +61,9 @@ pub enum FunctionError {
     /// The I/O thread.
     #[error(transparent)]
     Io(#[from] IoThreadError),
+    /// A specification that was not decided.
+    #[error("a network interface has no MAC address")]
+    Undecided,
     /// A descriptor or thread.
     #[error("the host refused a descriptor or a thread")]
     Resource(#[from] std::io::Error),
@@ -83,15 +85,15 @@ pub struct Backends {
 }
 
 impl Backends {
-    /// Opens what `config` names. `stdin` is the virtio console's input if it is on standard input; what cannot be
+    /// Opens what `spec` names. `stdin` is the virtio console's input if it is on standard input; what cannot be
     /// written of its output goes to `loss`.
     pub fn open(
-        config: &Machine,
+        spec: &MachineSpec,
         stdin: Option<OwnedFd>,
         loss: &Loss,
     ) -> Result<Self, FunctionError> {
         let mut backends = Self::default();
-        for (index, disk) in config.disks.iter().enumerate() {
+        for (index, disk) in spec.disks.iter().enumerate() {
             let device = Block::open(&BlockConfig {
                 path: disk.path.clone(),
                 read_only: disk.readonly,
@@ -100,13 +102,10 @@ impl Backends {
             })?;
             backends.add(format!("disk{index}"), disk.bus, disk.doors, device);
         }
-        let seed = RandomState::new().build_hasher().finish();
         let mut switches = BTreeMap::<String, Switch>::new();
-        for (index, net) in config.nets.iter().enumerate() {
+        for (index, net) in spec.nets.iter().enumerate() {
             let name = format!("net{index}");
-            let mac = net
-                .mac
-                .unwrap_or_else(|| MacAddress::derive(seed, index as u16));
+            let mac = net.mac.ok_or(FunctionError::Undecided)?;
             let device = match &net.backend {
                 NetBackend::Tap(tap) => Net::new(mac, Tap::open(tap)?),
                 NetBackend::Switch(switch) => {
@@ -121,17 +120,17 @@ impl Backends {
             };
             backends.add(name, net.bus, net.doors, device);
         }
-        for (index, pf) in config.pfs.iter().enumerate() {
+        for (index, pf) in spec.pfs.iter().enumerate() {
             let group = GroupBackend::open(format!("pf{index}"), pf, &mut switches)?;
             backends.groups.push(group);
         }
         // There is no option for these two.
         let none = Doors::default();
-        if config.rng {
+        if spec.rng {
             backends.add("rng".to_owned(), Slot::Root, none, Rng::new());
         }
-        if let Some(target) = &config.virtio_console {
-            let file = console_file(target, &config.boot_files())?;
+        if let Some(target) = &spec.virtio_console {
+            let file = console_file(target, &spec.boot_files())?;
             let output: Box<dyn Write + Send> = match (target, file) {
                 (_, Some(file)) => Box::new(Reporting::new(file, &target.place(), loss)),
                 (Target::Stdio, None) => {

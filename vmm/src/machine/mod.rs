@@ -2,13 +2,21 @@
 //!
 //! | module | what it does |
 //! |---|---|
-//! | [`functions`] | the virtio functions a configuration asks for |
+//! | [`functions`] | the virtio functions a specification asks for |
+//! | [`hardware`] | a machine before anything of a guest is in it |
+//! | [`lease`] | who may change what a machine does: one at a time |
 //! | [`owner`] | SR-IOV owners and their members |
 //! | [`run`] | the main loop: console, signals, the end of the guest |
+//!
+//! ```text
+//! MachineSpec ── Hardware::create ─► Hardware ── boot ─► Hardware ── finish ─► Machine ── start ─► the guest runs
+//! ```
 //!
 //! Pause: vCPUs out of the guest, then the gates of the devices closed and drained. Resume: the reverse.
 
 pub mod functions;
+pub mod hardware;
+pub mod lease;
 pub mod owner;
 pub mod run;
 
@@ -16,28 +24,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use devices::bus::{Bus, BusError};
 use devices::gate::Reasons;
-use devices::memory::{GuestRam, MemoryError};
-use kvm_ioctls::Cap;
-use pci::root::{AssignError, PciRoot};
-use pci::topology::{LayoutError, PciLayout};
-use vm_memory::{Bytes, GuestAddress};
+use devices::memory::GuestRam;
+use pci::root::PciRoot;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::acpi::{self, AcpiError};
-use crate::boot::load::{LoadError, Prepared};
-use crate::boot::long_mode;
-use crate::chipset;
-use crate::config;
-use crate::config::check::HostError;
-use crate::console::output::Output;
+use crate::config::MachineSpec;
 use crate::exit::Outcome;
-use crate::kvm::{self, KvmError, Vm, cpu, cpuid, doorbells::Doorbells, msi::KvmMsi, speed};
-use crate::layout;
+use crate::kvm::Vm;
 use crate::serial::SerialPort;
-use crate::vcpu::{self, Control, ControlError, RunState, Wiring, kick};
-use functions::{Backends, FunctionError, Functions};
+use crate::vcpu::{Control, ControlError, RunState};
+use functions::Functions;
+pub use hardware::{BuildError, Hardware};
+use lease::{Busy, Lease, Leases, Purpose};
 
 /// How long a pause waits for what devices have in flight, all of them together.
 pub const DRAIN: Duration = Duration::from_secs(10);
@@ -45,58 +44,52 @@ pub const DRAIN: Duration = Duration::from_secs(10);
 /// How long a pause waits for vCPUs to leave the guest.
 const LEAVE: Duration = Duration::from_secs(5);
 
-/// Why a machine could not be built. Exit status 1.
-#[derive(Debug, thiserror::Error)]
-pub enum BuildError {
-    /// KVM.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-    /// Guest memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// Kernel, initial RAM disk or command line.
-    #[error(transparent)]
-    Load(#[from] LoadError),
-    /// Something the host does not have or allow.
-    #[error(transparent)]
-    Host(#[from] HostError),
-    /// A virtio function.
-    #[error(transparent)]
-    Function(#[from] FunctionError),
-    /// ACPI tables.
-    #[error(transparent)]
-    Acpi(#[from] AcpiError),
-    /// The address map contradicts itself.
-    #[error(transparent)]
-    Bus(#[from] BusError),
-    /// The PCI address map contradicts itself.
-    #[error(transparent)]
-    Pci(#[from] LayoutError),
-    /// The PCI functions do not fit into it.
-    #[error(transparent)]
-    Assign(#[from] AssignError),
-    /// Guest memory could not be written.
-    #[error("cannot write to guest memory: {0}")]
-    Write(#[from] vm_memory::GuestMemoryError),
-    /// A thread, event or alarm.
-    #[error("the host refused a thread or an event")]
-    Resource(#[from] std::io::Error),
+/// What a machine does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It is complete and was not started yet.
+    Created,
+    /// The guest runs.
+    Running,
+    /// Nothing of the guest happens.
+    Paused,
+    /// A snapshot of it is being taken. The guest runs for most of the time.
+    Saving,
+    /// The guest has ended.
+    Ended,
 }
 
-/// Why a machine could not be paused or resumed.
+/// Why a machine could not be paused, resumed or saved.
 #[derive(Debug, thiserror::Error)]
 pub enum TransitionError {
+    /// Somebody else is changing what it does.
+    #[error(transparent)]
+    Busy(#[from] Busy),
     /// The guest has ended, or a vCPU does not leave it.
     #[error(transparent)]
     Control(#[from] ControlError),
     /// Devices did not finish what they had begun.
     #[error("requests are still in flight in {0}; the guest goes on running")]
-    Busy(String),
+    InFlight(String),
+}
+
+/// How the start of the guest stands.
+#[derive(Debug, Default)]
+struct Start {
+    /// It was.
+    done: bool,
+    /// A pause came first: the guest does not run until it is resumed.
+    paused: bool,
 }
 
 /// A machine. See the [module documentation](self).
 pub struct Machine {
-    config: config::Machine,
+    spec: MachineSpec,
+    leases: Leases,
+    start: Mutex<Start>,
+    /// Read from standard input for the serial port, and not yet taken by it. Whatever reaches the guest from outside its
+    /// devices does so with this lock held, and only while the guest runs.
+    input: Mutex<Vec<u8>>,
     control: Arc<Control>,
     serial: Arc<SerialPort>,
     power_button: EventFd,
@@ -105,118 +98,15 @@ pub struct Machine {
     /// Registers the doorbells that should exist, and removes those that should not.
     layout_changed: Arc<dyn Fn() + Send + Sync>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    /// Held during a transition between running and paused.
-    transition: Mutex<()>,
+    _ram: Arc<GuestRam>,
     // Dropped last: vCPUs and devices use them.
     _vm: Vm,
 }
 
 impl Machine {
-    /// Builds a machine around devices that are open already, paused at the kernel's entry.
-    ///
-    /// `output` takes the serial console's output. `force` accepts a KVM that only interprets.
-    pub fn build(
-        config: config::Machine,
-        backends: Backends,
-        output: Option<&Output>,
-        force: bool,
-    ) -> Result<Arc<Self>, BuildError> {
-        kick::install()?;
-        let boot = Prepared::open(config.memory, &config.boot)?;
-        let kvm = kvm::open()?;
-        let supported = cpu::supported_cpuid(&kvm)?;
-        check_limits(
-            &config,
-            kvm.get_max_vcpus(),
-            cpuid::physical_address_bits(&supported),
-        )?;
-
-        let ram = GuestRam::new(&layout::ram_ranges(config.memory))?;
-        let memory = ram.view()?;
-        let vm = Vm::new(kvm, &ram)?;
-        let mut vcpus = Vec::with_capacity(usize::from(config.cpus));
-        for id in 0..config.cpus {
-            vcpus.push(vm.create_vcpu(id)?);
-        }
-        for (id, vcpu) in (0..config.cpus).zip(&vcpus) {
-            cpu::configure(vm.kvm(), vcpu, &supported, id, config.cpus)?;
-        }
-        // Only now: KVM takes no other features once a vCPU has run.
-        if let Some(first) = vcpus.first_mut().filter(|_| !force) {
-            speed::check(first, &memory)?;
-        }
-
-        let entry = boot.load(&memory)?;
-        long_mode::write_tables(&memory)?;
-        let mmio64 = layout::pci_mmio64(config.memory);
-        let tables = acpi::build(&acpi::Platform {
-            cpus: config.cpus,
-            buses: config.bus_count(),
-            mmio64: mmio64.clone(),
-        })?;
-        memory.write_slice(&tables, GuestAddress(layout::ACPI.start))?;
-        memory.write_slice(&chipset::RESET_STUB, GuestAddress(layout::RESET_VECTOR))?;
-        if let Some(first) = vcpus.first() {
-            cpu::enter(first, entry)?;
-        }
-
-        let control = Arc::new(Control::new(vcpus.len())?);
-        let (ports, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
-        chipset::attach(&ports, &control)?;
-        let line = vm.interrupt_line(chipset::COM1_IRQ)?;
-        let serial = SerialPort::new(line, output.map(Output::sender))?;
-        serial.attach(&ports)?;
-        let power_button = vm.interrupt_line(chipset::POWER_BUTTON_IRQ)?;
-
-        let pci = PciRoot::new(PciLayout {
-            ecam: layout::pci_ecam(config.bus_count()),
-            mmio32: layout::PCI_MMIO32,
-            mmio64,
-        })?;
-        let msi = KvmMsi::new(Arc::clone(vm.fd()));
-        let functions = Functions::plug(backends, &ram, &pci, &msi)?;
-        pci.assign_resources()?;
-        mmio.insert(pci.layout().ecam.clone(), pci.ecam())?;
-        for (range, device) in pci.mmio_windows() {
-            mmio.insert(range, device)?;
-        }
-
-        let doorbells = Doorbells::new(Arc::clone(vm.fd()));
-        let root = Arc::clone(&pci);
-        let ending = Arc::clone(&control);
-        let layout_changed: Arc<dyn Fn() + Send + Sync> = Arc::new(move || {
-            if let Err(error) = doorbells.reconcile(|| root.doorbells()) {
-                ending.finish(Outcome::KvmFailure(error.to_string()));
-            }
-        });
-        let wiring = Wiring {
-            ports,
-            mmio,
-            control: Arc::clone(&control),
-            tells_pause: vm.fd().check_extension(Cap::KvmclockCtrl),
-            layout_changed: Arc::clone(&layout_changed),
-        };
-        let mut threads = Vec::with_capacity(vcpus.len());
-        for (id, vcpu) in (0..config.cpus).zip(vcpus) {
-            threads.push(vcpu::spawn(id, vcpu, wiring.clone())?);
-        }
-        Ok(Arc::new(Self {
-            config,
-            control,
-            serial,
-            power_button,
-            pci,
-            functions,
-            layout_changed,
-            threads: Mutex::new(threads),
-            transition: Mutex::default(),
-            _vm: vm,
-        }))
-    }
-
     /// What it was built from.
-    pub fn config(&self) -> &config::Machine {
-        &self.config
+    pub fn spec(&self) -> &MachineSpec {
+        &self.spec
     }
 
     /// Its PCI root complex.
@@ -229,9 +119,16 @@ impl Machine {
         &self.functions
     }
 
-    /// What its vCPUs do now.
-    pub fn state(&self) -> RunState {
-        self.control.state()
+    /// What it does now.
+    pub fn state(&self) -> State {
+        let start = self.lock_start();
+        match self.control.state() {
+            RunState::Ended => State::Ended,
+            _ if self.leases.holder() == Some(Purpose::Snapshot) => State::Saving,
+            RunState::Running => State::Running,
+            RunState::Paused if start.done || start.paused => State::Paused,
+            RunState::Paused => State::Created,
+        }
     }
 
     /// How the guest ended, if it has.
@@ -244,30 +141,64 @@ impl Machine {
         self.control.finish(outcome);
     }
 
-    fn transition(&self) -> MutexGuard<'_, ()> {
-        self.transition
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    /// Says that an administration command of the monitor is under way, as long as the result lives.
+    pub fn command(&self) -> Result<lease::UnderWay<'_>, Busy> {
+        self.leases.command()
     }
 
-    /// Lets the guest run. No effect on a running machine.
-    pub fn resume(&self) -> Result<(), TransitionError> {
-        let _transition = self.transition();
-        self.functions.reopen(Reasons::PAUSED);
-        Ok(self.control.resume()?)
+    /// Starts the guest, unless it is to begin paused or a pause was asked for before. Called once.
+    pub fn start(&self, paused: bool) -> Result<(), TransitionError> {
+        let mut start = self.lock_start();
+        start.done = true;
+        if paused || start.paused {
+            return Ok(());
+        }
+        self.let_run()
+    }
+
+    /// Lets the guest run. No effect on a running machine. Returns the state the machine is in then.
+    pub fn resume(&self) -> Result<State, TransitionError> {
+        let _lease = self.leases.take(Purpose::Resume)?;
+        let mut start = self.lock_start();
+        start.paused = false;
+        if start.done {
+            self.let_run()?;
+            return Ok(State::Running);
+        }
+        Ok(State::Created)
     }
 
     /// Stops vCPUs, then devices; returns when nothing of the guest happens any more. No effect on a paused machine.
     ///
     /// If a vCPU or a device does not come to rest the guest goes on running, as if nothing had been asked.
-    pub fn pause(&self) -> Result<(), TransitionError> {
-        let _transition = self.transition();
+    pub fn pause(&self) -> Result<State, TransitionError> {
+        let lease = self.leases.take(Purpose::Pause)?;
+        let mut start = self.lock_start();
+        if !start.done {
+            start.paused = true;
+            return Ok(State::Paused);
+        }
+        drop(start);
+        self.quiesce(&lease)?.keep();
+        Ok(State::Paused)
+    }
+
+    /// Has nothing of the guest happen until the result is dropped.
+    fn quiesce<'a>(&'a self, _lease: &'a Lease<'_>) -> Result<Quiesced<'a>, TransitionError> {
+        let ran = self.control.state() == RunState::Running;
         self.control.pause(LEAVE)?;
-        let Err(stuck) = self.functions.close_and_drain(Reasons::PAUSED, DRAIN) else {
-            return Ok(());
-        };
-        self.control.resume()?;
-        Err(TransitionError::Busy(stuck.join(", ")))
+        // Whoever was about to reach the guest has done so, or finds it paused.
+        drop(self.lock_input());
+        if let Err(stuck) = self.functions.close_and_drain(Reasons::PAUSED, DRAIN) {
+            self.control.resume()?;
+            return Err(TransitionError::InFlight(stuck.join(", ")));
+        }
+        Ok(Quiesced { machine: self, ran })
+    }
+
+    fn let_run(&self) -> Result<(), TransitionError> {
+        self.functions.reopen(Reasons::PAUSED);
+        Ok(self.control.resume()?)
     }
 
     /// Registers the doorbells of functions that became live without a write of their drivers.
@@ -277,9 +208,31 @@ impl Machine {
         (self.layout_changed)();
     }
 
-    /// Presses the power button: the guest's operating system is asked to shut down.
-    pub fn press_power_button(&self) -> std::io::Result<()> {
-        self.power_button.write(1)
+    /// Presses the power button: the guest's operating system is asked to shut down. False if the guest does not run, and
+    /// could not notice.
+    pub fn press_power_button(&self) -> std::io::Result<bool> {
+        let _input = self.lock_input();
+        if self.control.state() != RunState::Running {
+            return Ok(false);
+        }
+        self.power_button.write(1)?;
+        Ok(true)
+    }
+
+    /// Input for the serial port, after what was not taken of it before.
+    fn type_in(&self, bytes: &[u8]) {
+        self.lock_input().extend_from_slice(bytes);
+    }
+
+    /// Offers the serial port its input, if the guest runs. True if some is left.
+    fn offer_input(&self) -> bool {
+        let mut input = self.lock_input();
+        if self.control.state() == RunState::Running && !input.is_empty() {
+            let taken = self.serial.offer(&input);
+            let taken = taken.min(input.len());
+            input.drain(..taken);
+        }
+        !input.is_empty()
     }
 
     /// Ends the guest if it has not ended, and waits for its vCPUs.
@@ -292,6 +245,14 @@ impl Machine {
             let _ = thread.join();
         }
     }
+
+    fn lock_start(&self) -> MutexGuard<'_, Start> {
+        self.start.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_input(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.input.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for Machine {
@@ -300,24 +261,27 @@ impl Drop for Machine {
     }
 }
 
-/// What only the host can say about sizes.
-fn check_limits(
-    config: &config::Machine,
-    max_cpus: usize,
-    address_bits: u32,
-) -> Result<(), HostError> {
-    if usize::from(config.cpus) > max_cpus {
-        return Err(HostError::Cpus(format!(
-            "{} is more than this host's KVM runs; ask for at most {max_cpus}",
-            config.cpus
-        )));
+/// A machine of whose guest nothing happens. If the guest ran before, it goes on when this is dropped.
+#[must_use = "the guest goes on when this is dropped"]
+pub struct Quiesced<'a> {
+    machine: &'a Machine,
+    /// The guest ran before.
+    ran: bool,
+}
+
+impl Quiesced<'_> {
+    /// The guest stays paused.
+    pub fn keep(mut self) {
+        self.ran = false;
     }
-    let end = layout::pci_mmio64(config.memory).end;
-    if address_bits < 64 && end > 1 << address_bits {
-        return Err(HostError::Memory(format!(
-            "{} needs guest addresses of more than the {address_bits} bits this processor has; ask for less",
-            layout::format_memory_size(config.memory)
-        )));
+}
+
+impl Drop for Quiesced<'_> {
+    fn drop(&mut self) {
+        if self.ran
+            && let Err(error) = self.machine.let_run()
+        {
+            tracing::debug!(%error, "the guest ended meanwhile");
+        }
     }
-    Ok(())
 }

@@ -67,7 +67,8 @@ impl GroupBackend {
                     Some(name) => switches.entry(name.clone()).or_default().clone(),
                     None => Switch::new(),
                 };
-                backend.open_net(switch, uplink_tap.as_deref(), *mac)?;
+                let mac = mac.ok_or(FunctionError::Undecided)?;
+                backend.open_net(switch, uplink_tap.as_deref(), mac)?;
             }
             PfDevice::Block {
                 path,
@@ -92,13 +93,9 @@ impl GroupBackend {
         &mut self,
         switch: Switch,
         uplink_tap: Option<&str>,
-        given: Option<MacAddress>,
+        first: MacAddress,
     ) -> Result<(), FunctionError> {
-        let seed = seed(&[&self.name, uplink_tap.unwrap_or_default()]);
-        let mac = |number| match given {
-            Some(mac) => nth_mac(mac, number),
-            None => MacAddress::derive(seed, number),
-        };
+        let mac = |number| nth_mac(first, number);
         // Members may only speak for themselves; their owner may speak for others, as a bridge does.
         let plug = |name: String, mac, check_source| {
             switch.port(PortConfig {
@@ -118,7 +115,7 @@ impl GroupBackend {
             self.members.push(Box::new(Net::new(mac, port)));
         }
         if let Some(tap) = uplink_tap {
-            let mac = MacAddress::derive(seed, UPLINK_NUMBER);
+            let mac = mac(UPLINK_NUMBER);
             let port = plug(format!("{}-uplink", self.name), mac, false)?;
             self.uplink = Some(Uplink::new(port, Tap::open(tap)?));
         }
@@ -149,21 +146,6 @@ fn member_name(owner: &str, number: u16) -> String {
         0 => owner.to_owned(),
         number => format!("{owner}-vf{number}"),
     }
-}
-
-/// A number that is the same each time for the same parts on the same host: FNV-1a.
-fn seed(parts: &[&str]) -> u64 {
-    let host = rustix::system::uname();
-    let host = host.nodename().to_bytes();
-    let parts = parts.iter().map(|part| part.as_bytes());
-    let mut hash = 0xcbf2_9ce4_8422_2325u64;
-    for part in std::iter::once(host).chain(parts) {
-        // A part never has this byte, so that it separates them.
-        for byte in part.iter().chain(&[0]) {
-            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
-    }
-    hash
 }
 
 /// An owner and its members in a machine.

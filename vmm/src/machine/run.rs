@@ -30,8 +30,10 @@ pub enum Sink {
 /// Input on its way from standard input to a console.
 struct Input {
     sink: Option<Sink>,
-    /// Read and not yet taken by the port.
+    /// Read and not yet taken by the pipe. What is for the serial port is the machine's.
     pending: Vec<u8>,
+    /// The serial port has not taken all it was offered.
+    waits: bool,
     /// Standard input can be read on.
     open: bool,
     /// On a terminal: finds the escape sequences.
@@ -41,8 +43,13 @@ struct Input {
 /// Runs the machine until it ends, and says how.
 ///
 /// Standard input goes to `sink`; if it is a terminal it is put into raw mode until the return. Without a sink it is
-/// left alone.
-pub fn run(machine: &Machine, signals: &mut Signals, sink: Option<Sink>) -> io::Result<Outcome> {
+/// left alone. With `paused` the guest does not begin until it is resumed.
+pub fn run(
+    machine: &Machine,
+    signals: &mut Signals,
+    sink: Option<Sink>,
+    paused: bool,
+) -> io::Result<Outcome> {
     let raw = match sink {
         Some(_) => RawMode::enter()?,
         None => None,
@@ -53,11 +60,12 @@ pub fn run(machine: &Machine, signals: &mut Signals, sink: Option<Sink>) -> io::
     }
     let mut input = Input {
         pending: Vec::new(),
+        waits: false,
         open: sink.is_some(),
         sink,
         escape: terminal.then(Escape::default),
     };
-    if let Err(error) = machine.resume() {
+    if let Err(error) = machine.start(paused) {
         tracing::debug!(%error, "the guest ended before it began");
     }
     loop {
@@ -117,7 +125,7 @@ fn wait(machine: &Machine, signals: &Signals, input: &Input) -> io::Result<Ready
         tv_sec: 0,
         tv_nsec: RETRY.subsec_nanos().into(),
     };
-    let timeout = (!input.pending.is_empty()).then_some(&retry);
+    let timeout = (input.waits || !input.pending.is_empty()).then_some(&retry);
     match poll(&mut fds, timeout) {
         Ok(_) => {}
         Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
@@ -141,7 +149,7 @@ fn borrow(event: &EventFd) -> BorrowedFd<'_> {
 impl Input {
     /// More is read only when everything before it was taken: a guest that does not read holds the sender back.
     fn wants_more(&self) -> bool {
-        self.open && self.pending.is_empty()
+        self.open && !self.waits && self.pending.is_empty()
     }
 
     fn read(&mut self, machine: &Machine) {
@@ -173,18 +181,22 @@ impl Input {
     }
 
     fn offer(&mut self, machine: &Machine) {
+        if let Some(Sink::Serial) = self.sink {
+            machine.type_in(&std::mem::take(&mut self.pending));
+            self.waits = machine.offer_input();
+            return;
+        }
         if self.pending.is_empty() {
             return;
         }
         let taken = match &self.sink {
-            Some(Sink::Serial) => machine.serial.offer(&self.pending),
             Some(Sink::Pipe(pipe)) => match rustix::io::write(pipe, &self.pending) {
                 Ok(taken) => taken,
                 Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => 0,
                 // Nobody reads any more.
                 Err(_) => self.pending.len(),
             },
-            None => self.pending.len(),
+            Some(Sink::Serial) | None => self.pending.len(),
         };
         self.pending.drain(..taken.min(self.pending.len()));
     }

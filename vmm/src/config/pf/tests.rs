@@ -133,7 +133,11 @@ fn given_addresses_count_in_their_last_three_octets() {
     assert_eq!(macs("net,vfs=1"), [""; 0]);
 }
 
-fn resolve(disks: &[&str], nets: &[&str], pfs: &[&str]) -> Result<super::super::Machine, String> {
+fn resolve(
+    disks: &[&str],
+    nets: &[&str],
+    pfs: &[&str],
+) -> Result<super::super::MachineSpec, String> {
     let config = Config {
         kernel: Some("vmlinuz".into()),
         disks: disks.iter().map(|t| t.parse().unwrap()).collect(),

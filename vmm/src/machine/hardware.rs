@@ -1,0 +1,233 @@
+//! A machine before anything of a guest is in it: KVM's part, memory, buses, devices, all wired together.
+//!
+//! [`Hardware::create`] builds it from its specification. No vCPU has a thread then, and guest memory is as it was given.
+//! [`Hardware::boot`] puts a kernel into it; either way [`Hardware::finish`] makes a [`Machine`] of it that has not been
+//! started.
+
+use std::sync::Arc;
+
+use devices::bus::{Bus, BusError};
+use devices::gate::Reasons;
+use devices::memory::{GuestRam, MemoryError, View};
+use kvm_ioctls::{Cap, VcpuFd};
+use pci::root::{AssignError, PciRoot};
+use pci::topology::{LayoutError, PciLayout};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Machine;
+use super::functions::{Backends, FunctionError, Functions};
+use crate::acpi::{self, AcpiError};
+use crate::boot::load::{LoadError, Prepared};
+use crate::boot::long_mode;
+use crate::chipset;
+use crate::config::MachineSpec;
+use crate::config::check::HostError;
+use crate::console::output::Output;
+use crate::exit::Outcome;
+use crate::kvm::{self, KvmError, Vm, cpu, cpuid, doorbells::Doorbells, msi::KvmMsi, speed};
+use crate::layout;
+use crate::serial::SerialPort;
+use crate::vcpu::{self, Control, Wiring, kick};
+
+/// Why a machine could not be built. Exit status 1.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initial RAM disk or command line.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Something the host does not have or allow.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A virtio function.
+    #[error(transparent)]
+    Function(#[from] FunctionError),
+    /// ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// The address map contradicts itself.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// The PCI address map contradicts itself.
+    #[error(transparent)]
+    Pci(#[from] LayoutError),
+    /// The PCI functions do not fit into it.
+    #[error(transparent)]
+    Assign(#[from] AssignError),
+    /// Guest memory could not be written.
+    #[error("cannot write to guest memory: {0}")]
+    Write(#[from] vm_memory::GuestMemoryError),
+    /// A thread, event or alarm.
+    #[error("the host refused a thread or an event")]
+    Resource(#[from] std::io::Error),
+}
+
+/// See the [module documentation](self).
+pub struct Hardware {
+    pub(crate) spec: MachineSpec,
+    pub(crate) vm: Vm,
+    pub(crate) ram: Arc<GuestRam>,
+    pub(crate) vcpus: Vec<VcpuFd>,
+    pub(crate) control: Arc<Control>,
+    pub(crate) serial: Arc<SerialPort>,
+    pub(crate) power_button: EventFd,
+    pub(crate) pci: Arc<PciRoot>,
+    pub(crate) functions: Functions,
+    ports: Arc<Bus>,
+    mmio: Arc<Bus>,
+    layout_changed: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl Hardware {
+    /// Builds a machine around memory and devices that are there already. All devices are stopped, as in a pause.
+    ///
+    /// `output` takes the serial console's output. `force` accepts a KVM that only interprets.
+    pub fn create(
+        spec: MachineSpec,
+        ram: Arc<GuestRam>,
+        backends: Backends,
+        output: Option<&Output>,
+        force: bool,
+    ) -> Result<Self, BuildError> {
+        kick::install()?;
+        let kvm = kvm::open()?;
+        let supported = cpu::supported_cpuid(&kvm)?;
+        check_limits(
+            &spec,
+            kvm.get_max_vcpus(),
+            cpuid::physical_address_bits(&supported),
+        )?;
+        let memory = ram.view()?;
+        let vm = Vm::new(kvm, &ram)?;
+        let mut vcpus = Vec::with_capacity(usize::from(spec.cpus));
+        for id in 0..spec.cpus {
+            vcpus.push(vm.create_vcpu(id)?);
+        }
+        for (id, vcpu) in (0..spec.cpus).zip(&vcpus) {
+            cpu::configure(vm.kvm(), vcpu, &supported, id, spec.cpus)?;
+        }
+        // Only now: KVM takes no other features once a vCPU has run.
+        if let Some(first) = vcpus.first_mut().filter(|_| !force) {
+            speed::check(first, &memory)?;
+        }
+
+        let control = Arc::new(Control::new(vcpus.len())?);
+        let (ports, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        chipset::attach(&ports, &control)?;
+        let line = vm.interrupt_line(chipset::COM1_IRQ)?;
+        let serial = SerialPort::new(line, output.map(Output::sender))?;
+        serial.attach(&ports)?;
+        let power_button = vm.interrupt_line(chipset::POWER_BUTTON_IRQ)?;
+
+        let pci = PciRoot::new(PciLayout {
+            ecam: layout::pci_ecam(spec.bus_count()),
+            mmio32: layout::PCI_MMIO32,
+            mmio64: layout::pci_mmio64(spec.memory),
+        })?;
+        let msi = KvmMsi::new(Arc::clone(vm.fd()));
+        let functions = Functions::plug(backends, &ram, &pci, &msi)?;
+        for function in functions.all() {
+            function.close(Reasons::PAUSED);
+        }
+        pci.assign_resources()?;
+        mmio.insert(pci.layout().ecam.clone(), pci.ecam())?;
+        for (range, device) in pci.mmio_windows() {
+            mmio.insert(range, device)?;
+        }
+
+        let doorbells = Doorbells::new(Arc::clone(vm.fd()));
+        let root = Arc::clone(&pci);
+        let ending = Arc::clone(&control);
+        let layout_changed: Arc<dyn Fn() + Send + Sync> = Arc::new(move || {
+            if let Err(error) = doorbells.reconcile(|| root.doorbells()) {
+                ending.finish(Outcome::KvmFailure(error.to_string()));
+            }
+        });
+        Ok(Self {
+            spec,
+            vm,
+            ram,
+            vcpus,
+            control,
+            serial,
+            power_button,
+            pci,
+            functions,
+            ports,
+            mmio,
+            layout_changed,
+        })
+    }
+
+    /// Puts a kernel, and what firmware would have left for it, into memory, and the first vCPU at its entry.
+    pub fn boot(&self, kernel: Prepared) -> Result<(), BuildError> {
+        let memory: View = self.ram.view()?;
+        let entry = kernel.load(&memory)?;
+        long_mode::write_tables(&memory)?;
+        let tables = acpi::build(&acpi::Platform {
+            cpus: self.spec.cpus,
+            buses: self.spec.bus_count(),
+            mmio64: layout::pci_mmio64(self.spec.memory),
+        })?;
+        memory.write_slice(&tables, GuestAddress(layout::ACPI.start))?;
+        memory.write_slice(&chipset::RESET_STUB, GuestAddress(layout::RESET_VECTOR))?;
+        if let Some(first) = self.vcpus.first() {
+            cpu::enter(first, entry)?;
+        }
+        Ok(())
+    }
+
+    /// Gives every vCPU its thread, where it waits for the start of the machine.
+    pub fn finish(self) -> Result<Arc<Machine>, BuildError> {
+        let wiring = Wiring {
+            ports: self.ports,
+            mmio: self.mmio,
+            control: Arc::clone(&self.control),
+            tells_pause: self.vm.fd().check_extension(Cap::KvmclockCtrl),
+            layout_changed: Arc::clone(&self.layout_changed),
+        };
+        let mut threads = Vec::with_capacity(self.vcpus.len());
+        for (id, vcpu) in (0..self.spec.cpus).zip(self.vcpus) {
+            threads.push(vcpu::spawn(id, vcpu, wiring.clone())?);
+        }
+        Ok(Arc::new(Machine {
+            spec: self.spec,
+            leases: super::lease::Leases::default(),
+            start: std::sync::Mutex::default(),
+            input: std::sync::Mutex::default(),
+            control: self.control,
+            serial: self.serial,
+            power_button: self.power_button,
+            pci: self.pci,
+            functions: self.functions,
+            layout_changed: self.layout_changed,
+            threads: std::sync::Mutex::new(threads),
+            _ram: self.ram,
+            _vm: self.vm,
+        }))
+    }
+}
+
+/// What only the host can say about sizes.
+fn check_limits(spec: &MachineSpec, max_cpus: usize, address_bits: u32) -> Result<(), HostError> {
+    if usize::from(spec.cpus) > max_cpus {
+        return Err(HostError::Cpus(format!(
+            "{} is more than this host's KVM runs; ask for at most {max_cpus}",
+            spec.cpus
+        )));
+    }
+    let end = layout::pci_mmio64(spec.memory).end;
+    if address_bits < 64 && end > 1 << address_bits {
+        return Err(HostError::Memory(format!(
+            "{} needs guest addresses of more than the {address_bits} bits this processor has; ask for less",
+            layout::format_memory_size(spec.memory)
+        )));
+    }
+    Ok(())
+}

@@ -1,0 +1,163 @@
+//! Who may change what a machine does: one at a time.
+//!
+//! Pausing, resuming and saving a machine take a [`Lease`] each, for as long as they last. Taking one never waits: while
+//! somebody holds it, everybody else is told who. A machine is saved without administration commands under way, and none
+//! begins until it is.
+//!
+//! Locks are taken in this order: the lease; the input of the guest (`Machine::touch`); the state of the vCPUs
+//! ([`Control`](crate::vcpu::Control)); a function's, an owner's before its members'; its MSI-X table; interrupt routes.
+//! Nobody waits for a vCPU while holding the lock of a function.
+
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What a lease is held for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// The start of the guest.
+    Start,
+    /// Pausing it.
+    Pause,
+    /// Resuming it.
+    Resume,
+    /// Taking a snapshot of it.
+    Snapshot,
+}
+
+impl Purpose {
+    /// True if no administration command may be under way meanwhile.
+    fn excludes_commands(self) -> bool {
+        match self {
+            Self::Start | Self::Pause | Self::Resume => false,
+            Self::Snapshot => true,
+        }
+    }
+}
+
+impl fmt::Display for Purpose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Start => "it is being started",
+            Self::Pause => "it is being paused",
+            Self::Resume => "it is being resumed",
+            Self::Snapshot => "a snapshot of it is being taken",
+        })
+    }
+}
+
+/// Why a lease was not given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Busy {
+    /// Somebody has it.
+    #[error("the guest is busy: {0}; try again when that is over")]
+    Held(Purpose),
+    /// An administration command is being executed.
+    #[error(
+        "the guest is busy: an administration command waits for its answer; try again when it is there"
+    )]
+    Command,
+}
+
+/// Gives leases of one machine.
+#[derive(Debug, Default)]
+pub struct Leases {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    holder: Option<Purpose>,
+    /// Administration commands under way.
+    commands: usize,
+}
+
+impl Leases {
+    /// Takes the lease, at once or not at all.
+    pub fn take(&self, purpose: Purpose) -> Result<Lease<'_>, Busy> {
+        let mut state = self.lock();
+        if let Some(holder) = state.holder {
+            return Err(Busy::Held(holder));
+        }
+        if state.commands > 0 && purpose.excludes_commands() {
+            return Err(Busy::Command);
+        }
+        state.holder = Some(purpose);
+        Ok(Lease { leases: self })
+    }
+
+    /// Who has the lease.
+    pub fn holder(&self) -> Option<Purpose> {
+        self.lock().holder
+    }
+
+    /// Says that an administration command is under way, until the result is dropped. Refused while somebody has the
+    /// lease who cannot have that.
+    pub fn command(&self) -> Result<UnderWay<'_>, Busy> {
+        let mut state = self.lock();
+        if let Some(holder) = state.holder.filter(|holder| holder.excludes_commands()) {
+            return Err(Busy::Held(holder));
+        }
+        state.commands += 1;
+        Ok(UnderWay { leases: self })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The right to change what a machine does; given back when dropped.
+#[derive(Debug)]
+pub struct Lease<'a> {
+    leases: &'a Leases,
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        self.leases.lock().holder = None;
+    }
+}
+
+/// An administration command under way.
+#[derive(Debug)]
+pub struct UnderWay<'a> {
+    leases: &'a Leases,
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.leases.lock().commands -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_one_lease_and_it_says_who_has_it() {
+        let leases = Leases::default();
+        let first = leases.take(Purpose::Snapshot).unwrap();
+        assert_eq!(leases.holder(), Some(Purpose::Snapshot));
+        let refused = leases.take(Purpose::Pause).unwrap_err();
+        assert_eq!(refused, Busy::Held(Purpose::Snapshot));
+        assert!(refused.to_string().contains("a snapshot"), "{refused}");
+        drop(first);
+        assert_eq!(leases.holder(), None);
+        leases.take(Purpose::Pause).unwrap();
+    }
+
+    #[test]
+    fn commands_and_snapshots_exclude_each_other() {
+        let leases = Leases::default();
+        let commands = [leases.command().unwrap(), leases.command().unwrap()];
+        assert_eq!(leases.take(Purpose::Snapshot).unwrap_err(), Busy::Command);
+        let pause = leases.take(Purpose::Pause).unwrap();
+        leases.command().unwrap();
+        drop((pause, commands));
+        let lease = leases.take(Purpose::Snapshot).unwrap();
+        assert_eq!(leases.command().unwrap_err(), Busy::Held(Purpose::Snapshot));
+        drop(lease);
+        leases.command().unwrap();
+    }
+}
