@@ -42,7 +42,7 @@ impl<K: Eq + Hash> Claims<K> {
 
 impl MachineSpec {
     /// Checks everything that two or more options say together.
-    pub(super) fn check_contradictions(&self) -> Result<(), ConfigError> {
+    pub(crate) fn check_contradictions(&self) -> Result<(), ConfigError> {
         self.check_places()?;
         self.check_consoles()?;
         self.check_files()?;

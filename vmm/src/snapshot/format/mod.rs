@@ -7,5 +7,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`hex`] | numbers and bytes in hexadecimal |
+//! | [`machine`] | the specification of a machine |
 
 pub mod hex;
+pub mod machine;
