@@ -10,9 +10,9 @@
 //! Locks: `control`, then one vector. A signal takes the lock of its vector only, so it waits at most for the route
 //! change of that same vector.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+pub mod state;
 
-use serde::{Deserialize, Serialize};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::msi::{MsiMessage, MsiSink};
 
@@ -54,7 +54,7 @@ impl VectorCount {
 }
 
 /// The two switches in the capability's Message Control.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Control {
     /// MSI-X Enable.
     pub enabled: bool,
@@ -63,7 +63,7 @@ pub struct Control {
 }
 
 /// One table entry, as the guest programmed it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Message address; a multiple of 4.
     pub address: u64,
@@ -311,99 +311,6 @@ fn fill_from_dwords(offset: u64, data: &mut [u8], dword: impl Fn(u64) -> Option<
         };
         current = Some((aligned, value));
         *byte = value.to_le_bytes()[(at & 3) as usize];
-    }
-}
-
-/// Saved form of a function's MSI-X.
-pub mod state {
-    use super::{Control, Entry, Msix, Phase, lock};
-    use serde::{Deserialize, Serialize};
-
-    /// Everything a guest can observe, and what it is still owed.
-    #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-    pub struct MsixState {
-        /// Message Control.
-        pub control: Control,
-        /// The table, one entry per vector.
-        pub entries: Vec<Entry>,
-        /// Vectors with their pending bit set, ascending.
-        pub pending: Vec<u16>,
-    }
-
-    /// Why saved state cannot be restored. Nothing was changed.
-    #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-    pub enum MsixStateError {
-        /// The state is of a function with another number of vectors.
-        #[error("MSI-X state has {saved} vectors, the function has {own}")]
-        Count {
-            /// Vectors in the state.
-            saved: usize,
-            /// Vectors of this function.
-            own: usize,
-        },
-        /// An address that no guest could have programmed.
-        #[error("MSI-X vector {vector} has address {address:#x}, which is not a multiple of 4")]
-        Address {
-            /// The vector.
-            vector: usize,
-            /// Its address.
-            address: u64,
-        },
-        /// A pending bit of a vector that is not there, or of a function whose MSI-X is disabled.
-        #[error("MSI-X vector {0} cannot be pending")]
-        Pending(u16),
-    }
-
-    impl Msix {
-        /// Takes the state. The function must be quiet: a signal in between may or may not be in it.
-        pub fn save(&self) -> MsixState {
-            let control = *lock(&self.control);
-            let mut entries = Vec::with_capacity(self.vectors.len());
-            let mut pending = Vec::new();
-            for (index, slot) in self.vectors.iter().enumerate() {
-                let vector = lock(slot);
-                entries.push(vector.entry);
-                if vector.pending {
-                    pending.push(index as u16);
-                }
-            }
-            MsixState {
-                control,
-                entries,
-                pending,
-            }
-        }
-
-        /// Checks all of `state`, then takes it over. The capability's registers are restored separately, and messages
-        /// that are owed are delivered when the function goes on.
-        pub fn restore(&self, state: &MsixState) -> Result<(), MsixStateError> {
-            let (saved, own) = (state.entries.len(), self.vectors.len());
-            if saved != own {
-                return Err(MsixStateError::Count { saved, own });
-            }
-            for (vector, entry) in state.entries.iter().enumerate() {
-                if entry.address % 4 != 0 {
-                    let address = entry.address;
-                    return Err(MsixStateError::Address { vector, address });
-                }
-            }
-            for vector in &state.pending {
-                let there = usize::from(*vector) < own;
-                if !there || !state.control.enabled {
-                    return Err(MsixStateError::Pending(*vector));
-                }
-            }
-            let mut control = lock(&self.control);
-            *control = state.control;
-            for (index, (slot, entry)) in self.vectors.iter().zip(&state.entries).enumerate() {
-                let mut vector = lock(slot);
-                vector.entry = *entry;
-                vector.phase = Phase::Off;
-                vector.pending = state.pending.contains(&(index as u16));
-                let _later = self.settle(index as u16, &mut vector, *control);
-            }
-            Ok(())
-        }
     }
 }
 

@@ -244,8 +244,12 @@ fn impossible_state_is_refused_and_changes_nothing() {
     let mut absent = good.clone();
     absent.control = ON;
     absent.pending = vec![2];
+    let mut twice = good.clone();
+    twice.control = ON;
+    twice.pending = vec![1, 1];
     let cases = [
         (short, Count { saved: 1, own: 2 }),
+        (twice, Order(1)),
         (
             odd,
             Address {

@@ -1,0 +1,105 @@
+//! Saved form of a function's MSI-X.
+
+use super::{Control, Entry, Msix, Phase, lock};
+
+/// Everything a guest can observe, and what it is still owed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MsixState {
+    /// Message Control, as the capability has it too.
+    pub control: Control,
+    /// The table, one entry per vector.
+    pub entries: Vec<Entry>,
+    /// Vectors with their pending bit set, ascending.
+    pub pending: Vec<u16>,
+}
+
+/// Why saved state was refused. Nothing was changed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MsixStateError {
+    /// The state is of a function with another number of vectors.
+    #[error("MSI-X state has {saved} vectors, the function has {own}")]
+    Count {
+        /// Vectors in the state.
+        saved: usize,
+        /// Vectors of this function.
+        own: usize,
+    },
+    /// An address that no guest could have programmed.
+    #[error("MSI-X vector {vector} has address {address:#x}, which is not a multiple of 4")]
+    Address {
+        /// The vector.
+        vector: usize,
+        /// Its address.
+        address: u64,
+    },
+    /// A pending bit of a vector that is not there, or of a function whose MSI-X is disabled.
+    #[error("MSI-X vector {0} cannot be pending")]
+    Pending(u16),
+    /// The pending vectors are not in ascending order, each of them once.
+    #[error("MSI-X vector {0} is out of order in the list of pending vectors")]
+    Order(u16),
+}
+
+impl Msix {
+    /// Takes the state. The function must be quiet: a signal in between may or may not be in it.
+    pub fn save(&self) -> MsixState {
+        let control = *lock(&self.control);
+        let mut entries = Vec::with_capacity(self.vectors.len());
+        let mut pending = Vec::new();
+        for (index, slot) in self.vectors.iter().enumerate() {
+            let vector = lock(slot);
+            entries.push(vector.entry);
+            if vector.pending {
+                pending.push(index as u16);
+            }
+        }
+        MsixState {
+            control,
+            entries,
+            pending,
+        }
+    }
+
+    /// Whether `state` can be restored.
+    pub fn check(&self, state: &MsixState) -> Result<(), MsixStateError> {
+        let (saved, own) = (state.entries.len(), self.vectors.len());
+        if saved != own {
+            return Err(MsixStateError::Count { saved, own });
+        }
+        for (vector, entry) in state.entries.iter().enumerate() {
+            if entry.address % 4 != 0 {
+                let address = entry.address;
+                return Err(MsixStateError::Address { vector, address });
+            }
+        }
+        let mut next = 0;
+        for vector in &state.pending {
+            let there = usize::from(*vector) < own;
+            if !there || !state.control.enabled {
+                return Err(MsixStateError::Pending(*vector));
+            }
+            if usize::from(*vector) < next {
+                return Err(MsixStateError::Order(*vector));
+            }
+            next = usize::from(*vector) + 1;
+        }
+        Ok(())
+    }
+
+    /// Checks all of `state`, then takes it over. The capability's registers are restored separately, and messages
+    /// that are owed are delivered when the function goes on.
+    pub fn restore(&self, state: &MsixState) -> Result<(), MsixStateError> {
+        self.check(state)?;
+        let mut control = lock(&self.control);
+        *control = state.control;
+        let mut pending = state.pending.iter().peekable();
+        for (index, (slot, entry)) in self.vectors.iter().zip(&state.entries).enumerate() {
+            let mut vector = lock(slot);
+            vector.entry = *entry;
+            vector.phase = Phase::Off;
+            vector.pending = pending.next_if_eq(&&(index as u16)).is_some();
+            let _later = self.settle(index as u16, &mut vector, *control);
+        }
+        Ok(())
+    }
+}
