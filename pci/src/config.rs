@@ -107,6 +107,32 @@ pub enum ConfigError {
     },
 }
 
+/// Why a saved configuration space was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigStateError {
+    /// It is of a function with other registers.
+    #[error("configuration space has {saved} bytes, that of this function {own}")]
+    Length {
+        /// Bytes in the state.
+        saved: usize,
+        /// Bytes of this function.
+        own: usize,
+    },
+    /// A byte differs in bits that no guest can change.
+    #[error(
+        "configuration space byte {offset:#x} is {saved:#04x}, and {own:#04x} in this function; they differ in bits \
+         that no guest can change"
+    )]
+    Byte {
+        /// Byte offset in configuration space.
+        offset: u16,
+        /// The byte in the state.
+        saved: u8,
+        /// The byte of this function.
+        own: u8,
+    },
+}
+
 /// What the bytes of a space are after reset, and what writes do to them. Shared by equal functions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Masks {
@@ -317,6 +343,43 @@ impl ConfigSpace {
     /// Every register back to its reset value.
     pub fn reset(&mut self) {
         self.bytes.copy_from_slice(&self.masks.reset);
+    }
+
+    /// Saved form: every byte there are registers for.
+    pub fn save(&self) -> Vec<u8> {
+        self.bytes.clone()
+    }
+
+    /// This space with the registers of `saved`, or the first byte of it that no guest could have made of this space
+    /// after reset. Whether several registers make sense together is for their function to check.
+    ///
+    /// Bits that a guest can only clear may be 1 if they are 1 after reset.
+    pub fn restored(&self, saved: &[u8]) -> Result<Self, ConfigStateError> {
+        let masks = &self.masks;
+        if saved.len() != self.bytes.len() {
+            return Err(ConfigStateError::Length {
+                saved: saved.len(),
+                own: self.bytes.len(),
+            });
+        }
+        let own = self.bytes.iter().zip(&masks.reset);
+        let can_change = masks.writable.iter().zip(&masks.clear_by_one);
+        let bytes = saved.iter().zip(own.zip(can_change)).enumerate();
+        for (offset, (saved, ((own, reset), (writable, clear_by_one)))) in bytes {
+            let different = (saved ^ own) & !(writable | clear_by_one);
+            let set = saved & clear_by_one & !(writable | reset);
+            if different | set != 0 {
+                return Err(ConfigStateError::Byte {
+                    offset: offset as u16,
+                    saved: *saved,
+                    own: *own,
+                });
+            }
+        }
+        Ok(Self {
+            bytes: saved.to_vec(),
+            masks: Arc::clone(masks),
+        })
     }
 
     /// The 8-bit register at `at`.

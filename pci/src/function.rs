@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bar::{BarIndex, BarKind};
 use crate::cap::pcie::PortType;
+use crate::state::{Registers, RegistersError};
 use crate::topology::DevFn;
 
 /// Anything with configuration space: endpoints, virtual functions, ports, the host bridge.
@@ -24,6 +25,19 @@ pub trait ConfigTarget: Send + Sync {
 
     /// Its device has more functions than this one: function 0 says so in its Header Type, for good.
     fn set_multi_function(&self);
+
+    /// A name for messages.
+    fn name(&self) -> &str;
+
+    /// Saved form of its registers. The function must be quiet.
+    fn save(&self) -> Registers;
+
+    /// Whether [`Self::restore`] would accept `saved`.
+    fn check(&self, saved: &Registers) -> Result<(), RegistersError>;
+
+    /// Checks all of `saved`, then takes it over, in a function in its reset state. What registers switch (bus
+    /// mastering, vectors) is switched, but nothing is sent. The caller accounts for the change of the layout.
+    fn restore(&self, saved: &Registers) -> Result<(), RegistersError>;
 }
 
 /// One of the address ranges a function decodes.
@@ -74,9 +88,6 @@ pub struct FunctionDoorbell {
 ///
 /// All methods may be called from any vCPU thread, several at a time. None may call back into the root complex.
 pub trait PciFunction: ConfigTarget {
-    /// A name for messages.
-    fn name(&self) -> &str;
-
     /// What its PCI Express capability says it is. Decides where it may be plugged in.
     fn port_type(&self) -> PortType;
 
@@ -112,6 +123,13 @@ pub trait Children: Send + Sync {
 
     /// The functions that have BARs (VF BARs included) of their own, ascending. VFs are not among them.
     fn functions(&self) -> Vec<Arc<dyn PciFunction>>;
+
+    /// Every function that can be behind the port, ascending, whether or not it exists now.
+    fn seats(&self) -> Vec<(DevFn, Arc<dyn ConfigTarget>)>;
+
+    /// How many of [`Self::seats`] exist, from the first on, if `first` is the saved configuration space of the first.
+    /// At most as many as there are seats.
+    fn existing(&self, first: &[u8]) -> usize;
 }
 
 /// A single endpoint at device 0, function 0.
@@ -124,5 +142,13 @@ impl Children for SingleFunction {
 
     fn functions(&self) -> Vec<Arc<dyn PciFunction>> {
         vec![Arc::clone(&self.0)]
+    }
+
+    fn seats(&self) -> Vec<(DevFn, Arc<dyn ConfigTarget>)> {
+        vec![(DevFn(0), Arc::clone(&self.0) as _)]
+    }
+
+    fn existing(&self, _first: &[u8]) -> usize {
+        1
     }
 }

@@ -1,6 +1,6 @@
 //! The host bridge at 00:00.0, which has an identity and nothing to configure.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use devices::bus::Effect;
 
@@ -8,6 +8,7 @@ use crate::bar::Bars;
 use crate::config::{ConfigBuilder, ConfigSpace};
 use crate::function::ConfigTarget;
 use crate::header::{self, Identity};
+use crate::state::{Registers, RegistersError};
 
 /// The identity of a generic PCI Express host bridge (Red Hat's, which no guest has quirks for).
 const IDENTITY: Identity = Identity {
@@ -33,6 +34,10 @@ impl HostBridge {
             config: Mutex::new(ConfigBuilder::new(&header).build()),
         }
     }
+
+    fn lock(&self) -> MutexGuard<'_, ConfigSpace> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Default for HostBridge {
@@ -43,20 +48,35 @@ impl Default for HostBridge {
 
 impl ConfigTarget for HostBridge {
     fn config_read(&self, offset: u16, data: &mut [u8]) {
-        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
-        config.read(offset, data);
+        self.lock().read(offset, data);
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) -> Effect {
-        let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
         // Its registers have no effect on anything.
-        let _ = config.write(offset, data);
+        let _ = self.lock().write(offset, data);
         Effect::None
     }
 
     fn set_multi_function(&self) {
-        let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
-        header::set_multi_function(&mut config);
+        header::set_multi_function(&mut self.lock());
+    }
+
+    fn name(&self) -> &str {
+        "host bridge"
+    }
+
+    fn save(&self) -> Registers {
+        Registers::plain(&self.lock())
+    }
+
+    fn check(&self, saved: &Registers) -> Result<(), RegistersError> {
+        saved.without_msix(&self.lock()).map(drop)
+    }
+
+    fn restore(&self, saved: &Registers) -> Result<(), RegistersError> {
+        let mut config = self.lock();
+        *config = saved.without_msix(&config)?;
+        Ok(())
     }
 }
 

@@ -13,6 +13,7 @@ pub mod msix;
 pub mod owner;
 pub mod root;
 pub mod root_port;
+pub mod state;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod topology;

@@ -34,6 +34,7 @@ use crate::function::{
     BarSlot, Children, ConfigTarget, Decoded, FunctionDoorbell, PciFunction, Resource,
 };
 use crate::msi::MsiController;
+use crate::state::{Registers, RegistersError};
 use crate::topology::DevFn;
 use crate::virtio::{self, Role, VirtioPci, VirtioPciError, identity};
 use registers::SriovRegisters;
@@ -128,13 +129,16 @@ impl OwnerPci {
             registers,
             presence: RwLock::new(()),
         });
-        let seats = (0..total_vfs).map(|index| {
-            let group = Arc::clone(&group);
-            Arc::new(Seat { group, index })
+        let seats = (0..).zip(&group.members).map(|(index, member)| {
+            Arc::new(Seat {
+                group: Arc::clone(&group),
+                index,
+                function: Arc::clone(member),
+            })
         });
         Ok(Arc::new(Self {
             seats: seats.collect(),
-            group,
+            group: Arc::clone(&group),
         }))
     }
 
@@ -166,6 +170,20 @@ impl Children for OwnerPci {
 
     fn functions(&self) -> Vec<Arc<dyn PciFunction>> {
         vec![Arc::clone(&self.group) as _]
+    }
+
+    fn seats(&self) -> Vec<(DevFn, Arc<dyn ConfigTarget>)> {
+        let pf = (DevFn(0), Arc::clone(&self.group) as Arc<dyn ConfigTarget>);
+        let vfs = (0..).zip(&self.seats).filter_map(|(index, seat)| {
+            let place = sriov::vf_place(index)?;
+            Some((place, Arc::clone(seat) as Arc<dyn ConfigTarget>))
+        });
+        std::iter::once(pf).chain(vfs).collect()
+    }
+
+    fn existing(&self, first: &[u8]) -> usize {
+        let vfs = self.group.registers.enabled_in(first);
+        1 + usize::from(vfs).min(self.seats.len())
     }
 }
 
@@ -225,13 +243,31 @@ impl ConfigTarget for Group {
     fn set_multi_function(&self) {
         self.pf.set_multi_function();
     }
-}
 
-impl PciFunction for Group {
     fn name(&self) -> &str {
         self.pf.name()
     }
 
+    fn save(&self) -> Registers {
+        self.pf.save()
+    }
+
+    fn check(&self, saved: &Registers) -> Result<(), RegistersError> {
+        self.pf.check(saved)
+    }
+
+    /// Members come to exist with these registers, and are not renewed: they are in their reset state, or have state of
+    /// their own.
+    fn restore(&self, saved: &Registers) -> Result<(), RegistersError> {
+        let _presence = self
+            .presence
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.pf.restore(saved)
+    }
+}
+
+impl PciFunction for Group {
     fn port_type(&self) -> PortType {
         self.pf.port_type()
     }
@@ -300,6 +336,8 @@ const MEMBER_BAR: BarSlot = BarSlot::Own(BarIndex::ZERO);
 struct Seat {
     group: Arc<Group>,
     index: u16,
+    /// The member, whether or not it exists now.
+    function: Arc<VirtioPci>,
 }
 
 impl ConfigTarget for Seat {
@@ -321,6 +359,22 @@ impl ConfigTarget for Seat {
 
     /// Virtual functions do not count as functions of a device.
     fn set_multi_function(&self) {}
+
+    fn name(&self) -> &str {
+        self.function.name()
+    }
+
+    fn save(&self) -> Registers {
+        self.function.save()
+    }
+
+    fn check(&self, saved: &Registers) -> Result<(), RegistersError> {
+        self.function.check(saved)
+    }
+
+    fn restore(&self, saved: &Registers) -> Result<(), RegistersError> {
+        self.function.restore(saved)
+    }
 }
 
 #[cfg(test)]

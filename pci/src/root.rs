@@ -9,6 +9,7 @@
 //! returns [`Effect::LayoutChanged`].
 
 mod assign;
+mod saved;
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -13,6 +13,7 @@ use crate::cap::pcie::{self, PortType};
 use crate::config::{Block, ConfigBuilder, ConfigError, ConfigSpace, Register};
 use crate::function::{Children, ConfigTarget};
 use crate::header::{self, Command, Identity};
+use crate::state::{Registers, RegistersError};
 use crate::topology::{BusNumber, DevFn, DeviceNumber, WINDOW_ALIGN};
 
 /// The identity of a generic PCI Express root port (Red Hat's, which no guest has quirks for).
@@ -197,6 +198,25 @@ impl ConfigTarget for RootPort {
 
     fn set_multi_function(&self) {
         header::set_multi_function(&mut self.lock());
+    }
+
+    fn name(&self) -> &str {
+        "root port"
+    }
+
+    fn save(&self) -> Registers {
+        Registers::plain(&self.lock())
+    }
+
+    fn check(&self, saved: &Registers) -> Result<(), RegistersError> {
+        saved.without_msix(&self.lock()).map(drop)
+    }
+
+    /// A secondary bus reset that is under way is not carried out again: what is behind the port has state of its own.
+    fn restore(&self, saved: &Registers) -> Result<(), RegistersError> {
+        let mut config = self.lock();
+        *config = saved.without_msix(&config)?;
+        Ok(())
     }
 }
 

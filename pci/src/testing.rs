@@ -15,6 +15,7 @@ use crate::bar::{BarIndex, BarKind};
 use crate::cap::pcie::PortType;
 use crate::function::{BarSlot, ConfigTarget, Decoded, FunctionDoorbell, PciFunction, Resource};
 use crate::msi::{MsiController, MsiMessage, MsiSink};
+use crate::state::{Registers, RegistersError};
 
 /// What happened at a [`RecordingSink`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,13 +147,28 @@ impl ConfigTarget for Stub {
     fn set_multi_function(&self) {
         self.state.lock().unwrap().multi_function = true;
     }
-}
 
-impl PciFunction for Stub {
     fn name(&self) -> &str {
         &self.name
     }
 
+    fn save(&self) -> Registers {
+        Registers {
+            config: Vec::new(),
+            msix: None,
+        }
+    }
+
+    fn check(&self, _saved: &Registers) -> Result<(), RegistersError> {
+        Ok(())
+    }
+
+    fn restore(&self, _saved: &Registers) -> Result<(), RegistersError> {
+        Ok(())
+    }
+}
+
+impl PciFunction for Stub {
     fn port_type(&self) -> PortType {
         self.port_type
     }

@@ -36,8 +36,10 @@ use crate::ecap::sriov::{Declaration, Sriov, SriovError};
 use crate::function::{BarSlot, ConfigTarget, Decoded, FunctionDoorbell, PciFunction, Resource};
 use crate::header::{self, Command};
 use crate::msi::MsiController;
+use crate::msix::state::MsixState;
 use crate::msix::{Msix, VectorCount};
 use crate::owner::registers::SriovRegisters;
+use crate::state::{Registers, RegistersError};
 use crate::topology::DevFn;
 use capabilities::Offsets;
 use common::CommonConfig;
@@ -335,6 +337,30 @@ impl VirtioPci {
         self.function.renew();
     }
 
+    /// Configuration space without what is not state: whether transactions are pending is the function's to say.
+    fn settled_config(&self) -> ConfigSpace {
+        let mut config = self.config().clone();
+        pcie::set_transactions_pending(&mut config, self.offsets.pcie, false);
+        config
+    }
+
+    /// The parts of a saved form that this function accepts.
+    fn checked<'a>(
+        &self,
+        saved: &'a Registers,
+    ) -> Result<(ConfigSpace, &'a MsixState), RegistersError> {
+        let config = self.settled_config().restored(&saved.config)?;
+        if let Some(sriov) = &self.sriov {
+            sriov.check(&config)?;
+        }
+        let msix = saved.msix.as_ref().ok_or(RegistersError::NoMsix)?;
+        self.msix().check(msix)?;
+        if msix.control != cap::msix::control(&config, self.offsets.msix) {
+            return Err(RegistersError::Control);
+        }
+        Ok((config, msix))
+    }
+
     fn decoded_by(&self, config: &ConfigSpace) -> Vec<Decoded> {
         let memory = Command::of(config).contains(Command::MEMORY);
         let own = self.bars.iter().filter(|_| memory).filter_map(|bar| {
@@ -413,13 +439,39 @@ impl ConfigTarget for VirtioPci {
     fn set_multi_function(&self) {
         header::set_multi_function(&mut self.config());
     }
-}
 
-impl PciFunction for VirtioPci {
     fn name(&self) -> &str {
         self.function.name()
     }
 
+    fn save(&self) -> Registers {
+        Registers {
+            config: self.settled_config().save(),
+            msix: Some(self.msix().save()),
+        }
+    }
+
+    fn check(&self, saved: &Registers) -> Result<(), RegistersError> {
+        self.checked(saved).map(drop)
+    }
+
+    /// The function must be closed for a pause: what it owes its driver goes out when it is resumed.
+    fn restore(&self, saved: &Registers) -> Result<(), RegistersError> {
+        if !self.function.reasons().contains(Reasons::PAUSED) {
+            return Err(RegistersError::Running);
+        }
+        {
+            let _doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
+            let (config, msix) = self.checked(saved)?;
+            *self.config() = config;
+            self.msix().restore(msix)?;
+        }
+        self.apply_switches();
+        Ok(())
+    }
+}
+
+impl PciFunction for VirtioPci {
     fn port_type(&self) -> PortType {
         self.port_type
     }

@@ -103,6 +103,30 @@ pub enum SriovError {
     Config(#[from] ConfigError),
 }
 
+/// Why saved SR-IOV registers were refused: no guest can bring them about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SriovStateError {
+    /// More VFs than there can be.
+    #[error("NumVFs is {num_vfs}, more than TotalVFs, {total}")]
+    NumVfs {
+        /// NumVFs.
+        num_vfs: u16,
+        /// TotalVFs.
+        total: u16,
+    },
+    /// Not exactly one of the supported page sizes.
+    #[error("System Page Size is {0:#x}, which is none of the supported ones")]
+    PageSize(u32),
+    /// An address with bits below the size of a VF's BAR.
+    #[error("the VF BAR has address {address:#x}, which is not a multiple of its size, {size:#x}")]
+    Bar {
+        /// The address.
+        address: u64,
+        /// Bytes of one VF's BAR, at the saved page size.
+        size: u64,
+    },
+}
+
 /// The capability's registers at their place in a configuration space.
 ///
 /// It holds nothing but that place: every answer is read from the registers.
@@ -178,8 +202,7 @@ impl Sriov {
         if enabled || after.num_vfs > self.total_vfs {
             config.set_word(self.at + at::NUM_VFS, before.num_vfs);
         }
-        let one_supported = after.page_size.is_power_of_two() && after.page_size & PAGE_SIZES != 0;
-        if enabled || !one_supported {
+        if enabled || !is_page_size(after.page_size) {
             config.set_dword(self.at + at::SYSTEM_PAGE_SIZE, before.page_size);
         }
         if enabled {
@@ -190,6 +213,28 @@ impl Sriov {
         // A page larger than the declared size takes away address bits.
         let address = self.bars.address(config, &self.bar);
         self.assign(config, address & !(self.vf_size(config) - 1));
+    }
+
+    /// Whether the rules of this capability allow its registers in `saved`, whose read-only bits are good.
+    pub fn check(&self, saved: &ConfigSpace) -> Result<(), SriovStateError> {
+        let Guarded {
+            num_vfs, page_size, ..
+        } = self.guarded(saved);
+        if num_vfs > self.total_vfs {
+            return Err(SriovStateError::NumVfs {
+                num_vfs,
+                total: self.total_vfs,
+            });
+        }
+        if !is_page_size(page_size) {
+            return Err(SriovStateError::PageSize(page_size));
+        }
+        let address = self.bars.address(saved, &self.bar);
+        let size = self.vf_size(saved);
+        if !address.is_multiple_of(size) {
+            return Err(SriovStateError::Bar { address, size });
+        }
+        Ok(())
     }
 
     fn guarded(&self, config: &ConfigSpace) -> Guarded {
@@ -257,6 +302,17 @@ impl Sriov {
     pub fn assign(&self, config: &mut ConfigSpace, address: u64) {
         self.bars.assign(config, BAR, address);
     }
+}
+
+/// True for a System Page Size that is exactly one of the supported ones.
+fn is_page_size(value: u32) -> bool {
+    value.is_power_of_two() && value & PAGE_SIZES != 0
+}
+
+/// The place of VF `index` on its PF's bus; the reverse of [`vf_index`].
+pub fn vf_place(index: u16) -> Option<DevFn> {
+    let distance = u8::try_from(index).ok()?.checked_mul(VF_STRIDE)?;
+    Some(DevFn(distance.checked_add(FIRST_VF_OFFSET)?))
 }
 
 /// The index of the VF at `devfn` of its PF's bus, if that is a VF's place at all. The PF is function 0.

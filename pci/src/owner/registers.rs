@@ -31,6 +31,12 @@ impl SriovRegisters {
         self.sriov.vf_size(&self.config())
     }
 
+    /// How many members exist by the saved configuration space `saved`; none if it is not of this owner.
+    pub(super) fn enabled_in(&self, saved: &[u8]) -> u16 {
+        let config = self.config().restored(saved).ok();
+        config.and_then(|c| self.sriov.enabled_vfs(&c)).unwrap_or(0)
+    }
+
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -4,6 +4,7 @@ use crate::function::{BarSlot, SingleFunction};
 use crate::testing::Stub;
 
 mod hostile;
+mod saved;
 
 pub(super) fn layout() -> PciLayout {
     PciLayout {

@@ -31,6 +31,15 @@ impl Children for Crowd {
     fn functions(&self) -> Vec<Arc<dyn PciFunction>> {
         vec![Arc::clone(&self.0) as _]
     }
+
+    fn seats(&self) -> Vec<(DevFn, Arc<dyn ConfigTarget>)> {
+        let places = (0..=255).map(DevFn);
+        places.map(|at| (at, Arc::clone(&self.0) as _)).collect()
+    }
+
+    fn existing(&self, _first: &[u8]) -> usize {
+        256
+    }
 }
 
 #[test]

@@ -293,4 +293,15 @@ impl Children for Members {
             .map(|f| Arc::clone(f) as Arc<dyn PciFunction>)
             .collect()
     }
+
+    fn seats(&self) -> Vec<(DevFn, Arc<dyn ConfigTarget>)> {
+        let seats = (0..).zip(&self.0);
+        seats
+            .map(|(place, f)| (DevFn(place), Arc::clone(f) as _))
+            .collect()
+    }
+
+    fn existing(&self, _first: &[u8]) -> usize {
+        self.0.len()
+    }
 }
