@@ -46,20 +46,25 @@ impl<T: Number> Serialize for Hex<T> {
     }
 }
 
+impl<T: Number> Hex<T> {
+    /// Reads a number as in `0x1f`, of any case and with leading zeroes.
+    pub fn parse(text: &str) -> Option<Self> {
+        let digits = text.strip_prefix("0x")?;
+        let plain = digits.len() <= T::DIGITS && digits.bytes().all(|b| b.is_ascii_hexdigit());
+        if !plain {
+            return None;
+        }
+        let number = u128::from_str_radix(digits, 16).ok()?;
+        T::try_from(number).ok().map(Self)
+    }
+}
+
 impl<'de, T: Number> Deserialize<'de> for Hex<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = Cow::<str>::deserialize(deserializer)?;
         let expected = format!("a number of at most {} digits as in \"0x1f\"", T::DIGITS);
-        let refused = || D::Error::invalid_value(Unexpected::Str(&text), &expected.as_str());
-        let digits = text.strip_prefix("0x").ok_or_else(refused)?;
-        let plain = !digits.is_empty()
-            && digits.len() <= T::DIGITS
-            && digits.bytes().all(|b| b.is_ascii_hexdigit());
-        let number = u128::from_str_radix(digits, 16).ok().filter(|_| plain);
-        number
-            .and_then(|n| T::try_from(n).ok())
-            .map(Self)
-            .ok_or_else(refused)
+        Self::parse(&text)
+            .ok_or_else(|| D::Error::invalid_value(Unexpected::Str(&text), &expected.as_str()))
     }
 }
 

@@ -8,6 +8,12 @@
 //! |---|---|
 //! | [`hex`] | numbers and bytes in hexadecimal |
 //! | [`machine`] | the specification of a machine |
+//! | [`error`] | errors that name a place in the JSON |
+//! | [`version`] | versions of sections |
+//! | [`context`] | the device context of a function |
 
+pub mod context;
+pub mod error;
 pub mod hex;
 pub mod machine;
+pub mod version;
