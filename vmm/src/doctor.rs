@@ -3,13 +3,11 @@
 use std::fmt;
 use std::time::Duration;
 
-use devices::memory::GuestRam;
 use kvm_ioctls::Kvm;
 use serde::Serialize;
 
-use crate::kvm::{self, KvmError, Vm, cpu, cpuid, speed};
+use crate::kvm::{self, KvmError, cpu, cpuid, speed};
 use crate::layout;
-use crate::vcpu::kick;
 
 /// Loop iterations of the measurement: enough for a stable figure where the processor executes them.
 const ITERATIONS: u32 = 20_000_000;
@@ -100,7 +98,7 @@ pub fn examine() -> Report {
     );
     processor(&mut report, &kvm);
     memory(&mut report);
-    match measure(kvm) {
+    match measure(&kvm) {
         Ok(speed) => {
             let rate = speed.per_second();
             report.instructions_per_second = Some(rate);
@@ -160,19 +158,11 @@ fn memory(report: &mut Report) {
     }
 }
 
-fn measure(kvm: Kvm) -> Result<speed::Speed, KvmError> {
-    let operation = |what, source| KvmError::Operation { what, source };
-    let memory = |e: devices::memory::MemoryError| {
-        operation("get guest memory", std::io::Error::other(e.to_string()))
-    };
-    kick::install().map_err(|source| operation("install a signal handler", source))?;
-    let ram = GuestRam::new(&layout::ram_ranges(layout::MIN_RAM)).map_err(memory)?;
-    let view = ram.view().map_err(memory)?;
-    let vm = Vm::new(kvm, &ram)?;
-    let mut vcpu = vm.create_vcpu(0)?;
+fn measure(kvm: &Kvm) -> Result<speed::Speed, KvmError> {
+    let mut trial = speed::Trial::new(kvm)?;
     // Once to bring everything in, once to count.
-    speed::measure(&mut vcpu, &view, 1000, DEADLINE)?;
-    speed::measure(&mut vcpu, &view, ITERATIONS, DEADLINE)
+    trial.measure(1000, DEADLINE)?;
+    trial.measure(ITERATIONS, DEADLINE)
 }
 
 #[cfg(test)]

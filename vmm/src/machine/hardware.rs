@@ -97,13 +97,15 @@ impl Hardware {
     ) -> Result<Self, BuildError> {
         kick::install()?;
         let kvm = kvm::open()?;
+        if !force {
+            speed::check(&kvm)?;
+        }
         let supported = cpu::supported_cpuid(&kvm)?;
         check_limits(
             &spec,
             kvm.get_max_vcpus(),
             cpuid::physical_address_bits(&supported),
         )?;
-        let memory = ram.view()?;
         let vm = Vm::new(kvm, &ram)?;
         let mut vcpus = Vec::with_capacity(usize::from(spec.cpus));
         for id in 0..spec.cpus {
@@ -111,10 +113,6 @@ impl Hardware {
         }
         for (id, vcpu) in (0..spec.cpus).zip(&vcpus) {
             cpu::configure(vm.kvm(), vcpu, &supported, id, spec.cpus)?;
-        }
-        // Only now: KVM takes no other features once a vCPU has run.
-        if let Some(first) = vcpus.first_mut().filter(|_| !force) {
-            speed::check(first, &memory)?;
         }
 
         let control = Arc::new(Control::new(vcpus.len())?);
