@@ -6,13 +6,19 @@
 //!
 //! * Closing is a request: the bit is set at once, so nothing new is fetched, but what is in flight goes on until it
 //!   is used and signalled, or with [`Reasons::RESET`] until it is let go. The stop is *acknowledged* when nothing is.
+//! * A stop that waits has a [`Patience`]: first for requests to end by themselves, then, once those that storage has not
+//!   begun were recalled, for those that it has. So no queue of requests, however long, keeps a function from stopping.
 //! * Opening removes one bit. Removing the last one obliges the owner to look at every enabled ring again, since
 //!   kicks that arrived in between were not remembered.
 //!
 //! In flight means: fetched from a ring and not yet returned to it. Each virtqueue knows its own; the gate counts
 //! nothing. So a stop is acknowledged when its reason holds and nothing is in flight: no one has to remember that it was.
+//! An administration command that waits for a member is at rest: it touches neither memory nor interrupts before its gate
+//! is open and the member is where it should be. Only a reset, of the device or of the queue, ends it.
 //!
 //! A single virtqueue can be stopped and reset by itself as well; that is the queue's business.
+
+use std::time::Duration;
 
 use bitflags::bitflags;
 
@@ -126,6 +132,34 @@ impl Reasons {
             .into_iter()
             .find(|mode| self.intersects(Self::of_mode(party, *mode)))
             .unwrap_or_default()
+    }
+}
+
+/// How long a stop waits for requests in flight. Both count from the moment of the stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// Until requests whose execution has not begun are recalled: they stay with the function as descriptors it owns, and
+    /// are executed once and in order when it goes on. Never, if that is longer than `give_up_after`.
+    pub recall_after: Duration,
+    /// Until those that have begun are no longer waited for.
+    pub give_up_after: Duration,
+}
+
+impl Patience {
+    /// Recalls at once, so that only what storage works on now is waited for.
+    pub const fn prompt(give_up_after: Duration) -> Self {
+        Self {
+            recall_after: Duration::ZERO,
+            give_up_after,
+        }
+    }
+
+    /// Recalls nothing, so that everything in flight is waited for.
+    pub const fn complete(give_up_after: Duration) -> Self {
+        Self {
+            recall_after: Duration::MAX,
+            give_up_after,
+        }
     }
 }
 

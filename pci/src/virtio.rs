@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use devices::bus::Effect;
-use devices::gate::Reasons;
+use devices::gate::{Patience, Reasons};
 use devices::virtio::{Interrupt, VirtioFunction, feature};
 
 use crate::bar::{BadBar, Bar, BarIndex, BarKind, Bars};
@@ -48,8 +48,8 @@ use layout::{Layout, MAX_DEVICE_LEN, Region};
 /// The BAR that holds the virtio structures, MSI-X table and pending bits.
 const BAR: BarIndex = BarIndex::ZERO;
 
-/// How long a write that clears Bus Master Enable waits for what is in flight, so that nothing reaches memory after
-/// it (E10). A backend that takes longer is broken, and must not hold up its vCPU as well.
+/// How long a write that clears Bus Master Enable waits for what storage works on, so that nothing reaches memory after
+/// it (E10). Requests it has not begun are recalled at once. A backend that takes longer is broken, and must not hold up its vCPU as well.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long a function level reset holds up its vCPU for what is in flight. Software waits as long before it touches the
@@ -282,7 +282,7 @@ impl VirtioPci {
             self.function.reopen(Reasons::BUS_MASTER);
         } else if !self
             .function
-            .close_and_drain(Reasons::BUS_MASTER, DRAIN_PATIENCE)
+            .stop(Reasons::BUS_MASTER, Patience::prompt(DRAIN_PATIENCE))
         {
             tracing::warn!(
                 function = self.function.name(),

@@ -66,6 +66,7 @@ impl AdminQueue {
 
     /// The device was reset: nothing is negotiated any more (B-4).
     pub(crate) fn reset(&mut self) {
+        self.waiting = None;
         self.owner.forget(&mut self.session);
     }
 

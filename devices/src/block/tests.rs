@@ -1,5 +1,5 @@
 use super::*;
-use crate::gate::Reasons;
+use crate::gate::{Patience, Reasons};
 use crate::testing::{Buf, Driver, RAM};
 use proptest::prelude::*;
 use std::fs::File;
@@ -664,7 +664,7 @@ fn chains_of_very_many_buffers_are_not_all_held_at_once() {
     assert!(
         driver
             .function
-            .close_and_drain(Reasons::PAUSED, std::time::Duration::ZERO)
+            .stop(Reasons::PAUSED, Patience::prompt(std::time::Duration::ZERO))
     );
     assert_eq!(driver.used(0), None);
     driver.function.reopen(Reasons::PAUSED);
@@ -749,6 +749,103 @@ fn disks_of_a_pool_share_its_threads_and_each_keeps_its_order() {
     disks.truncate(1);
     let (_, driver) = &mut disks[0];
     assert_eq!(ask(driver, header(IN, 0), 512).0, OK);
+}
+
+/// A disk that works on one request at a time, each for as long as the test says, and the driver of it.
+fn gated(requests: u64) -> (mpsc::Sender<()>, Arc<Gated>, Driver) {
+    let (go, gate) = mpsc::channel();
+    let backend = Arc::new(Gated {
+        gate: Mutex::new(gate),
+        reads: Mutex::default(),
+    });
+    let config = BlockConfig::new("gated");
+    let block = Block::with_backend(Arc::clone(&backend) as _, &config).unwrap();
+    let mut driver = Driver::live(block, ALL);
+    for sector in 0..requests {
+        driver.add(0, &[Buf::Out(header(IN, sector)), Buf::In(512), Buf::In(1)]);
+    }
+    driver.kick(0);
+    (go, backend, driver)
+}
+
+/// See [`gated`].
+struct Gated {
+    gate: Mutex<mpsc::Receiver<()>>,
+    reads: Mutex<Vec<u64>>,
+}
+
+impl Backend for Gated {
+    fn len(&self) -> u64 {
+        SECTORS * 512
+    }
+
+    fn read(&self, offset: u64, _buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+        self.reads.lock().unwrap().push(offset / 512);
+        // An error means that the test lets all of them go.
+        let _ = self.gate.lock().unwrap().recv();
+        Ok(())
+    }
+
+    fn write(&self, _offset: u64, _buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write_zeroes(&self, _offset: u64, _len: u64, _unmap: bool) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_stop_waits_for_the_request_that_storage_works_on_and_for_none_behind_it() {
+    let (go, backend, mut driver) = gated(40);
+    driver.until("the first read", |_| {
+        !backend.reads.lock().unwrap().is_empty()
+    });
+    let soon = Patience::prompt(std::time::Duration::from_millis(20));
+    assert!(!driver.function.stop(Reasons::PAUSED, soon));
+    let owned = driver.function.save().queues[0].owned.len();
+    assert_eq!(owned, 40, "the one in flight is among them");
+    go.send(()).unwrap();
+    driver.until("the first request", |d| d.used(0).is_some());
+    assert!(driver.function.stop(Reasons::PAUSED, soon));
+    assert_eq!(*backend.reads.lock().unwrap(), [0]);
+
+    drop(go);
+    driver.function.reopen(Reasons::PAUSED);
+    let mut heads = Vec::new();
+    driver.until("all others", |d| {
+        heads.extend(std::iter::from_fn(|| d.used(0)).map(|(head, _)| head));
+        heads.len() == 39
+    });
+    let expected: Vec<u64> = (0..40).collect();
+    assert_eq!(*backend.reads.lock().unwrap(), expected);
+}
+
+#[test]
+fn a_stop_recalls_when_its_patience_says_so_and_not_before() {
+    let (go, backend, mut driver) = gated(3);
+    driver.until("the first read", |_| {
+        !backend.reads.lock().unwrap().is_empty()
+    });
+    let soon = std::time::Duration::from_millis(20);
+    let function = Arc::clone(&driver.function);
+    assert!(!function.stop(Reasons::PAUSED, Patience::complete(soon)));
+    drop(go);
+    driver.until("all of them", |d| {
+        d.function.stop(
+            Reasons::PAUSED,
+            Patience::complete(std::time::Duration::ZERO),
+        )
+    });
+    assert_eq!(*backend.reads.lock().unwrap(), [0, 1, 2]);
 }
 
 proptest! {

@@ -64,8 +64,9 @@ pub trait VirtioDevice: Send {
     /// What has to run to its end comes back later, and the reset waits for it.
     fn call_off(&mut self, _io: &mut Io<'_>) {}
 
-    /// The function is to stop, and waited long enough for what is in flight: requests whose execution has not begun are
-    /// given up through [`Io::recall`], and will be fetched once more. What has begun has to end.
+    /// The function is to stop, for whatever reason but a reset, and waited long enough for what is in flight: requests
+    /// whose execution has not begun are given up through [`Io::recall`], and will be fetched once more. What has begun
+    /// has to end.
     fn recall(&mut self, _io: &mut Io<'_>) {}
 
     /// True if the device can have `config`, which is of the length of its own, as its configuration.

@@ -15,7 +15,7 @@ use super::device::{Io, Progress, Source, VirtioDevice};
 use super::queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
 use super::{DeviceType, Status, Warnings, feature};
 use crate::admin::{self, AdminQueue, Epoch, Owner, Wake};
-use crate::gate::{Gate, Reasons};
+use crate::gate::{Gate, Patience, Reasons};
 use crate::memory::View;
 pub use doors::{Doors, Suspend};
 pub use registers::Selectors;
@@ -234,33 +234,60 @@ impl VirtioFunction {
 
     // The gate -----------------------------------------------------------------------------------------------------
 
-    /// Stops the function for `reason`: nothing more is fetched. What is in flight still completes.
+    /// Stops the function for `reason`: nothing more is fetched. What is in flight still completes; [`Self::stop`] waits
+    /// for it.
     pub fn close(&self, reason: Reasons) {
         self.lock().gate.close(reason);
     }
 
-    /// Stops the function for `reason` and waits until nothing is in flight. False if that takes longer than
-    /// `patience`; the reason stays.
+    /// Stops the function for `reason` and waits until nothing is in flight, with `patience`. False if it runs out; the
+    /// reason stays.
     #[must_use]
-    pub fn close_and_drain(&self, reason: Reasons, patience: Duration) -> bool {
+    pub fn stop(&self, reason: Reasons, patience: Patience) -> bool {
+        let in_flight = |core: &Core| !core.drained();
+        let stopped = Instant::now();
         let mut core = self.lock();
         core.gate.close(reason);
-        // Without bus mastering, an administration command that waits for a member touches nothing until it is back.
-        let but_admin = reason == Reasons::BUS_MASTER;
-        self.wait_while(core, patience, |core| !core.drained_but(but_admin))
+        let Patience {
+            recall_after,
+            give_up_after,
+        } = patience;
+        let first = recall_after.min(give_up_after);
+        let (mut core, drained) = self.wait_while(core, stopped, first, in_flight);
+        if drained || recall_after > give_up_after {
+            return drained;
+        }
+        self.recall_unbegun(&mut core);
+        self.wait_while(core, stopped, give_up_after, in_flight).1
     }
 
-    /// Waits for the drain as long as `unfinished` says so. False if that takes longer than `patience`.
-    fn wait_while(
+    /// Recalls requests whose execution has not begun, as [`Self::stop`] does when they took too long. Whoever stops many
+    /// functions does this for all of them before it waits for one. Without effect on a function that runs.
+    pub fn recall(&self) {
+        self.recall_unbegun(&mut self.lock());
+    }
+
+    fn recall_unbegun(&self, core: &mut Core) {
+        if core.gate.is_open() {
+            return;
+        }
+        // The gate is closed, so this fetches nothing.
+        let (device, _, mut io) = core.io(0);
+        device.recall(&mut io);
+        self.settle(core);
+    }
+
+    /// Waits for as long as `unfinished` says so, until `patience` after `since`. Whether it no longer does.
+    fn wait_while<'a>(
         &self,
-        mut core: MutexGuard<'_, Core>,
+        mut core: MutexGuard<'a, Core>,
+        since: Instant,
         patience: Duration,
         unfinished: impl Fn(&Core) -> bool,
-    ) -> bool {
-        let deadline = Instant::now() + patience;
+    ) -> (MutexGuard<'a, Core>, bool) {
         while unfinished(&core) {
-            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
-                return false;
+            let Some(left) = patience.checked_sub(since.elapsed()) else {
+                return (core, false);
             };
             core = self
                 .drained
@@ -268,7 +295,7 @@ impl VirtioFunction {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
-        true
+        (core, true)
     }
 
     /// Removes `reason`. If it was the last, every enabled ring is looked at again.
@@ -313,9 +340,13 @@ impl VirtioFunction {
     /// The device's source `token` became readable.
     pub fn on_event(&self, token: u16) {
         let mut core = self.lock();
-        // What an administration command waits for may come while the owner reaches no memory for the answer.
+        // What an administration command waits for may come while the owner reaches no memory for the answer, or while
+        // nothing of the guest may happen.
         let waits = match token {
-            ADMIN_TOKEN => core.gate.reasons().contains(Reasons::BUS_MASTER),
+            ADMIN_TOKEN => core
+                .gate
+                .reasons()
+                .intersects(Reasons::BUS_MASTER | Reasons::PAUSED),
             _ => core.is_acknowledged(Reasons::STILL),
         };
         if waits {
@@ -422,7 +453,7 @@ impl VirtioFunction {
         self.settle(core);
     }
 
-    /// Completes what waits for the drain: queue resets, a device reset, a thread in [`Self::close_and_drain`].
+    /// Completes what waits for the drain: queue resets, a device reset, a thread in [`Self::stop`].
     fn settle(&self, core: &mut Core) {
         for queue in &mut core.queues {
             queue.finish_reset();
@@ -600,16 +631,12 @@ impl Core {
         self.may_reach_out() && !self.is_acknowledged(Reasons::STILL)
     }
 
-    /// True if nothing is in flight; with a closed gate, nothing more will happen.
+    /// True if nothing is in flight; with a closed gate, nothing more will happen. An administration command that waits
+    /// for a member does not count. It is the only one of its queue, since those behind it stay on the ring.
     fn drained(&self) -> bool {
-        self.queues.iter().all(Virtqueue::is_drained)
-    }
-
-    /// The same; if asked for, without the administration command that waits for a member.
-    fn drained_but(&self, admin: bool) -> bool {
-        let waiting = admin && self.admin.as_ref().is_some_and(AdminQueue::is_waiting);
-        let device_queues = self.queues.len() - usize::from(waiting);
-        let mut queues = self.queues.iter().take(device_queues);
+        let waiting = self.admin.as_ref().is_some_and(AdminQueue::is_waiting);
+        let counted = self.queues.len() - usize::from(waiting);
+        let mut queues = self.queues.iter().take(counted);
         queues.all(Virtqueue::is_drained)
     }
 

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::gate::Reasons;
+use crate::gate::{Patience, Reasons};
 use crate::testing::{
     ACKNOWLEDGE, Buf, DRIVER, DRIVER_OK, Driver, FEATURES_OK, INDIRECT, NEEDS_RESET, NEXT, RAM,
     WRITE,
@@ -417,15 +417,18 @@ fn draining_waits_for_what_is_in_flight() {
     driver.add(0, &one());
     driver.kick(0);
     let soon = Duration::from_millis(20);
-    assert!(!driver.function.close_and_drain(Reasons::PAUSED, soon));
+    assert!(
+        !driver
+            .function
+            .stop(Reasons::PAUSED, Patience::complete(soon))
+    );
     probe.control().release = true;
     let function = Arc::clone(&driver.function);
     let io = std::thread::spawn(move || function.on_event(RELEASE));
-    assert!(
-        driver
-            .function
-            .close_and_drain(Reasons::PAUSED, crate::testing::PATIENCE)
-    );
+    assert!(driver.function.stop(
+        Reasons::PAUSED,
+        Patience::complete(crate::testing::PATIENCE)
+    ));
     io.join().unwrap();
     assert!(driver.used(0).is_some());
 }
@@ -490,7 +493,7 @@ fn a_function_is_drained_when_each_of_its_queues_is() {
     let drained = |driver: &Driver| {
         driver
             .function
-            .close_and_drain(Reasons::PAUSED, Duration::ZERO)
+            .stop(Reasons::PAUSED, Patience::complete(Duration::ZERO))
     };
     assert!(!drained(&driver));
     probe.control().release = true;

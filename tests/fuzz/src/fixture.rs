@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use devices::block::{Backend, Block, BlockConfig};
 use devices::console::Console;
-use devices::gate::Reasons;
+use devices::gate::{Patience, Reasons};
 use devices::memory::GuestSlice;
 use devices::net::{MacAddress, Net, PortConfig, Switch};
 use devices::rng::Rng;
@@ -62,7 +62,7 @@ impl Rig {
         self.settle();
         while !self
             .function
-            .close_and_drain(Reasons::PAUSED, Duration::ZERO)
+            .stop(Reasons::PAUSED, Patience::complete(Duration::ZERO))
         {
             assert!(Instant::now() < deadline, "the device keeps a chain");
             std::thread::sleep(Duration::from_micros(20));

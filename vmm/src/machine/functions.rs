@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use devices::block::{Block, BlockConfig, BlockError};
 use devices::console::Console;
-use devices::gate::Reasons;
+use devices::gate::{Patience, Reasons};
 use devices::io::{IoThread, IoThreadError};
 use devices::memory::{GuestRam, MemoryError};
 use devices::net::{Net, PortConfig, Switch, SwitchError, Tap, TapError};
@@ -248,8 +248,9 @@ impl Functions {
         &self.groups
     }
 
-    /// Stops all functions for `reason` and waits until nothing is in flight in any of them, `patience` in all. If that
-    /// is not enough, none is stopped for `reason` any more, and the names of those that were stuck are the error.
+    /// Stops all functions for `reason` and waits until nothing is in flight in any of them, `patience` in all. Requests
+    /// that have not begun are recalled at once. If that is not enough, none is stopped for `reason` any more, and the
+    /// names of those that were stuck are the error.
     pub fn close_and_drain(&self, reason: Reasons, patience: Duration) -> Result<(), Vec<String>> {
         close_and_drain(|| self.all(), reason, patience)
     }
@@ -279,9 +280,12 @@ fn close_and_drain<'a, I: Iterator<Item = &'a Arc<VirtioFunction>>>(
     for function in all() {
         function.close(reason);
     }
+    for function in all() {
+        function.recall();
+    }
     let left = || deadline.saturating_duration_since(Instant::now());
     let stuck: Vec<_> = all()
-        .filter(|function| !function.close_and_drain(reason, left()))
+        .filter(|function| !function.stop(reason, Patience::prompt(left())))
         .map(|function| function.name().to_owned())
         .collect();
     if stuck.is_empty() {

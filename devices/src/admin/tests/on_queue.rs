@@ -1,10 +1,16 @@
 //! The administration virtqueue of a function, from its driver's side.
 
+use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
+
 use super::*;
-use crate::gate::Reasons;
+use crate::gate::{Mode, Patience, Reasons};
+use crate::memory::Records;
+use crate::state::{FunctionState, Shape};
 use crate::testing::{Buf, Driver, INDIRECT, NEEDS_RESET, NEXT, WRITE, ram};
 use crate::virtio::{
-    DeviceType, Io, Progress, RingError, Source, VirtioDevice, VirtioFunction, feature,
+    DeviceType, Io, Progress, RestoreError, RingError, Source, VirtioDevice, VirtioFunction,
+    feature,
 };
 
 /// A device with two queues that only counts how often it was asked to work on them.
@@ -302,5 +308,146 @@ proptest! {
             prop_assert!(bytes[len as usize..].iter().all(|byte| *byte == 0xee));
         }
         prop_assert_eq!(driver.function.status() & NEEDS_RESET, 0);
+    }
+}
+
+/// A member that is at rest when the test says so.
+struct Slow {
+    function: Arc<VirtioFunction>,
+    busy: AtomicBool,
+    wake: OnceLock<Arc<dyn Wake>>,
+}
+
+impl Slow {
+    fn rests(&self) {
+        self.busy.store(false, SeqCst);
+        self.wake.get().unwrap().wake();
+    }
+}
+
+impl Member for Slow {
+    fn name(&self) -> &str {
+        "slow"
+    }
+
+    fn mode(&self, party: Party) -> Mode {
+        Member::mode(&*self.function, party)
+    }
+
+    fn set_mode(&self, party: Party, mode: Mode) {
+        Member::set_mode(&*self.function, party, mode);
+    }
+
+    fn rest(&self) -> Rest {
+        if self.busy.load(SeqCst) {
+            Rest::Draining
+        } else {
+            Rest::AtRest
+        }
+    }
+
+    fn recall(&self) {}
+
+    fn epoch(&self) -> Epoch {
+        self.function.epoch()
+    }
+
+    fn shape(&self) -> Shape {
+        Member::shape(&*self.function)
+    }
+
+    fn save(&self) -> FunctionState {
+        Member::save(&*self.function)
+    }
+
+    fn check(&self, state: &FunctionState) -> Result<(), RestoreError> {
+        Member::check(&*self.function, state)
+    }
+
+    fn restore(&self, state: &FunctionState, epoch: Epoch) -> Result<(), RestoreError> {
+        Member::restore(&*self.function, state, epoch)
+    }
+
+    fn records(&self) -> Arc<Records> {
+        self.function.records()
+    }
+
+    fn set_wake(&self, wake: Arc<dyn Wake>) {
+        let _ = self.wake.set(wake);
+    }
+}
+
+/// A live owner, and a member that is never at rest before the test says so. DEV_MODE_SET waits for it, as the only
+/// command on the queue.
+fn waiting() -> (Driver, Arc<Slow>) {
+    let view = ram().view().unwrap();
+    let slow = Arc::new(Slow {
+        function: VirtioFunction::new("vf1", Box::new(Idle::default()), view).unwrap(),
+        busy: true.into(),
+        wake: OnceLock::new(),
+    });
+    let owner = Owner::new(vec![Arc::clone(&slow) as _], Options::default()).unwrap();
+    owner.set_membership(Arc::new(FixedMembership(1)));
+    let ram = ram();
+    let view = ram.view().unwrap();
+    let function = VirtioFunction::new_owner("pf", Box::new(Idle::default()), view, owner);
+    let mut driver = Driver::of(function.unwrap(), &ram);
+    driver.start(LIVE);
+    let (_, list) = driver.request(ADMIN, &[Buf::Out(raw(0, 1, 0, &[])), Buf::In(16)]);
+    let list = [Buf::Out(raw(1, 1, 0, &list[8..])), Buf::In(8)];
+    driver.request(ADMIN, &list);
+    driver.add(ADMIN, &[Buf::Out(raw(8, 1, 1, &[1])), Buf::In(8)]);
+    driver.kick(ADMIN);
+    driver.turn();
+    assert_eq!(driver.used(ADMIN), None, "it waits for the member");
+    (driver, slow)
+}
+
+const AT_ONCE: Patience = Patience::prompt(Duration::ZERO);
+
+#[test]
+fn a_command_that_waits_keeps_its_owner_from_stopping_for_no_reason() {
+    for reasons in [
+        [Reasons::PAUSED, Reasons::BUS_MASTER],
+        [Reasons::BUS_MASTER, Reasons::PAUSED],
+    ] {
+        let (mut driver, slow) = waiting();
+        for reason in reasons {
+            assert!(driver.function.stop(reason, AT_ONCE), "{reason:?}");
+        }
+        slow.rests();
+        for reason in reasons {
+            let before = driver.bytes(0, crate::testing::RAM);
+            driver.turn();
+            assert!(
+                driver.bytes(0, crate::testing::RAM) == before,
+                "answered in spite of {:?}",
+                driver.function.reasons()
+            );
+            driver.function.reopen(reason);
+        }
+        let (_, len) = driver.wait_used(ADMIN);
+        assert_eq!(len, 8);
+        assert_eq!(driver.function.status() & NEEDS_RESET, 0);
+    }
+}
+
+#[test]
+fn a_reset_ends_a_command_that_waits_also_while_paused() {
+    for reset_queue in [false, true] {
+        let (mut driver, slow) = waiting();
+        assert!(driver.function.stop(Reasons::PAUSED, AT_ONCE));
+        if reset_queue {
+            let _ = driver.function.reset_queue(ADMIN);
+            assert!(!driver.function.queue(ADMIN).unwrap().enabled);
+        } else {
+            driver.status(0);
+            assert_eq!(driver.function.status(), 0);
+        }
+        assert_eq!(slow.mode(Party::Guest), Mode::Active, "undone");
+        slow.rests();
+        driver.function.reopen(Reasons::PAUSED);
+        driver.turn();
+        assert_eq!(driver.used(ADMIN), None);
     }
 }

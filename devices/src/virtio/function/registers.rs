@@ -2,7 +2,7 @@
 //! [`doors`](super::doors).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -128,7 +128,8 @@ impl VirtioFunction {
     #[must_use]
     pub fn wait_for_reset(&self, patience: Duration) -> bool {
         let waits = |core: &Core| core.gate.reasons().contains(Reasons::RESET);
-        self.wait_while(self.lock(), patience, waits)
+        self.wait_while(self.lock(), Instant::now(), patience, waits)
+            .1
     }
 
     /// True while a requested reset waits for requests in flight.
