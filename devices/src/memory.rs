@@ -1,21 +1,25 @@
 //! Guest RAM, and the views through which devices reach it.
 //!
-//! [`GuestRam`] owns the RAM of one VM: anonymous memory, which hosts back with large pages unless told not to. (A
-//! memfd gets them only where the administrator allowed it, and a guest in small pages pays for each with an exit.)
-//! A device never touches it directly. Each device function has a [`View`] of its own on the same bytes, which marks
-//! the VM-wide [`DirtyPages`] on every write. KVM's dirty log sees what vCPUs write; this bitmap sees what the monitor
-//! and its devices write; a migration sends the union of the two. A view also keeps the [`records`] of what its own
-//! function wrote, while somebody asks for them.
+//! [`GuestRam`] owns the RAM of one VM; a [`Backing`] says what its bytes are kept in. A device never touches it
+//! directly. Each device function has a [`View`] of its own on the same bytes, which marks the VM-wide [`DirtyPages`] on
+//! every write. KVM's dirty log sees what vCPUs write; this bitmap sees what the monitor and its devices write; a
+//! migration sends the union of the two. A view also keeps the [`records`] of what its own function wrote, while
+//! somebody asks for them.
 
 #![allow(unsafe_code)]
 
+mod backing;
+mod dirty;
 mod mapping;
 pub mod records;
 
+pub use backing::Backing;
+pub use dirty::DirtyPages;
 pub use records::Records;
 
-use std::num::NonZeroUsize;
-use std::ops::Deref;
+use std::io;
+use std::ops::{Deref, Range};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use mapping::Mapping;
@@ -47,7 +51,7 @@ pub enum MemoryError {
         bytes: u64,
         /// The kernel's answer.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// A range is empty, not page-aligned, or wraps around.
     #[error("guest memory range {0:?} is empty, not page-aligned, or too long")]
@@ -55,29 +59,40 @@ pub enum MemoryError {
     /// A mapping failed, or ranges overlap.
     #[error("cannot map guest memory: {0}")]
     Map(String),
-}
-
-/// The pages of one VM that its monitor or devices wrote, one bit each. Cheap to clone: all clones are one bitmap.
-#[derive(Clone, Debug)]
-pub struct DirtyPages {
-    regions: Arc<Vec<(RamRange, Arc<AtomicBitmap>)>>,
-}
-
-impl DirtyPages {
-    /// The bitmaps, one per RAM range, in the order of the ranges.
-    pub fn regions(&self) -> impl Iterator<Item = (RamRange, &AtomicBitmap)> {
-        self.regions.iter().map(|(range, bits)| (*range, &**bits))
-    }
-
-    /// True if the page that holds `address` was written since the bitmap was last taken.
-    pub fn is_dirty(&self, address: GuestAddress) -> bool {
-        self.regions.iter().any(|(range, bits)| {
-            address
-                .0
-                .checked_sub(range.start.0)
-                .is_some_and(|offset| offset < range.len as u64 && bits.dirty_at(offset as usize))
-        })
-    }
+    /// The kernel does not say about a memory file what has to be known.
+    #[error("cannot {what} of the memory file")]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// What guest memory is to be mapped from is no regular file.
+    #[error("the memory file is not a regular file")]
+    NotAFile,
+    /// A memory file has fewer bytes than the guest.
+    #[error(
+        "the memory file has {len} bytes and {needed} are needed; it was truncated, or is that of another VM"
+    )]
+    TooShort {
+        /// Bytes there are.
+        len: u64,
+        /// Bytes the guest memory needs.
+        needed: u64,
+    },
+    /// Somebody holds an exclusive lock on a memory file.
+    #[error("the memory file is being written by another process")]
+    InUse,
+    /// A memory file is mapped from an offset that cannot be mapped.
+    #[error("offset {0:#x} in the memory file is not a multiple of the page size, or too large")]
+    Offset(u64),
+    /// The offsets are not one per range.
+    #[error("{0} offsets in the memory file for {1} ranges of guest memory")]
+    Offsets(usize, usize),
+    /// A memfd could shrink while the guest runs.
+    #[error("the memfd of the guest memory is not sealed against shrinking")]
+    NotSealed,
 }
 
 /// The RAM of one VM. See the [module documentation](self).
@@ -86,14 +101,23 @@ pub struct GuestRam {
     ranges: Arc<[RamRange]>,
     mappings: Vec<Mapping>,
     dirty: DirtyPages,
+    /// Dropped after the mappings of it, and with it the lock on a file.
+    backing: Backing,
 }
 
 impl GuestRam {
-    /// Creates zeroed RAM for `ranges`, which must be in ascending order and disjoint.
+    /// Creates zeroed anonymous RAM for `ranges`, which must be in ascending order and disjoint.
     ///
     /// The host gives pages only as they are touched, and may refuse them then: what is asked for here is address
     /// space.
     pub fn new(ranges: &[RamRange]) -> Result<Arc<Self>, MemoryError> {
+        Self::with_backing(ranges, Backing::Anonymous)
+    }
+
+    /// Creates RAM for `ranges`, which must be in ascending order and disjoint, with the contents that `backing` has.
+    ///
+    /// No page counts as dirty, whatever it contains.
+    pub fn with_backing(ranges: &[RamRange], backing: Backing) -> Result<Arc<Self>, MemoryError> {
         let mut bytes = 0u64;
         for range in ranges {
             let aligned = range.start.0.is_multiple_of(PAGE_SIZE as u64)
@@ -105,20 +129,18 @@ impl GuestRam {
                 _ => return Err(MemoryError::BadRange(*range)),
             }
         }
-        let mut mappings = Vec::with_capacity(ranges.len());
-        let mut dirty = Vec::with_capacity(ranges.len());
-        for range in ranges {
-            let mapping = Mapping::new(range.len)
-                .map_err(|source| MemoryError::Allocate { bytes, source })?;
-            mappings.push(mapping);
-            dirty.push((*range, Arc::new(AtomicBitmap::new(range.len, PAGE))));
-        }
+        backing.prepare(ranges)?;
+        let mappings = ranges
+            .iter()
+            .zip(backing.sources(ranges))
+            .map(|(range, source)| Mapping::new(range.len, source))
+            .collect::<Result<_, _>>()
+            .map_err(|source| MemoryError::Allocate { bytes, source })?;
         Ok(Arc::new(Self {
             ranges: ranges.into(),
             mappings,
-            dirty: DirtyPages {
-                regions: Arc::new(dirty),
-            },
+            dirty: DirtyPages::new(ranges),
+            backing,
         }))
     }
 
@@ -126,8 +148,8 @@ impl GuestRam {
     pub fn view(self: &Arc<Self>) -> Result<View, MemoryError> {
         let records = Arc::new(Records::new(Arc::clone(&self.ranges)));
         let mut views = Vec::with_capacity(self.mappings.len());
-        let regions = self.mappings.iter().zip(self.dirty.regions.iter());
-        for (region, (mapping, (range, dirty))) in regions.enumerate() {
+        let regions = self.mappings.iter().zip(self.dirty.bitmaps());
+        for (region, (range, (mapping, dirty))) in self.ranges.iter().zip(regions).enumerate() {
             let bitmap = ViewBitmap {
                 vm: Arc::clone(dirty),
                 records: Arc::clone(&records),
@@ -142,7 +164,7 @@ impl GuestRam {
             };
             let region = builder
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+                .with_mmap_flags(self.backing.map_flags())
                 .build()
                 .map_err(|e| MemoryError::Map(e.to_string()))?;
             views.push(
@@ -173,6 +195,67 @@ impl GuestRam {
             .map(|(range, mapping)| (*range, mapping.as_ptr()))
     }
 
+    /// The memfd the RAM is in, if it is in one: with it another process maps the same bytes.
+    pub fn memfd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.backing {
+            Backing::Memfd(fd) => Some(fd.as_fd()),
+            Backing::Anonymous | Backing::File { .. } => None,
+        }
+    }
+
+    /// The next piece of range number `index`, from byte `from` of it on, in which anything but zeroes may be.
+    ///
+    /// Whoever looks for contents should look there only: to read a page of a memfd that has none yet makes one.
+    pub fn occupied(&self, index: usize, from: usize) -> Option<Range<usize>> {
+        let len = self.ranges.get(index)?.len;
+        if from >= len {
+            return None;
+        }
+        match &self.backing {
+            Backing::Memfd(fd) => {
+                let start = self.ranges.iter().take(index).map(|r| r.len as u64).sum();
+                backing::data(fd, start, from, len)
+            }
+            Backing::Anonymous | Backing::File { .. } => Some(from..len),
+        }
+    }
+
+    /// Makes large pages of the small ones in `start..start + len`, and returns how many large pages there are then.
+    ///
+    /// For a memfd this is the only way to get them that does not depend on the host's policy. It takes pages that were
+    /// touched; the other ones stay as they are, as all do where the kernel cannot (before Linux 6.1) or there is no
+    /// memory for it. Takes some 100 µs for each 2 MiB, during which the guest waits if it touches them.
+    pub fn collapse(&self, start: GuestAddress, len: u64) -> usize {
+        let end = start.0.saturating_add(len);
+        let pieces = self.ranges.iter().zip(&self.mappings);
+        pieces
+            .map(|(range, mapping)| {
+                let within = |at: u64| (at.max(range.start.0) - range.start.0) as usize;
+                mapping.collapse(within(start.0), within(end).min(range.len))
+            })
+            .sum()
+    }
+
+    /// Reads in what has to come from the file behind the RAM, so that the guest does not wait for it later.
+    /// `progress` is told the bytes done.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be read, or that ends too early.
+    pub fn prefault(&self, mut progress: impl FnMut(u64)) -> io::Result<()> {
+        const STEP: usize = 16 << 20;
+        let mut done = 0;
+        for (range, mapping) in self.ranges.iter().zip(&self.mappings) {
+            for from in (0..range.len).step_by(STEP) {
+                let to = range.len.min(from + STEP);
+                mapping.populate(from, to)?;
+                done += (to - from) as u64;
+                progress(done);
+            }
+        }
+        Ok(())
+    }
+
     /// The pages written through views, VM-wide.
     pub fn dirty_pages(&self) -> &DirtyPages {
         &self.dirty
@@ -188,12 +271,6 @@ impl GuestRam {
         self.ranges.is_empty()
     }
 }
-
-/// [`PAGE_SIZE`] in the type the bitmap wants.
-const PAGE: NonZeroUsize = match NonZeroUsize::new(PAGE_SIZE) {
-    Some(page) => page,
-    None => unreachable!(),
-};
 
 /// What a write through a [`View`] marks: the page in the VM-wide bitmap, and in the view's [`Records`].
 #[derive(Debug)]
@@ -277,90 +354,4 @@ impl Deref for View {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use vm_memory::Bytes;
-
-    fn two_ranges() -> Arc<GuestRam> {
-        GuestRam::new(&[
-            RamRange {
-                start: GuestAddress(0),
-                len: 4 * PAGE_SIZE,
-            },
-            RamRange {
-                start: GuestAddress(0x1_0000_0000),
-                len: 2 * PAGE_SIZE,
-            },
-        ])
-        .unwrap()
-    }
-
-    #[test]
-    fn all_views_see_the_same_bytes() {
-        let ram = two_ranges();
-        let (a, b) = (ram.view().unwrap(), ram.view().unwrap());
-        a.write_obj(0x1122_3344u32, GuestAddress(0x1_0000_0ffc))
-            .unwrap();
-        assert_eq!(
-            b.read_obj::<u32>(GuestAddress(0x1_0000_0ffc)).unwrap(),
-            0x1122_3344
-        );
-    }
-
-    #[test]
-    fn a_write_marks_its_pages_and_no_other() {
-        let ram = two_ranges();
-        let view = ram.view().unwrap();
-        view.write_slice(&[1; 2], GuestAddress(PAGE_SIZE as u64 * 2 - 1))
-            .unwrap();
-        view.write_slice(&[1], GuestAddress(0x1_0000_1000)).unwrap();
-        let dirty: Vec<_> = [0, 0x1000, 0x2000, 0x3000, 0x1_0000_0000, 0x1_0000_1000]
-            .map(|a| ram.dirty_pages().is_dirty(GuestAddress(a)))
-            .into();
-        assert_eq!(dirty, [false, true, true, false, false, true]);
-    }
-
-    #[test]
-    fn a_read_marks_nothing() {
-        let ram = two_ranges();
-        let view = ram.view().unwrap();
-        let mut bytes = [0; 64];
-        view.read_slice(&mut bytes, GuestAddress(0)).unwrap();
-        assert!(!ram.dirty_pages().is_dirty(GuestAddress(0)));
-    }
-
-    #[test]
-    fn a_view_outlives_the_last_other_handle_of_its_ram() {
-        let view = two_ranges().view().unwrap();
-        view.write_obj(7u8, GuestAddress(5)).unwrap();
-        assert_eq!(view.read_obj::<u8>(GuestAddress(5)).unwrap(), 7);
-    }
-
-    #[test]
-    fn ranges_that_are_empty_unaligned_or_wrap_are_refused() {
-        for (start, len) in [
-            (0, 0),
-            (1, PAGE_SIZE),
-            (0, 100),
-            (u64::MAX - 4095, PAGE_SIZE),
-        ] {
-            let range = RamRange {
-                start: GuestAddress(start),
-                len,
-            };
-            assert!(
-                matches!(GuestRam::new(&[range]), Err(MemoryError::BadRange(_))),
-                "{range:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn contains_knows_the_gap() {
-        let view = two_ranges().view().unwrap();
-        assert!(view.contains(GuestAddress(0), 4 * PAGE_SIZE));
-        assert!(!view.contains(GuestAddress(0), 4 * PAGE_SIZE + 1));
-        assert!(!view.contains(GuestAddress(u64::MAX), 2));
-        assert_eq!(view.last_address(), GuestAddress(0x1_0000_1fff));
-    }
-}
+mod tests;
