@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use devices::admin::{self, Owner};
-use devices::gate::Reasons;
+use devices::gate::{Patience, Reasons};
 use devices::state::FunctionState;
 use devices::virtio::VirtioFunction;
 use proptest::prelude::*;
@@ -223,7 +223,8 @@ impl Machine {
     }
 
     fn pause(&self) {
-        let close = |f: &Arc<VirtioFunction>| f.close_and_drain(Reasons::PAUSED, Duration::ZERO);
+        let close =
+            |f: &Arc<VirtioFunction>| f.stop(Reasons::PAUSED, Patience::prompt(Duration::ZERO));
         assert!(self.functions.iter().all(close));
     }
 
