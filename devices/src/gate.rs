@@ -49,13 +49,17 @@ bitflags! {
         const MONITOR_STOP = 1 << 9;
         /// The monitor, as an owner driver, set the mode to Freeze.
         const MONITOR_FREEZE = 1 << 10;
+        /// The monitor's snapshot and migration engine set the mode to Stop.
+        const ENGINE_STOP = 1 << 11;
+        /// The monitor's snapshot and migration engine set the mode to Freeze.
+        const ENGINE_FREEZE = 1 << 12;
 
         /// Mode Freeze, whoever set it: writes of the driver change nothing (S3-17).
-        const FREEZE = Self::GUEST_FREEZE.bits() | Self::MONITOR_FREEZE.bits();
+        const FREEZE = Self::GUEST_FREEZE.bits() | Self::MONITOR_FREEZE.bits() | Self::ENGINE_FREEZE.bits();
         /// While one of these is acknowledged the device changes nothing by itself, not even its configuration (S1-14,
         /// S2-10, S3-14). What its backends have for it waits.
         const STILL = Self::PAUSED.bits() | Self::SUSPENDED.bits() | Self::DEVICE_STOPPED.bits()
-            | Self::GUEST_STOP.bits() | Self::MONITOR_STOP.bits() | Self::FREEZE.bits();
+            | Self::GUEST_STOP.bits() | Self::MONITOR_STOP.bits() | Self::ENGINE_STOP.bits() | Self::FREEZE.bits();
         /// What a device reset ends.
         const UNTIL_RESET = Self::BROKEN.bits() | Self::RESET.bits() | Self::SUSPENDED.bits()
             | Self::DEVICE_STOPPED.bits();
@@ -63,19 +67,31 @@ bitflags! {
 }
 
 /// Who gives orders to the members of a group: each has a mode of its own for every member, and records of its own, and a
-/// member runs if both modes are Active. So a monitor that moves a VM neither sees nor disturbs what a driver in it has
-/// stopped.
+/// member runs if all modes are Active. So a monitor that moves a VM neither sees nor disturbs what a driver in it, or a
+/// person, has stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Party {
     /// The owner's driver in the guest, through the administration virtqueue.
     Guest,
-    /// The monitor.
+    /// The monitor, for the person who gives it administration commands.
     Monitor,
+    /// The monitor's own snapshot and migration engine. What it does is over when a snapshot or a migration is, so that
+    /// nothing of it is state.
+    Engine,
 }
 
 impl Party {
     /// Every party.
-    pub const ALL: [Self; 2] = [Self::Guest, Self::Monitor];
+    pub const ALL: [Self; 3] = [Self::Guest, Self::Monitor, Self::Engine];
+
+    /// The name in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Guest => "guest",
+            Self::Monitor => "monitor",
+            Self::Engine => "engine",
+        }
+    }
 }
 
 /// The mode of a member, as the migration commands have it (S3-2 to S3-18).
@@ -118,6 +134,8 @@ impl Reasons {
             (Party::Guest, Mode::Freeze) => Self::GUEST_FREEZE,
             (Party::Monitor, Mode::Stop) => Self::MONITOR_STOP,
             (Party::Monitor, Mode::Freeze) => Self::MONITOR_FREEZE,
+            (Party::Engine, Mode::Stop) => Self::ENGINE_STOP,
+            (Party::Engine, Mode::Freeze) => Self::ENGINE_FREEZE,
         }
     }
 
@@ -220,26 +238,34 @@ mod tests {
 
     #[test]
     fn s3_2_a_mode_is_the_reasons_of_its_party() {
-        for party in [Party::Guest, Party::Monitor] {
+        for party in Party::ALL {
             assert_eq!(Reasons::empty().mode(party), Mode::Active);
             for mode in [Mode::Active, Mode::Stop, Mode::Freeze] {
-                let other = match party {
-                    Party::Guest => Party::Monitor,
-                    Party::Monitor => Party::Guest,
-                };
                 let reasons = Reasons::of_mode(party, mode) | Reasons::PAUSED;
                 assert_eq!(reasons.mode(party), mode);
-                assert_eq!(reasons.mode(other), Mode::Active);
+                for other in Party::ALL.into_iter().filter(|other| *other != party) {
+                    assert_eq!(reasons.mode(other), Mode::Active);
+                }
                 assert_eq!(Mode::from_raw(mode as u8), Some(mode));
             }
         }
         assert_eq!((3..=255).find_map(Mode::from_raw), None);
     }
 
+    #[test]
+    fn s3_17_every_freeze_and_every_stop_keeps_a_device_still() {
+        for party in Party::ALL {
+            let [stop, freeze] =
+                [Mode::Stop, Mode::Freeze].map(|mode| Reasons::of_mode(party, mode));
+            assert!(Reasons::STILL.contains(stop | freeze));
+            assert!(Reasons::FREEZE.contains(freeze) && !Reasons::FREEZE.intersects(stop));
+        }
+    }
+
     proptest! {
         /// Whatever the order, the gate is open exactly when every reason that was added has been removed.
         #[test]
-        fn the_gate_is_the_set_of_its_reasons(steps in prop::collection::vec((any::<bool>(), 0u32..11), 0..64)) {
+        fn the_gate_is_the_set_of_its_reasons(steps in prop::collection::vec((any::<bool>(), 0u32..13), 0..64)) {
             let mut gate = Gate::closed_for(Reasons::empty());
             let mut model = std::collections::BTreeSet::new();
             for (close, bit) in steps {

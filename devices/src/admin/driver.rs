@@ -1,4 +1,5 @@
-//! The monitor as an owner driver: what a hypervisor does over an administration virtqueue, it does in process.
+//! The monitor as an owner driver: what a hypervisor does over an administration virtqueue, it does in process. Once for the
+//! person who gives it commands, and once for its snapshot and migration engine.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,11 +23,21 @@ pub struct OwnerDriver {
 }
 
 impl OwnerDriver {
-    /// A driver that has negotiated nothing.
+    /// A driver for the monitor's commands that has negotiated nothing.
     pub fn new(owner: Arc<Owner>) -> Self {
+        Self::of(owner, Party::Monitor)
+    }
+
+    /// A driver for the monitor's snapshot and migration engine that has negotiated nothing. It disturbs no other driver's
+    /// session, and a context it writes takes effect exactly: the device driver in the guest is told nothing.
+    pub fn engine(owner: Arc<Owner>) -> Self {
+        Self::of(owner, Party::Engine)
+    }
+
+    fn of(owner: Arc<Owner>, party: Party) -> Self {
         Self {
             owner,
-            session: Session::new(Party::Monitor),
+            session: Session::new(party),
             patience: PATIENCE,
         }
     }

@@ -2,8 +2,8 @@
 //!
 //! An [`Owner`] has members and executes commands for them. Commands come as bytes from two places, through one entry,
 //! [`Owner::execute`]: from the owner's driver in the guest, over the administration virtqueue ([`AdminQueue`]), and
-//! from the monitor ([`OwnerDriver`]), which acts as an owner driver when it moves a member. Each has a [`Session`] of
-//! its own, so that neither sees what the other negotiated.
+//! from the monitor ([`OwnerDriver`]), which acts as an owner driver for whoever gives it commands, and when it moves a
+//! member itself. Each has a [`Session`] of its own, so that none sees what another negotiated.
 //!
 //! ```text
 //! bytes ─► Request (any bytes are one) ─► (group, opcode) ─► in the session's list? ─► member ─► Reply ─► bytes

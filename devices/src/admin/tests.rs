@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::envelope::REPLY_HEADER_LEN;
 use super::*;
-use crate::gate::Party;
+use crate::gate::{Mode, Party};
 use crate::virtio::VirtioFunction;
 
 mod on_queue;
@@ -260,6 +260,47 @@ fn the_owner_driver_negotiates_in_a_session_of_its_own() {
     assert_eq!(guest.chosen(GroupType::SrIov), Some(CommandSet::EMPTY));
     let refused = driver.command(GroupType::SrIov, 0x12, 1, &[]);
     assert_eq!(refused, Err(Failure::invalid(Qualifier::InvalidGroup)));
+}
+
+#[test]
+fn the_engine_has_a_session_modes_and_records_of_its_own() {
+    let (owner, vfs) = owner(Options::default());
+    vfs.0.store(1, SeqCst);
+    let mut monitor = OwnerDriver::new(Arc::clone(&owner));
+    let mut engine = OwnerDriver::engine(Arc::clone(&owner));
+    for driver in [&mut monitor, &mut engine] {
+        driver.negotiate(GroupType::SrIov).unwrap();
+    }
+    let member = Arc::clone(owner.member(1).unwrap());
+    let modes = || Party::ALL.map(|party| member.mode(party));
+    // Half a context is read, and records are kept.
+    monitor.command(GroupType::SrIov, 8, 1, &[1]).unwrap();
+    let read = Request::encode(0xa, GroupType::SrIov, 1, &[]);
+    let first = monitor.execute_within(&read, REPLY_HEADER_LEN + 40);
+    let mut whole = first.0.unwrap().result;
+    let start: Vec<u8> = [0x1000u64, 1, 0, 1]
+        .iter()
+        .flat_map(|w| w.to_le_bytes())
+        .collect();
+    monitor.command(GroupType::SrIov, 0x10, 1, &start).unwrap();
+
+    engine.command(GroupType::SrIov, 8, 1, &[2]).unwrap();
+    assert_eq!(modes(), [Mode::Active, Mode::Stop, Mode::Freeze]);
+    let context = engine.command(GroupType::SrIov, 0xa, 1, &[]).unwrap();
+    engine
+        .command(GroupType::SrIov, 0xb, 1, &context.result)
+        .unwrap();
+    let records = member.records();
+    assert_eq!(
+        Party::ALL.map(|party| records.is_recording(party)),
+        [false, true, false]
+    );
+    engine.command(GroupType::SrIov, 8, 1, &[0]).unwrap();
+    assert_eq!(modes(), [Mode::Active, Mode::Stop, Mode::Active]);
+
+    let rest = monitor.command(GroupType::SrIov, 0xa, 1, &[]).unwrap();
+    whole.extend(rest.result);
+    assert_eq!(whole, context.result);
 }
 
 #[test]

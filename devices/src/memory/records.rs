@@ -2,8 +2,8 @@
 //!
 //! A driver that moves a function between machines copies guest memory while the function still writes to it. It names
 //! ranges and a page size ([`Records::start`]), copies, and asks again and again which pages were written meanwhile
-//! ([`Records::read`]). Each function keeps its own [`Records`], behind its [`View`](super::View), and two drivers use
-//! them without noticing each other: the guest's and the monitor's own, each a [`Party`].
+//! ([`Records::read`]). Each function keeps its own [`Records`], behind its [`View`](super::View), and several drivers use
+//! them without noticing each other, each a [`Party`].
 //!
 //! What counts as a write is what goes through the view: buffers, descriptors, the used ring and the suppression of
 //! notifications. Messages that signal an interrupt are none.

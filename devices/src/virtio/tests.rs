@@ -462,6 +462,7 @@ fn s1_14_the_configuration_of_a_device_that_stands_still_changes_when_it_goes_on
         Reasons::DEVICE_STOPPED,
         Reasons::GUEST_STOP,
         Reasons::MONITOR_FREEZE,
+        Reasons::ENGINE_STOP,
     ] {
         let (probe, driver) = live(0);
         let before = driver.function.config_generation();

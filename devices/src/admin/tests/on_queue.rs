@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
 use super::*;
-use crate::gate::{Mode, Patience, Reasons};
+use crate::gate::{Patience, Reasons};
 use crate::memory::Records;
 use crate::state::{FunctionState, Shape};
 use crate::testing::{Buf, Driver, INDIRECT, NEEDS_RESET, NEXT, WRITE, ram};

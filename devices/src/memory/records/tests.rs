@@ -537,19 +537,23 @@ impl Model {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Start(bool, usize, Vec<(u64, u64)>),
-    Stop(bool),
-    Read(bool, usize, u64, u64, usize),
+    Start(Party, usize, Vec<(u64, u64)>),
+    Stop(Party),
+    Read(Party, usize, u64, u64, usize),
     Write(usize, usize, usize, usize),
+}
+
+fn party() -> impl Strategy<Value = Party> {
+    prop::sample::select(&Party::ALL)
 }
 
 fn op() -> impl Strategy<Value = Op> {
     let start = prop_oneof![0u64..0x50, 0x1f0u64..0x210, 0xffff0u64..0x100010];
     let ranges = prop::collection::vec((start, 1u64..0x20), 1..4);
     prop_oneof![
-        2 => (any::<bool>(), 0usize..4, ranges).prop_map(|(a, b, c)| Op::Start(a, b, c)),
-        1 => any::<bool>().prop_map(Op::Stop),
-        4 => (any::<bool>(), any::<usize>(), 0u64..32, 1u64..32, 0usize..12)
+        2 => (party(), 0usize..4, ranges).prop_map(|(a, b, c)| Op::Start(a, b, c)),
+        1 => party().prop_map(Op::Stop),
+        4 => (party(), any::<usize>(), 0u64..32, 1u64..32, 0usize..12)
             .prop_map(|(a, b, c, d, e)| Op::Read(a, b, c, d, e)),
         6 => (any::<usize>(), any::<usize>(), any::<usize>(), 1usize..20_000)
             .prop_map(|(a, b, c, d)| Op::Write(a, b, c, d)),
@@ -566,11 +570,10 @@ proptest! {
     fn s3_43_records_agree_with_a_comparison_of_memory(ops in prop::collection::vec(op(), 1..60)) {
         let view = view();
         let mut memory = snapshot(&view);
-        let mut models: [Option<Model>; 2] = [None, None];
+        let mut models: [Option<Model>; 3] = [None, None, None];
         for op in ops {
             match op {
-                Op::Start(first, size, ranges) => {
-                    let party = if first { Guest } else { Monitor };
+                Op::Start(party, size, ranges) => {
                     let size = [K4, K8, K64, M2][size];
                     let ranges: Vec<_> = ranges
                         .iter()
@@ -596,13 +599,11 @@ proptest! {
                         Err(_) => prop_assert_eq!(told(&view, party), before),
                     }
                 }
-                Op::Stop(first) => {
-                    let party = if first { Guest } else { Monitor };
+                Op::Stop(party) => {
                     view.records().stop(party);
                     models[party as usize] = None;
                 }
-                Op::Read(first, which, skip, count, max) => {
-                    let party = if first { Guest } else { Monitor };
+                Op::Read(party, which, skip, count, max) => {
                     let mut out = Vec::new();
                     let Some(model) = &mut models[party as usize] else {
                         let answer = view.records().read(party, 0, K4, max, &mut out);

@@ -19,10 +19,11 @@ enum Reason {
     Paused,
     GuestStop,
     MonitorStop,
+    EngineStop,
 }
 
 impl Reason {
-    fn of(suspend: Door) -> [Self; 6] {
+    fn of(suspend: Door) -> [Self; 7] {
         [
             Self::Door(suspend),
             Self::Door(Door::DeviceStop),
@@ -30,6 +31,7 @@ impl Reason {
             Self::Paused,
             Self::GuestStop,
             Self::MonitorStop,
+            Self::EngineStop,
         ]
     }
 
@@ -40,6 +42,7 @@ impl Reason {
             Self::Paused => rig.function.close(Reasons::PAUSED),
             Self::GuestStop => rig.function.set_mode(Party::Guest, Mode::Stop),
             Self::MonitorStop => rig.function.set_mode(Party::Monitor, Mode::Stop),
+            Self::EngineStop => rig.function.set_mode(Party::Engine, Mode::Stop),
         }
     }
 
@@ -50,6 +53,7 @@ impl Reason {
             Self::Paused => rig.function.reopen(Reasons::PAUSED),
             Self::GuestStop => rig.function.set_mode(Party::Guest, Mode::Active),
             Self::MonitorStop => rig.function.set_mode(Party::Monitor, Mode::Active),
+            Self::EngineStop => rig.function.set_mode(Party::Engine, Mode::Active),
         }
     }
 
@@ -107,7 +111,7 @@ fn g2_f_reasons_are_lifted_in_any_order_and_the_last_one_lets_the_device_go() {
                 rig.kick_all();
                 rig.interrupts();
                 let before = position(&rig);
-                let rest = [Reason::GuestStop, Reason::MonitorStop];
+                let rest = [Reason::GuestStop, Reason::MonitorStop, Reason::EngineStop];
                 for reason in order.iter().chain(&rest) {
                     assert_eq!(position(&rig), before, "{order:?}");
                     assert_eq!(rig.interrupts(), conformance::QUIET);
