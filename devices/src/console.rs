@@ -1,7 +1,8 @@
 //! virtio-console: one port (virtio 1.4, "Console Device").
 //!
 //! Input is read when the driver has buffers for it, never ahead. Output goes to a thread of its own, since a
-//! terminal may be stopped and a pipe full; while its bounded buffer is full, chains stay on the ring.
+//! terminal may be stopped and a pipe full; while its bounded buffer is full, chains stay on the ring. Input that was read
+//! and not yet given to the driver is state; output that was taken is written by the process that took it.
 
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -12,6 +13,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::state::{DeviceState, Unsavable};
 use crate::virtio::{DeviceType, Io, Progress, RingError, Source, VirtioDevice};
 
 /// Entries of each queue.
@@ -155,6 +157,26 @@ impl VirtioDevice for Console {
 
     fn reset(&mut self) {
         self.pending.clear();
+    }
+
+    fn save_state(&self) -> Result<DeviceState, Unsavable> {
+        Ok(DeviceState::Console {
+            input: self.pending.clone(),
+        })
+    }
+
+    fn check_state(&self, state: &DeviceState) -> Result<(), &'static str> {
+        match state {
+            DeviceState::Console { input } if input.len() <= INPUT_CHUNK => Ok(()),
+            DeviceState::Console { .. } => Err("more input than a console reads at once"),
+            DeviceState::None => Err("it is missing; this is a console"),
+        }
+    }
+
+    fn restore_state(&mut self, state: &DeviceState) {
+        if let DeviceState::Console { input } = state {
+            self.pending.clone_from(input);
+        }
     }
 
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError> {
@@ -445,5 +467,55 @@ mod tests {
         let mut config = [0; 4];
         driver.function.read_config(0, &mut config);
         assert_eq!(config, [132, 0, 43, 0]);
+    }
+
+    #[test]
+    fn input_that_was_read_and_not_delivered_moves_with_the_console() {
+        use crate::state::TransientState;
+        let (read, write) = std::io::pipe().unwrap();
+        let mut driver = Driver::live(
+            Console::new(Some(read.into()), Box::new(std::io::sink())).unwrap(),
+            0,
+        );
+        (&write).write_all(b"hello, world").unwrap();
+        driver.add(0, &[Buf::In(5)]);
+        driver.kick(0);
+        driver.wait_used(0);
+        driver.function.close(crate::gate::Reasons::PAUSED);
+        let state = driver.function.save();
+        let transient = driver.function.save_transient().unwrap();
+        let input = b", world".to_vec();
+        assert_eq!(transient.device, DeviceState::Console { input });
+
+        let mut other = Driver::new(Console::new(None, Box::new(std::io::sink())).unwrap());
+        let function = &other.function;
+        let with = |device| TransientState {
+            device,
+            ..TransientState::default()
+        };
+        for device in [
+            DeviceState::None,
+            DeviceState::Console {
+                input: vec![0; INPUT_CHUNK + 1],
+            },
+        ] {
+            let idle = function.save();
+            assert!(function.restore_exact(&idle, &with(device)).is_err());
+        }
+        // A driver of its own, as the memory is not that of the other.
+        other.start(0);
+        other.function.close(crate::gate::Reasons::PAUSED);
+        let mut mine = other.function.save();
+        mine.config = state.config;
+        other
+            .function
+            .restore_exact(&mine, &with(transient.device.clone()))
+            .unwrap();
+        assert_eq!(
+            other.function.save_transient().unwrap().device,
+            transient.device
+        );
+        other.function.reopen(crate::gate::Reasons::PAUSED);
+        assert_eq!(other.request(0, &[Buf::In(64)]).1[..7], b", world"[..]);
     }
 }

@@ -2,6 +2,7 @@
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use crate::state::{DeviceState, Unsavable};
 use crate::virtio::{DeviceType, Io, Progress, RingError, Source, VirtioDevice};
 
 /// Entries of the request queue.
@@ -44,6 +45,16 @@ impl VirtioDevice for Rng {
     fn activate(&mut self, _features: u64) {}
 
     fn reset(&mut self) {}
+
+    fn save_state(&self) -> Result<DeviceState, Unsavable> {
+        Ok(DeviceState::None)
+    }
+
+    fn check_state(&self, state: &DeviceState) -> Result<(), &'static str> {
+        state.must_be_none()
+    }
+
+    fn restore_state(&mut self, _state: &DeviceState) {}
 
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError> {
         let mut entropy = [0; BYTES_PER_REQUEST];

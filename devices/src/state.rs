@@ -3,7 +3,9 @@
 //! The device context of the migration commands ([`context`](crate::context)) is such an encoding. These types are
 //! never the running ones: [`VirtioFunction::save`](crate::virtio::VirtioFunction::save) makes one of them from a
 //! function at rest, and [`restore`](crate::virtio::VirtioFunction::restore) checks all of one before it changes
-//! anything.
+//! anything. That and the context announce themselves to the driver, as the migration commands want it: it is told of a
+//! change of the configuration and of used buffers once more. [`restore_exact`](crate::virtio::VirtioFunction::restore_exact),
+//! which needs the [`TransientState`] as well, changes nothing that a driver could see: what is saved again is the same.
 //!
 //! PCI configuration space and the MSI-X table are not in it: a hypervisor saves those by itself.
 //!
@@ -113,6 +115,8 @@ pub struct TransientState {
 }
 
 /// State of one device type that is neither in its virtqueues nor in its configuration.
+///
+/// Frames that wait in a switch or a tap for a driver with buffers are not: networks may drop them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum DeviceState {
     /// There is none.
@@ -123,6 +127,16 @@ pub enum DeviceState {
         /// Bytes read from the input and not yet given to the driver.
         input: Vec<u8>,
     },
+}
+
+impl DeviceState {
+    /// What a device without such state says to this one.
+    pub fn must_be_none(&self) -> Result<(), &'static str> {
+        match self {
+            Self::None => Ok(()),
+            _ => Err("it is of another type of device; this one has none"),
+        }
+    }
 }
 
 /// Why the state of a device cannot be saved. The message follows the name of the device.

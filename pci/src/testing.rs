@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use devices::bus::Effect;
 use devices::memory::{GuestRam, RamRange, View};
+use devices::state::{DeviceState, Unsavable};
 use devices::virtio::{
     DeviceType, Head, Io, Progress, RingError, Source, VirtioDevice, VirtioFunction,
 };
@@ -292,6 +293,16 @@ impl VirtioDevice for Held {
     fn reset(&mut self) {
         self.heads.clear();
     }
+
+    fn save_state(&self) -> Result<DeviceState, Unsavable> {
+        Ok(DeviceState::None)
+    }
+
+    fn check_state(&self, state: &DeviceState) -> Result<(), &'static str> {
+        state.must_be_none()
+    }
+
+    fn restore_state(&mut self, _state: &DeviceState) {}
 
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError> {
         while let Some(chain) = io.pop(queue)? {

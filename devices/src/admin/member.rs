@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::gate::{Mode, Party};
 use crate::memory::records::Records;
 use crate::state::{FunctionState, Shape};
-use crate::virtio::RestoreError;
+use crate::virtio::{Restoration, RestoreError};
 
 /// A member's number within its group: 1 for the first VF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -67,7 +67,12 @@ pub trait Member: Send + Sync {
     fn check(&self, state: &FunctionState) -> Result<(), RestoreError>;
 
     /// Puts it into `state`, or does nothing; also if it is no longer in `epoch`.
-    fn restore(&self, state: &FunctionState, epoch: Epoch) -> Result<(), RestoreError>;
+    fn restore(
+        &self,
+        state: &FunctionState,
+        epoch: Epoch,
+        how: Restoration,
+    ) -> Result<(), RestoreError>;
 
     /// The records of its writes to memory.
     fn records(&self) -> Arc<Records>;

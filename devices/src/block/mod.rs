@@ -31,6 +31,7 @@ use request::{ID_LEN, Limits, MAX_SEGMENT_SECTORS, MAX_SEGMENTS, Request, SECTOR
 pub use worker::Pool;
 use worker::{Done, Job, Worker};
 
+use crate::state::{DeviceState, Unsavable};
 use crate::virtio::{Chain, DeviceType, Io, Progress, RingError, Source, VirtioDevice};
 
 /// Entries of each queue.
@@ -355,6 +356,16 @@ impl VirtioDevice for Block {
             io.recall(job.queue, job.chain);
         }
     }
+
+    fn save_state(&self) -> Result<DeviceState, Unsavable> {
+        Ok(DeviceState::None)
+    }
+
+    fn check_state(&self, state: &DeviceState) -> Result<(), &'static str> {
+        state.must_be_none()
+    }
+
+    fn restore_state(&mut self, _state: &DeviceState) {}
 
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError> {
         // What was fetched before an error is submitted all the same: it is in flight.

@@ -8,6 +8,9 @@
 //! An [`Uplink`] connects the two: a tap as a port of a switch.
 //!
 //! Every frame, on the ring and in the links, has the 12-byte `virtio_net_hdr` in front of it.
+//!
+//! Frames that wait in a link for a driver with buffers are no part of the state of a device: after a restore they are
+//! gone, as frames may be.
 
 mod link;
 mod mac;
@@ -27,6 +30,7 @@ pub use uplink::Uplink;
 
 use link::{HEADER_LEN, NUM_BUFFERS};
 
+use crate::state::{DeviceState, Unsavable};
 use crate::virtio::{Chain, DeviceType, Io, Progress, RingError, Source, VirtioDevice};
 
 /// Entries of each queue.
@@ -134,6 +138,16 @@ impl VirtioDevice for Net {
         self.mergeable = false;
         self.link.down();
     }
+
+    fn save_state(&self) -> Result<DeviceState, Unsavable> {
+        Ok(DeviceState::None)
+    }
+
+    fn check_state(&self, state: &DeviceState) -> Result<(), &'static str> {
+        state.must_be_none()
+    }
+
+    fn restore_state(&mut self, _state: &DeviceState) {}
 
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError> {
         if queue == RX {

@@ -7,6 +7,7 @@ use super::chain::{Chain, Head};
 use super::queue::{RingError, Virtqueue};
 use crate::gate::{Gate, Reasons};
 use crate::memory::View;
+use crate::state::{DeviceState, Unsavable};
 
 /// Where a device stands with a queue after it worked on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +38,7 @@ pub struct Source {
 ///
 /// Order: any number of configuration accesses; `activate` at DRIVER_OK; then `process` and `on_event` in any order;
 /// `call_off` when a reset was asked for and `reset` once nothing is in flight; and so on from the start. A saved state
-/// is `reset`, `restore_config` and, if its driver was ready, `activate`.
+/// is `reset`, `restore_config`, `activate` if its driver was ready, and `restore_state`.
 pub trait VirtioDevice: Send {
     /// The device type.
     fn device_type(&self) -> DeviceType;
@@ -76,6 +77,23 @@ pub trait VirtioDevice: Send {
 
     /// Takes a configuration that it accepts. Called after `reset`.
     fn restore_config(&mut self, _config: &[u8]) {}
+
+    /// State of its own, apart from its queues and its configuration. Nothing is in flight.
+    ///
+    /// # Errors
+    ///
+    /// Why there is state that it cannot give away.
+    fn save_state(&self) -> Result<DeviceState, Unsavable>;
+
+    /// Whether it can have `state`, which comes from outside.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with it: another type, or a size out of bounds.
+    fn check_state(&self, state: &DeviceState) -> Result<(), &'static str>;
+
+    /// Takes a state that it accepts.
+    fn restore_state(&mut self, state: &DeviceState);
 
     /// Works on `queue`, because of a kick or because the gate opened.
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError>;

@@ -2,6 +2,7 @@
 //! saved forms see of it is in the submodules.
 
 mod doors;
+mod exact;
 mod member;
 mod registers;
 mod saved;
@@ -19,7 +20,7 @@ use crate::gate::{Gate, Patience, Reasons};
 use crate::memory::View;
 pub use doors::{Doors, Suspend};
 pub use registers::Selectors;
-pub use saved::RestoreError;
+pub use saved::{Restoration, RestoreError};
 
 /// Chains one call may fetch, however often it looks at its ring, before others get their turn at the function: its
 /// other queues, and vCPUs that wait for its lock.
@@ -107,6 +108,8 @@ struct Core {
     /// Tokens of the sources that became readable while the device was to be still. They are handed to it when the gate
     /// opens.
     missed: Vec<u16>,
+    /// The driver is to be notified of everything once more when the gate opens.
+    signal_again: bool,
     /// The gate opened, and the rings were not looked at since. A kick of the first queue is under way.
     rescan: bool,
     /// Someone asked whether nothing is in flight, and wants to be woken when that is so.
@@ -182,6 +185,7 @@ impl VirtioFunction {
                 isr: 0,
                 config_pending: false,
                 missed: Vec::new(),
+                signal_again: false,
                 rescan: false,
                 awaited: false,
                 epoch: Epoch::default(),
@@ -477,6 +481,7 @@ impl VirtioFunction {
 
     fn open(&self, core: &mut Core, reason: Reasons) {
         let opened = core.gate.open(reason);
+        core.owe_again();
         self.send_pending(core);
         self.announce_config(core);
         if !opened {
@@ -654,6 +659,7 @@ impl Core {
         self.config_vector = NO_VECTOR;
         self.isr = 0;
         self.config_pending = false;
+        self.signal_again = false;
         self.gate.close(Reasons::NO_DRIVER);
         // NO_DRIVER is set, so this cannot be the last reason.
         let _ = self.gate.open(Reasons::UNTIL_RESET);

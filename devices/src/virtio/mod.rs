@@ -20,7 +20,9 @@ mod tests;
 
 pub use chain::{Chain, ChainError, Head};
 pub use device::{Io, Progress, Source, VirtioDevice};
-pub use function::{Doors, Interrupt, QueueInfo, RestoreError, Selectors, Suspend, VirtioFunction};
+pub use function::{
+    Doors, Interrupt, QueueInfo, Restoration, RestoreError, Selectors, Suspend, VirtioFunction,
+};
 pub use queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
 pub(crate) use warnings::Warnings;
 

@@ -250,6 +250,17 @@ impl Virtqueue {
         self.owes_signal = self.ring.is_some();
     }
 
+    /// True if the driver was not notified of everything that was used, or perhaps not.
+    pub(super) fn is_unsignalled(&self) -> bool {
+        self.unsignalled || self.owes_signal
+    }
+
+    /// The driver was notified of everything that was used, but not if this `owes` it that.
+    pub(super) fn set_unsignalled(&mut self, owes: bool) {
+        self.unsignalled = false;
+        self.owes_signal = owes && self.ring.is_some();
+    }
+
     /// Asks for a reset of this queue; [`Self::finish_reset`] completes it once nothing is in flight.
     pub(super) fn request_reset(&mut self) {
         self.resetting = self.ring.is_some();

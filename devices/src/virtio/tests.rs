@@ -4,11 +4,14 @@ use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+mod exact;
+
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::gate::{Patience, Reasons};
+use crate::state::{DeviceState, Unsavable};
 use crate::testing::{
     ACKNOWLEDGE, Buf, DRIVER, DRIVER_OK, Driver, FEATURES_OK, INDIRECT, NEEDS_RESET, NEXT, RAM,
     WRITE,
@@ -82,6 +85,16 @@ impl VirtioDevice for Probe {
         control.resets += 1;
         control.activated = None;
     }
+
+    fn save_state(&self) -> Result<DeviceState, Unsavable> {
+        Ok(DeviceState::None)
+    }
+
+    fn check_state(&self, state: &DeviceState) -> Result<(), &'static str> {
+        state.must_be_none()
+    }
+
+    fn restore_state(&mut self, _state: &DeviceState) {}
 
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError> {
         if queue == 1 {

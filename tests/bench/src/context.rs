@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use devices::admin::{FixedMembership, GroupType, Member, Options, Owner, OwnerDriver, Request};
 use devices::memory::{GuestRam, PAGE_SIZE, RamRange};
+use devices::state::{DeviceState, Unsavable};
 use devices::virtio::{
     DeviceType, Io, Progress, RingError, Source, Status, VirtioDevice, VirtioFunction, feature,
 };
@@ -76,6 +77,16 @@ impl VirtioDevice for Idle {
     fn activate(&mut self, _features: u64) {}
 
     fn reset(&mut self) {}
+
+    fn save_state(&self) -> Result<DeviceState, Unsavable> {
+        Ok(DeviceState::None)
+    }
+
+    fn check_state(&self, state: &DeviceState) -> Result<(), &'static str> {
+        state.must_be_none()
+    }
+
+    fn restore_state(&mut self, _state: &DeviceState) {}
 
     fn process(&mut self, _queue: u16, _io: &mut Io<'_>) -> Result<Progress, RingError> {
         Ok(Progress::Exhausted)

@@ -8,9 +8,9 @@ use crate::admin::envelope::Answer;
 use crate::admin::member::Epoch;
 use crate::admin::queue::MAX_DATA;
 use crate::context::{self, Decoder, Pushed};
-use crate::gate::Mode;
+use crate::gate::{Mode, Party};
 use crate::state::FunctionState;
-use crate::virtio::RestoreError;
+use crate::virtio::{Restoration, RestoreError};
 
 /// How far one driver is with the context of one member.
 #[derive(Debug, Default)]
@@ -144,14 +144,19 @@ impl Exchange<'_> {
         Ok(Answer::default())
     }
 
-    /// The context that was written takes effect (S3-32).
+    /// The context that was written takes effect (S3-32). One that the monitor's engine wrote, which carries a whole VM, does
+    /// so without a sign; what else it takes to make up the device is not in a context, and for the engine to add.
     pub(super) fn take_effect(&mut self) -> Result<(), Refusal> {
         let member = self.member;
+        let how = match self.party() {
+            Party::Guest | Party::Monitor => Restoration::Announced,
+            Party::Engine => Restoration::Exact,
+        };
         let context = self.context();
         let Some(state) = context.written() else {
             return Ok(());
         };
-        let Err(error) = member.restore(state, context.epoch) else {
+        let Err(error) = member.restore(state, context.epoch, how) else {
             return Ok(());
         };
         // It had been checked, and the member has not run since: only a reset can have come between.

@@ -6,11 +6,11 @@ use std::sync::atomic::AtomicBool;
 use super::*;
 use crate::gate::{Patience, Reasons};
 use crate::memory::Records;
-use crate::state::{FunctionState, Shape};
+use crate::state::{DeviceState, FunctionState, QueueState, Shape, Unsavable};
 use crate::testing::{Buf, Driver, INDIRECT, NEEDS_RESET, NEXT, WRITE, ram};
 use crate::virtio::{
-    DeviceType, Io, Progress, RestoreError, RingError, Source, VirtioDevice, VirtioFunction,
-    feature,
+    DeviceType, Io, Progress, Restoration, RestoreError, RingError, Source, VirtioDevice,
+    VirtioFunction, feature,
 };
 
 /// A device with two queues that only counts how often it was asked to work on them.
@@ -39,6 +39,16 @@ impl VirtioDevice for Idle {
     fn activate(&mut self, _features: u64) {}
 
     fn reset(&mut self) {}
+
+    fn save_state(&self) -> Result<DeviceState, Unsavable> {
+        Ok(DeviceState::None)
+    }
+
+    fn check_state(&self, state: &DeviceState) -> Result<(), &'static str> {
+        state.must_be_none()
+    }
+
+    fn restore_state(&mut self, _state: &DeviceState) {}
 
     fn process(&mut self, queue: u16, _io: &mut Io<'_>) -> Result<Progress, RingError> {
         self.0.lock().unwrap().push(queue);
@@ -364,8 +374,13 @@ impl Member for Slow {
         Member::check(&*self.function, state)
     }
 
-    fn restore(&self, state: &FunctionState, epoch: Epoch) -> Result<(), RestoreError> {
-        Member::restore(&*self.function, state, epoch)
+    fn restore(
+        &self,
+        state: &FunctionState,
+        epoch: Epoch,
+        how: Restoration,
+    ) -> Result<(), RestoreError> {
+        Member::restore(&*self.function, state, epoch, how)
     }
 
     fn records(&self) -> Arc<Records> {
@@ -450,4 +465,62 @@ fn a_reset_ends_a_command_that_waits_also_while_paused() {
         driver.turn();
         assert_eq!(driver.used(ADMIN), None);
     }
+}
+
+/// An owner like that of [`waiting`] which nobody has touched, over the memory of `driver`, stopped as by a pause.
+fn twin(driver: &Driver) -> Driver {
+    let ram = Arc::clone(driver.view.ram());
+    let member = VirtioFunction::new("vf1", Box::new(Idle::default()), ram.view().unwrap());
+    let owner = Owner::new(vec![member.unwrap() as _], Options::default()).unwrap();
+    owner.set_membership(Arc::new(FixedMembership(1)));
+    let view = ram.view().unwrap();
+    let function = VirtioFunction::new_owner("pf", Box::new(Idle::default()), view, owner);
+    let mut twin = Driver::of(function.unwrap(), &ram);
+    twin.rings.clone_from(&driver.rings);
+    twin.function.close(Reasons::PAUSED);
+    twin
+}
+
+#[test]
+fn an_owner_is_restored_with_its_queue_or_not_at_all() {
+    let (driver, _) = waiting();
+    assert!(driver.function.stop(Reasons::PAUSED, AT_ONCE));
+    let state = driver.function.save();
+    let transient = driver.function.save_transient().unwrap();
+    let queue = transient.admin_queue.clone().unwrap();
+    assert!(queue.enabled && queue.owned.len() == 1);
+
+    let mut other = twin(&driver);
+    let f = Arc::clone(&other.function);
+    assert!(matches!(f.check(&state), Err(RestoreError::Owner)));
+    assert!(matches!(f.restore(&state), Err(RestoreError::Owner)));
+    assert!(matches!(
+        f.restore_transient(&transient),
+        Err(RestoreError::Owner)
+    ));
+    let spoil: [fn(&mut QueueState); 4] = [
+        |q| q.size = 512,
+        |q| q.vector = 1024,
+        |q| q.owned = vec![256],
+        |q| q.stopped = true,
+    ];
+    for spoil in spoil {
+        let mut bad = transient.clone();
+        spoil(bad.admin_queue.as_mut().unwrap());
+        assert!(f.restore_exact(&state, &bad).is_err());
+    }
+    let mut none = transient.clone();
+    none.admin_queue = None;
+    let refused = f.restore_exact(&state, &none);
+    assert!(matches!(refused, Err(RestoreError::AdminQueue(_))));
+    assert_eq!(f.status(), 0);
+
+    f.restore_exact(&state, &transient).unwrap();
+    assert_eq!((f.save(), f.save_transient().unwrap()), (state, transient));
+    f.reopen(Reasons::PAUSED);
+    // The command was not negotiated with this owner, but it is answered.
+    let (head, len) = other.wait_used(ADMIN);
+    assert_eq!((head, len), (queue.owned[0], 8));
+    let (len, _) = other.request(ADMIN, &[Buf::Out(raw(0, 0, 0, &[])), Buf::In(16)]);
+    assert_eq!(len, 16);
 }

@@ -7,7 +7,7 @@ use crate::admin::{Epoch, Member, Rest, Wake};
 use crate::gate::{Mode, Party, Reasons};
 use crate::memory::records::Records;
 use crate::state::{FunctionState, Shape};
-use crate::virtio::RestoreError;
+use crate::virtio::{Restoration, RestoreError};
 
 impl Member for VirtioFunction {
     fn name(&self) -> &str {
@@ -57,12 +57,17 @@ impl Member for VirtioFunction {
         Self::check(self, state)
     }
 
-    fn restore(&self, state: &FunctionState, epoch: Epoch) -> Result<(), RestoreError> {
+    fn restore(
+        &self,
+        state: &FunctionState,
+        epoch: Epoch,
+        how: Restoration,
+    ) -> Result<(), RestoreError> {
         let mut core = self.lock();
         if core.epoch != epoch {
             return Err(RestoreError::Stale);
         }
-        self.restore_locked(&mut core, state)
+        self.restore_locked(&mut core, state, how)
     }
 
     fn records(&self) -> Arc<Records> {

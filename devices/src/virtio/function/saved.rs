@@ -2,13 +2,24 @@
 
 use std::collections::HashSet;
 
+use super::exact::CheckedTransient;
 use super::{Core, ISR_QUEUE, Suspend, VirtioFunction};
 use crate::gate::Reasons;
 use crate::state::{FunctionState, QueueState, RegisterState, Shape};
 use crate::virtio::queue::{NO_VECTOR, RingError, Virtqueue};
 use crate::virtio::{Status, feature};
 
-/// Why a state is none that this function can have. Nothing was changed.
+/// Whether a restored state announces itself to the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Restoration {
+    /// As the migration commands want it, whose context does not tell what the driver was told: it gets a configuration
+    /// change with a new generation (G3-f), and is notified of used buffers once more.
+    Announced,
+    /// Not at all: everything is as it was when the state was saved.
+    Exact,
+}
+
+/// Why a state was rejected. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
     /// Requests are in flight, or a reset is under way.
@@ -58,10 +69,27 @@ pub enum RestoreError {
     /// A device configuration this device cannot have.
     #[error("the device configuration differs from that of this device where it cannot be changed")]
     Config,
+    /// An owner, whose administration virtqueue would be lost.
+    #[error(
+        "the function is an owner; restore it exactly, together with its administration virtqueue"
+    )]
+    Owner,
+    /// An administration virtqueue of a function that is no owner, or none of one that is.
+    #[error("the state {0}")]
+    AdminQueue(&'static str),
+    /// ISR status bits that are not defined.
+    #[error("ISR status {0:#x} has bits other than 0 and 1")]
+    Isr(u8),
+    /// The list of queues whose driver is to be notified.
+    #[error("unsignalled: queue {0} is not enabled, does not exist, or is not in ascending order")]
+    Unsignalled(u16),
+    /// State of the device type's own.
+    #[error("the state of the device type's own: {0}")]
+    Device(&'static str),
 }
 
 /// A state that was found good, and its queues in running form. Nothing can fail any more.
-struct Checked<'a> {
+pub(super) struct Checked<'a> {
     state: &'a FunctionState,
     driver_features: u64,
     status: Status,
@@ -103,32 +131,48 @@ impl VirtioFunction {
         }
     }
 
-    /// True if the function could be put into `state` now.
+    /// Whether the function could be put into `state`, which announces itself.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::restore`].
     pub fn check(&self, state: &FunctionState) -> Result<(), RestoreError> {
+        self.not_an_owner()?;
         self.checked(&self.lock(), state).map(|_| ())
     }
 
-    /// Puts the function into `state`, all of it or none of it. It starts to work when its gate opens; reasons that are not
-    /// the driver's stay as they are.
+    /// Puts the function into `state`, all of it or none of it, and announces that to its driver. It starts to work when its
+    /// gate opens; reasons that are not the driver's stay as they are.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that is wrong; [`RestoreError::Owner`] for an owner, which only [`Self::restore_exact`] restores
+    /// whole.
     pub fn restore(&self, state: &FunctionState) -> Result<(), RestoreError> {
-        self.restore_locked(&mut self.lock(), state)
+        self.restore_locked(&mut self.lock(), state, Restoration::Announced)
     }
 
     pub(super) fn restore_locked(
         &self,
         core: &mut Core,
         state: &FunctionState,
+        how: Restoration,
     ) -> Result<(), RestoreError> {
-        let busy = core.gate.reasons().contains(Reasons::RESET) || !core.drained();
-        if busy {
-            return Err(RestoreError::Busy);
-        }
+        self.not_an_owner()?;
+        core.at_rest()?;
         let checked = self.checked(core, state)?;
-        self.commit(core, checked);
+        self.commit(core, checked, how, None);
         Ok(())
     }
 
-    fn checked<'a>(
+    pub(super) fn not_an_owner(&self) -> Result<(), RestoreError> {
+        match self.owner {
+            Some(_) => Err(RestoreError::Owner),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn checked<'a>(
         &self,
         core: &Core,
         state: &'a FunctionState,
@@ -143,15 +187,7 @@ impl VirtioFunction {
                 state.accepted & !u128::from(offered),
             ))?;
         let status = core.checked_status(state.registers.status, driver_features)?;
-        let vectors = self.interrupt.get().map_or(NO_VECTOR, |i| i.vectors());
-        let vector = |vector, of: &dyn Fn() -> String| match vector {
-            NO_VECTOR => Ok(()),
-            vector if vector < vectors => Ok(()),
-            vector => Err(RestoreError::Vector { of: of(), vector }),
-        };
-        vector(state.registers.config_vector, &|| {
-            "the configuration".into()
-        })?;
+        self.check_vector(state.registers.config_vector, || "the configuration".into())?;
         if state.queues.len() != usize::from(self.device_queues) {
             return Err(RestoreError::QueueCount {
                 found: state.queues.len(),
@@ -160,12 +196,7 @@ impl VirtioFunction {
         }
         let mut queues = Vec::with_capacity(state.queues.len());
         for (index, (saved, queue)) in (0..).zip(state.queues.iter().zip(&core.queues)) {
-            vector(saved.vector, &|| format!("queue {index}"))?;
-            check_queue(saved, queue.max_size(), core.doors.queue_status)
-                .map_err(|what| RestoreError::Queue { index, what })?;
-            let restored = Virtqueue::restored(queue.max_size(), saved, &core.view)
-                .map_err(|source| RestoreError::Ring { index, source })?;
-            queues.push(restored);
+            queues.push(self.checked_queue(core, index, saved, queue.max_size())?);
         }
         let fits = state.config.len() == self.config_len;
         if !fits || !core.device.accepts_config(&state.config) {
@@ -179,13 +210,45 @@ impl VirtioFunction {
         })
     }
 
-    fn commit(&self, core: &mut Core, checked: Checked<'_>) {
+    fn check_vector(&self, vector: u16, of: impl Fn() -> String) -> Result<(), RestoreError> {
+        let vectors = self.interrupt.get().map_or(NO_VECTOR, |i| i.vectors());
+        if vector == NO_VECTOR || vector < vectors {
+            return Ok(());
+        }
+        Err(RestoreError::Vector { of: of(), vector })
+    }
+
+    /// The queue that `saved` is.
+    pub(super) fn checked_queue(
+        &self,
+        core: &Core,
+        index: u16,
+        saved: &QueueState,
+        max_size: u16,
+    ) -> Result<Virtqueue, RestoreError> {
+        self.check_vector(saved.vector, || format!("queue {index}"))?;
+        check_queue(saved, max_size, core.doors.queue_status)
+            .map_err(|what| RestoreError::Queue { index, what })?;
+        Virtqueue::restored(max_size, saved, &core.view)
+            .map_err(|source| RestoreError::Ring { index, source })
+    }
+
+    /// Puts the function into a state that was checked. What is not in it is as after a reset, unless it is in `transient`.
+    pub(super) fn commit(
+        &self,
+        core: &mut Core,
+        checked: Checked<'_>,
+        how: Restoration,
+        transient: Option<CheckedTransient<'_>>,
+    ) {
         let Checked {
             state,
             driver_features,
             status,
             queues,
         } = checked;
+        // Only an owner has one; it is executed anew if it is in the state.
+        core.call_off_admin();
         core.reset();
         core.driver_features = driver_features;
         let registers = &state.registers;
@@ -196,9 +259,15 @@ impl VirtioFunction {
             core.selectors.state_queue = registers.state_queue_select;
         }
         core.config_vector = registers.config_vector;
-        // Whoever was reading the configuration reads it again (G3-f).
-        core.config_generation = registers.config_generation.wrapping_add(1);
+        core.config_generation = match how {
+            // Whoever was reading the configuration reads it again (G3-f).
+            Restoration::Announced => registers.config_generation.wrapping_add(1),
+            Restoration::Exact => registers.config_generation,
+        };
         core.device.restore_config(&state.config);
+        // The administration virtqueue of an owner comes after those of its device.
+        let (transient, admin) = transient.map(CheckedTransient::take_queue).unzip();
+        let queues = queues.into_iter().chain(admin.flatten());
         for (slot, queue) in core.queues.iter_mut().zip(queues) {
             *slot = queue;
         }
@@ -216,16 +285,26 @@ impl VirtioFunction {
         if status.contains(Status::NEEDS_RESET) {
             core.gate.close(Reasons::BROKEN);
         }
-        if core.status.contains(Status::DRIVER_OK) {
+        let live = core.status.contains(Status::DRIVER_OK);
+        if live {
             let event_index = core.event_index();
             for queue in &mut core.queues {
                 queue.set_event_index(event_index);
-                queue.signal_again();
             }
             core.device.activate(driver_features);
+        }
+        if let Some(transient) = transient {
+            core.apply_transient(transient);
+        }
+        if live && how == Restoration::Announced {
             // What was not announced when the state was saved is not in it, and so is announced again.
+            for queue in &mut core.queues {
+                queue.signal_again();
+            }
             core.isr = ISR_QUEUE;
             core.config_pending = true;
+        }
+        if live {
             self.open(core, Reasons::NO_DRIVER);
         }
         if let Some(revived) = self.revived.get() {
@@ -236,6 +315,14 @@ impl VirtioFunction {
 }
 
 impl Core {
+    /// An error unless nothing is in flight and no reset is under way.
+    pub(super) fn at_rest(&self) -> Result<(), RestoreError> {
+        if self.gate.reasons().contains(Reasons::RESET) || !self.drained() {
+            return Err(RestoreError::Busy);
+        }
+        Ok(())
+    }
+
     /// The bits of a saved device status, if the device can show them together.
     fn checked_status(&self, raw: u8, driver_features: u64) -> Result<Status, RestoreError> {
         let refused = RestoreError::Status(raw);

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use devices::state::{DeviceState, Unsavable};
 use devices::virtio::{Chain, DeviceType, Io, Progress, RingError, Source, VirtioDevice};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -48,6 +49,7 @@ struct State {
     held: VecDeque<(u16, Chain)>,
     release: usize,
     new_config: Option<Vec<u8>>,
+    unsavable: Option<String>,
     activated: Vec<u64>,
     resets: usize,
 }
@@ -107,6 +109,11 @@ impl Controls {
     pub fn change_config(&self, config: Vec<u8>) {
         self.shared.lock().new_config = Some(config);
         self.poke();
+    }
+
+    /// From now on the device cannot be saved, for this reason.
+    pub fn refuse_to_be_saved(&self, why: &str) {
+        self.shared.lock().unsavable = Some(why.to_owned());
     }
 
     /// The features of every activation so far.
@@ -192,6 +199,19 @@ impl VirtioDevice for Loopback {
     fn restore_config(&mut self, config: &[u8]) {
         self.config = config.to_vec();
     }
+
+    fn save_state(&self) -> Result<DeviceState, Unsavable> {
+        match &self.shared.lock().unsavable {
+            Some(why) => Err(Unsavable(why.clone())),
+            None => Ok(DeviceState::None),
+        }
+    }
+
+    fn check_state(&self, state: &DeviceState) -> Result<(), &'static str> {
+        state.must_be_none()
+    }
+
+    fn restore_state(&mut self, _state: &DeviceState) {}
 
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError> {
         while let Some(chain) = io.pop(queue)? {
