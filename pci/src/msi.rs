@@ -33,4 +33,33 @@ pub trait MsiSink: Send + Sync {
 pub trait MsiController: Send + Sync {
     /// A sink for `vectors` vectors (1 to 2048), none of which has a route yet. Dropping the sink gives them back.
     fn sink(&self, vectors: u16) -> Arc<dyn MsiSink>;
+
+    /// Collects the routes that its sinks are told of until the answer is dropped, and sets them up together then:
+    /// where each change costs as much as there are routes, that is for whoever makes many. Interrupts that are fired
+    /// meanwhile are delivered, if at a higher price. Batches may be open several at a time; the last to end counts.
+    fn batch(&self) -> MsiBatch<'_>;
+}
+
+/// A batch that is open; see [`MsiController::batch`].
+#[must_use = "a batch ends when this is dropped"]
+pub struct MsiBatch<'a>(Option<Box<dyn FnOnce() + 'a>>);
+
+impl<'a> MsiBatch<'a> {
+    /// A batch whose end is `end`.
+    pub fn until(end: impl FnOnce() + 'a) -> Self {
+        Self(Some(Box::new(end)))
+    }
+
+    /// Of a controller that sets up every route at once.
+    pub fn none() -> Self {
+        Self(None)
+    }
+}
+
+impl Drop for MsiBatch<'_> {
+    fn drop(&mut self) {
+        if let Some(end) = self.0.take() {
+            end();
+        }
+    }
 }

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bar::{BarIndex, BarKind};
 use crate::cap::pcie::PortType;
 use crate::function::{BarSlot, ConfigTarget, Decoded, FunctionDoorbell, PciFunction, Resource};
-use crate::msi::{MsiController, MsiMessage, MsiSink};
+use crate::msi::{MsiBatch, MsiController, MsiMessage, MsiSink};
 use crate::state::{Registers, RegistersError};
 
 /// What happened at a [`RecordingSink`].
@@ -78,6 +78,10 @@ impl MsiController for RecordingController {
         let sink = Arc::new(RecordingSink::default());
         self.sinks.lock().unwrap().push(Arc::clone(&sink));
         sink
+    }
+
+    fn batch(&self) -> MsiBatch<'_> {
+        MsiBatch::none()
     }
 }
 

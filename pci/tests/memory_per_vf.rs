@@ -16,7 +16,7 @@ use devices::net::{MacAddress, Net, PortConfig, Switch};
 use devices::virtio::VirtioFunction;
 use pci::bar::BarIndex;
 use pci::function::{BarSlot, Children, PciFunction};
-use pci::msi::{MsiController, MsiMessage, MsiSink};
+use pci::msi::{MsiBatch, MsiController, MsiMessage, MsiSink};
 use pci::owner::{Options, OwnerPci};
 use pci::topology::DevFn;
 use vm_memory::GuestAddress;
@@ -55,6 +55,10 @@ impl MsiSink for NoInterrupts {
 impl MsiController for NoInterrupts {
     fn sink(&self, _vectors: u16) -> Arc<dyn MsiSink> {
         Arc::new(NoInterrupts)
+    }
+
+    fn batch(&self) -> MsiBatch<'_> {
+        MsiBatch::none()
     }
 }
 

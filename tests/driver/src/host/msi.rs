@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pci::msi::{MsiController, MsiMessage, MsiSink};
+use pci::msi::{MsiBatch, MsiController, MsiMessage, MsiSink};
 
 /// An interrupt that was delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +58,10 @@ impl MsiController for MockMsi {
             msi: self.clone(),
             sink: state.routes.len() - 1,
         })
+    }
+
+    fn batch(&self) -> MsiBatch<'_> {
+        MsiBatch::none()
     }
 }
 
