@@ -1,4 +1,5 @@
-//! The few port I/O devices of the machine: power and reset registers, and the panic device.
+//! The few port I/O devices of the machine: power and reset registers, and the panic device. And what stands in guest
+//! memory beside them: the instructions that reset the machine, and the VM generation ID.
 //!
 //! | port | width | what |
 //! |---|---|---|
@@ -8,19 +9,27 @@
 //! | `0x601` | 1 | ACPI sleep status: reads 0 |
 //! | `0x602` | 1 | ACPI reset register: a write of 1 resets |
 
+use std::io;
 use std::sync::Arc;
 
 use devices::bus::{Bus, BusDevice, BusError, Effect};
+use devices::memory::View;
+use rustix::io::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::exit::Outcome;
+use crate::layout;
 use crate::vcpu::Control;
 
 /// First of the eight ports of COM1.
 pub const COM1_PORT: u16 = 0x3f8;
 /// Interrupt line of COM1.
 pub const COM1_IRQ: u32 = 4;
-/// Interrupt line of the generic event device, which stands for the power button.
+/// Interrupt line of the generic event device for the power button.
 pub const POWER_BUTTON_IRQ: u32 = 5;
+/// Interrupt line of the generic event device for a change of the [`VmGeneration`].
+pub const VM_GENERATION_IRQ: u32 = 6;
 /// Port of the panic device.
 pub const PANIC_PORT: u16 = 0x505;
 /// ACPI sleep control register.
@@ -57,6 +66,38 @@ const SLEEP_MASK: u8 = 0b11_1100;
 const PANICKED: u8 = 1;
 /// The kernel panicked and a crash kernel takes over: the guest goes on.
 const CRASH_LOADED: u8 = 2;
+
+/// The VM generation ID: a random number that a guest reads in its memory, and that is another one in every VM that went
+/// on from the same state. Its kernel seeds its random numbers anew when it is told of a change.
+///
+/// A new machine gets one before it boots. A machine that was restored gets another one before its vCPUs run, and then one
+/// interrupt on [`VM_GENERATION_IRQ`]. One that moved, and runs nowhere else, keeps what is in its memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct VmGeneration([u8; Self::LEN]);
+
+impl VmGeneration {
+    /// Bytes of the identifier.
+    pub const LEN: usize = 16;
+
+    /// One that no other machine has.
+    pub fn random() -> io::Result<Self> {
+        let mut id = [0; Self::LEN];
+        let mut filled = 0;
+        while let Some(rest) = id.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            match getrandom(rest, GetRandomFlags::empty()) {
+                Ok(more) => filled += more,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Self(id))
+    }
+
+    /// Writes it to where the guest reads it, [`layout::VM_GENERATION_ID`]. The guest must not run: it would see a part.
+    pub fn write(&self, memory: &View) -> Result<(), GuestMemoryError> {
+        memory.write_slice(&self.0, GuestAddress(layout::VM_GENERATION_ID))
+    }
+}
 
 /// Maps the power, reset and panic registers.
 pub fn attach(ports: &Bus, control: &Arc<Control>) -> Result<(), BusError> {
@@ -111,6 +152,8 @@ impl BusDevice for PanicDevice {
 
 #[cfg(test)]
 mod tests {
+    use devices::memory::GuestRam;
+
     use super::*;
 
     fn outcome_of(port: u16, data: &[u8]) -> Option<Outcome> {
@@ -141,6 +184,23 @@ mod tests {
         ];
         for (port, data, expected) in cases {
             assert_eq!(outcome_of(port, data), expected, "{port:#x} {data:?}");
+        }
+    }
+
+    #[test]
+    fn every_generation_is_another_one_and_stands_where_acpi_says() {
+        let ram = GuestRam::new(&layout::ram_ranges(layout::MIN_RAM)).unwrap();
+        let view = ram.view().unwrap();
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            VmGeneration::random().unwrap().write(&view).unwrap();
+            let mut around = [0; 32];
+            let at = GuestAddress(layout::VM_GENERATION_ID - 8);
+            view.read_slice(&mut around, at).unwrap();
+            assert_eq!((&around[..8], &around[24..]), (&[0; 8][..], &[0; 8][..]));
+            assert!(!seen.contains(&around));
+            assert_ne!(around, [0; 32]);
+            seen.push(around);
         }
     }
 

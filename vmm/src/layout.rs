@@ -7,7 +7,8 @@
 //! | `0x9000..0xc000` | identity page tables of the first GiB |
 //! | `0x2_0000` | kernel command line |
 //! | `0x9_fc00..0xa_0000` | reserved, where firmware would keep its extended BIOS data area |
-//! | `0xe_0000..0xf_fff0` | ACPI tables, RSDP first |
+//! | `0xe_0000..0xf_e000` | ACPI tables, RSDP first |
+//! | `0xf_e000..0xf_f000` | VM generation ID, 16 bytes at the start of a page of its own |
 //! | `0xf_fff0..0x10_0000` | reset vector: a few instructions that reset the machine |
 //! | `0x10_0000..` | RAM up to its size or 3 GiB, whichever comes first |
 //! | `0xc000_0000..0xe000_0000` | PCI memory window below 4 GiB |
@@ -40,7 +41,9 @@ pub const CMDLINE: u64 = 0x2_0000;
 /// Where conventional memory ends.
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// ACPI tables. The kernel scans this range for the RSDP.
-pub const ACPI: Range<u64> = 0xe_0000..RESET_VECTOR;
+pub const ACPI: Range<u64> = 0xe_0000..VM_GENERATION_ID;
+/// The VM generation ID ([`crate::chipset::VmGeneration`]). It has its page for itself: the kernel maps it.
+pub const VM_GENERATION_ID: u64 = 0xf_e000;
 /// Where a processor in real mode starts after a reset, and where a kernel jumps that wants the firmware to reset it.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where memory above the legacy hole begins; kernels are loaded at or above it.

@@ -18,6 +18,11 @@ const OSC_GRANTED: u32 = 1 << 4;
 /// First dword of an `_OSC` answer: the UUID is unknown.
 const OSC_UNKNOWN_UUID: u32 = 1 << 2;
 
+/// What a VM generation ID device is called, whoever makes it.
+const VM_GENERATION: &str = "VM_Gen_Counter";
+/// Notification of a device: of a button that it was pressed, of the VM generation ID that it changed.
+const STATUS_CHANGE: u8 = 0x80;
+
 /// Bytes that are AML already.
 pub(super) struct Raw(Vec<u8>);
 
@@ -47,6 +52,7 @@ pub(super) fn dsdt(platform: &Platform) -> Raw {
                 &configuration_space(),
                 &serial_port(),
                 &power_button(),
+                &generation_device(),
                 &event_device(),
                 &panic_device(),
             ],
@@ -168,19 +174,41 @@ fn power_button() -> Raw {
     )])
 }
 
-/// The generic event device: its interrupt means that the power button was pressed.
+/// The VM generation ID device: `ADDR` says where the identifier is, as the low and high half of an address. Linux and
+/// Windows bind to it by its compatible ID.
+fn generation_device() -> Raw {
+    let hid = Name::new(Path::new("_HID"), &"TERN0001");
+    let cid = Name::new(Path::new("_CID"), &VM_GENERATION);
+    let description = Name::new(Path::new("_DDN"), &VM_GENERATION);
+    let address = layout::VM_GENERATION_ID;
+    let (low, high) = (address as u32, (address >> 32) as u32);
+    let halves = Package::new(vec![&low, &high]);
+    let answer = Return::new(&halves);
+    let address = Method::new(Path::new("ADDR"), 0, false, vec![&answer]);
+    Raw::of(&[&Device::new(
+        Path::new("VGEN"),
+        vec![&hid, &uid(), &cid, &description, &address],
+    )])
+}
+
+/// The generic event device. Each event has an interrupt of its own, whose number `_EVT` is given.
 fn event_device() -> Raw {
-    let crs = resources(vec![&Interrupt::new(
-        true,
-        true,
-        false,
-        false,
-        chipset::POWER_BUTTON_IRQ,
-    )]);
+    let events = [
+        (chipset::POWER_BUTTON_IRQ, "PWRB"),
+        (chipset::VM_GENERATION_IRQ, "VGEN"),
+    ];
+    let interrupts = events.map(|(line, _)| Interrupt::new(true, true, false, false, line));
+    let crs = resources(interrupts.iter().map(|i| i as &dyn Aml).collect());
     let hid = Name::new(Path::new("_HID"), &"ACPI0013");
-    let button = Path::new("PWRB");
-    let notify = Notify::new(&button, &0x80u8);
-    let event = Method::new(Path::new("_EVT"), 1, true, vec![&notify]);
+    let branches = events.map(|(line, device)| {
+        let device = Path::new(device);
+        Raw::of(&[&If::new(
+            &Equal::new(&Arg(0), &line),
+            vec![&Notify::new(&device, &STATUS_CHANGE)],
+        )])
+    });
+    let branches = branches.iter().map(|b| b as &dyn Aml).collect();
+    let event = Method::new(Path::new("_EVT"), 1, true, branches);
     Raw::of(&[&Device::new(
         Path::new("GED_"),
         vec![&hid, &uid(), &crs, &event],

@@ -1,8 +1,9 @@
-//! The ACPI tables: hardware-reduced ACPI, one PCIe host bridge, a serial port, a power button, a panic device.
+//! The ACPI tables: hardware-reduced ACPI, one PCIe host bridge, a serial port, a power button, a VM generation ID, a
+//! panic device.
 //!
 //! Hardware-reduced means that there is no legacy power management block, no legacy interrupt controller to probe and
-//! no timer to calibrate against; the power button arrives through a generic event device, power-off and reset are one
-//! port write each ([`crate::chipset`]). It also spares a booting kernel several hundred exits.
+//! no timer to calibrate against; the power button and a change of the VM generation ID arrive through a generic event
+//! device, with an interrupt line each, power-off and reset are one port write each ([`crate::chipset`]). It also spares a booting kernel several hundred exits.
 
 mod dsdt;
 mod tables;

@@ -92,6 +92,59 @@ fn the_fadt_promises_hardware_reduced_acpi_and_nothing_legacy() {
     assert_eq!(fadt[116..128], [1, 8, 0, 1, 2, 6, 0, 0, 0, 0, 0, 0]);
 }
 
+/// What `value` is in AML.
+fn aml(value: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    value.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+fn contains(table: &[u8], part: &[u8]) -> bool {
+    table.windows(part.len()).any(|window| window == part)
+}
+
+#[test]
+fn each_event_has_an_interrupt_and_notifies_its_own_device() {
+    let area = build(&platform(1)).unwrap();
+    let all = tables(&area);
+    let dsdt = all.iter().find(|(name, _)| name == "DSDT").unwrap().1;
+    // If (LEqual (Arg0, line)) { Notify (device, 0x80) }
+    for (line, device) in [(5u8, b"PWRB"), (6, b"VGEN")] {
+        let interrupt = [0x89, 6, 0, 0x03, 1, line, 0, 0, 0];
+        assert!(contains(dsdt, &interrupt), "interrupt {line}, edge");
+        let condition = [0xa0, 12, 0x93, 0x68, 0x0a, line];
+        let notify = [&[0x86][..], device, &[0x0a, 0x80]].concat();
+        assert!(contains(dsdt, &[&condition[..], &notify].concat()));
+    }
+    let notifies = |w: &&[u8]| w[0] == 0x86 && w[1..].iter().all(u8::is_ascii_uppercase);
+    assert_eq!(dsdt.windows(5).filter(notifies).count(), 2);
+}
+
+#[test]
+fn the_generation_device_says_where_the_identifier_is() {
+    let area = build(&platform(1)).unwrap();
+    let all = tables(&area);
+    let dsdt = all.iter().find(|(name, _)| name == "DSDT").unwrap().1;
+    let name = |path: &str, value: &'static str| {
+        aml(&acpi_tables::aml::Name::new(
+            acpi_tables::aml::Path::new(path),
+            &value,
+        ))
+    };
+    assert!(contains(dsdt, &name("_CID", "VM_Gen_Counter")));
+    assert!(contains(dsdt, &name("_DDN", "VM_Gen_Counter")));
+    // Method (ADDR, 0) { Return (Package () { 0x000f_e000, 0 }) }
+    let address = [
+        &[0x14, 16][..],
+        b"ADDR",
+        &[0, 0xa4, 0x12, 8, 2, 0x0c, 0, 0xe0, 0x0f, 0, 0],
+    ];
+    assert!(contains(dsdt, &address.concat()));
+    assert!(layout::VM_GENERATION_ID.is_multiple_of(4096));
+    assert!(layout::ACPI.end <= layout::VM_GENERATION_ID);
+    assert!(layout::VM_GENERATION_ID + 4096 <= layout::RESET_VECTOR);
+}
+
 /// For the eyes of `iasl -d`: set `TERN_ACPI_DUMP` to a directory.
 #[test]
 fn tables_can_be_dumped() {
