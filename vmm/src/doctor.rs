@@ -6,7 +6,7 @@ use std::time::Duration;
 use kvm_ioctls::Kvm;
 use serde::Serialize;
 
-use crate::kvm::{self, KvmError, cpu, cpuid, speed};
+use crate::kvm::{self, KvmError, model::HostCpu, speed};
 use crate::layout;
 
 /// Loop iterations of the measurement: enough for a stable figure where the processor executes them.
@@ -118,11 +118,11 @@ pub fn examine() -> Report {
 }
 
 fn processor(report: &mut Report, kvm: &Kvm) {
-    let Ok(supported) = cpu::supported_cpuid(kvm) else {
+    let Ok(host) = HostCpu::examine(kvm) else {
         report.add("processor", Verdict::Warning, "does not tell its features");
         return;
     };
-    let bits = cpuid::physical_address_bits(&supported);
+    let bits = host.physical_address_bits();
     let largest = (1u64 << bits.min(52))
         .saturating_sub(2 * layout::PCI_MMIO64_LEN)
         .min(layout::MAX_RAM);

@@ -2,12 +2,11 @@
 
 #![allow(unsafe_code)]
 
-use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry,
-};
-use kvm_ioctls::{Cap, Kvm, VcpuFd};
+use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry};
+use kvm_ioctls::VcpuFd;
 
-use super::{KvmError, cpuid, failed};
+use super::model::CpuModel;
+use super::{KvmError, failed};
 use crate::boot::{Entry, long_mode};
 
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
@@ -21,36 +20,9 @@ const APIC_LVT_LINT1: usize = 0x360;
 const APIC_MODE_EXTINT: u32 = 7 << 8;
 const APIC_MODE_NMI: u32 = 4 << 8;
 
-/// What KVM supports on this host.
-pub fn supported_cpuid(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(failed("ask which processor features it supports"))?;
-    Ok(supported.as_slice().to_vec())
-}
-
-/// Gives vCPU `id` of `cpus` its features, model-specific registers and interrupt pins.
-///
-/// `supported` comes from [`supported_cpuid`], once for all vCPUs: asking takes KVM a long time.
-pub fn configure(
-    kvm: &Kvm,
-    vcpu: &VcpuFd,
-    supported: &[kvm_cpuid_entry2],
-    id: u8,
-    cpus: u8,
-) -> Result<(), KvmError> {
-    let entries = cpuid::entries(
-        supported,
-        cpuid::Request {
-            apic_id: id,
-            cpus,
-            tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
-        },
-    );
-    let unrepresentable = |_| KvmError::Capability("room for the processor's feature leaves");
-    let entries = CpuId::from_entries(&entries).map_err(unrepresentable)?;
-    vcpu.set_cpuid2(&entries)
-        .map_err(failed("set the processor features"))?;
+/// Gives vCPU `id` of a new guest its features, model-specific registers and interrupt pins.
+pub fn configure(vcpu: &VcpuFd, model: &CpuModel, id: u8) -> Result<(), KvmError> {
+    model.set_features(vcpu, id)?;
     set_msrs(vcpu)?;
     set_interrupt_pins(vcpu)
 }

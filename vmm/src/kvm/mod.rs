@@ -3,15 +3,19 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`cpu`] | one vCPU: features, model-specific registers, interrupt pins, first registers |
-//! | [`cpuid`] | which processor the guest sees |
+//! | [`cpuid`] | what CPUID shows to a guest |
 //! | [`doorbells`] | keeps the registered ioeventfds equal to the set that should exist |
+//! | [`model`] | the processor a guest was promised, and whether a host can keep the promise |
 //! | [`msi`] | interrupt routes and irqfds behind the vectors of PCI functions |
+//! | [`msrs`] | which model-specific registers are state |
 //! | [`speed`] | whether this KVM runs guest code or only interprets it |
 
 pub mod cpu;
 pub mod cpuid;
 pub mod doorbells;
+pub mod model;
 pub mod msi;
+pub mod msrs;
 pub mod speed;
 
 use std::io;
@@ -29,7 +33,7 @@ use crate::layout;
 pub const API_VERSION: i32 = 12;
 
 /// What a guest cannot do without.
-pub const REQUIRED: [(Cap, &str); 10] = [
+pub const REQUIRED: [(Cap, &str); 15] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
@@ -40,6 +44,11 @@ pub const REQUIRED: [(Cap, &str); 10] = [
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::SetIdentityMapAddr, "KVM_CAP_SET_IDENTITY_MAP_ADDR"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+    (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+    (Cap::Xcrs, "KVM_CAP_XCRS"),
+    (Cap::GetTscKhz, "KVM_CAP_GET_TSC_KHZ"),
 ];
 
 /// Why KVM cannot be used. Each message says what to do.

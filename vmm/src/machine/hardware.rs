@@ -9,7 +9,7 @@ use std::sync::Arc;
 use devices::bus::{Bus, BusError};
 use devices::gate::Reasons;
 use devices::memory::{GuestRam, MemoryError, View};
-use kvm_ioctls::{Cap, VcpuFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use pci::root::{AssignError, PciRoot};
 use pci::topology::{LayoutError, PciLayout};
 use vm_memory::{Bytes, GuestAddress};
@@ -25,7 +25,9 @@ use crate::config::MachineSpec;
 use crate::config::check::HostError;
 use crate::console::output::Output;
 use crate::exit::Outcome;
-use crate::kvm::{self, KvmError, Vm, cpu, cpuid, doorbells::Doorbells, msi::KvmMsi, speed};
+use crate::kvm::model::{CpuModel, HostCpu};
+use crate::kvm::speed::Trial;
+use crate::kvm::{self, KvmError, Vm, cpu, doorbells::Doorbells, msi::KvmMsi};
 use crate::layout;
 use crate::serial::SerialPort;
 use crate::vcpu::{self, Control, Wiring, kick};
@@ -68,8 +70,34 @@ pub enum BuildError {
     Resource(#[from] std::io::Error),
 }
 
+/// KVM on this host, and the processor it can give a guest.
+pub struct Host {
+    kvm: Kvm,
+    cpu: HostCpu,
+}
+
+impl Host {
+    /// Opens KVM and asks what it has. `force` accepts one that only interprets guest code.
+    pub fn open(force: bool) -> Result<Self, BuildError> {
+        kick::install()?;
+        let kvm = kvm::open()?;
+        let mut trial = Trial::new(&kvm)?;
+        if !force {
+            trial.check()?;
+        }
+        let cpu = HostCpu::of(&kvm, &trial)?;
+        Ok(Self { kvm, cpu })
+    }
+
+    /// The processor.
+    pub fn cpu(&self) -> &HostCpu {
+        &self.cpu
+    }
+}
+
 /// See the [module documentation](self).
 pub struct Hardware {
+    pub(crate) model: CpuModel,
     pub(crate) spec: MachineSpec,
     pub(crate) vm: Vm,
     pub(crate) ram: Arc<GuestRam>,
@@ -87,32 +115,28 @@ pub struct Hardware {
 impl Hardware {
     /// Builds a machine around memory and devices that are there already. All devices are stopped, as in a pause.
     ///
-    /// `output` takes the serial console's output. `force` accepts a KVM that only interprets.
+    /// `output` takes the serial console's output.
     pub fn create(
+        host: Host,
         spec: MachineSpec,
+        model: CpuModel,
         ram: Arc<GuestRam>,
         backends: Backends,
         output: Option<&Output>,
-        force: bool,
     ) -> Result<Self, BuildError> {
-        kick::install()?;
-        let kvm = kvm::open()?;
-        if !force {
-            speed::check(&kvm)?;
-        }
-        let supported = cpu::supported_cpuid(&kvm)?;
         check_limits(
             &spec,
-            kvm.get_max_vcpus(),
-            cpuid::physical_address_bits(&supported),
+            host.kvm.get_max_vcpus(),
+            host.cpu.physical_address_bits(),
         )?;
-        let vm = Vm::new(kvm, &ram)?;
+        let vm = Vm::new(host.kvm, &ram)?;
+        model.prepare_vm(vm.fd())?;
         let mut vcpus = Vec::with_capacity(usize::from(spec.cpus));
         for id in 0..spec.cpus {
             vcpus.push(vm.create_vcpu(id)?);
         }
         for (id, vcpu) in (0..spec.cpus).zip(&vcpus) {
-            cpu::configure(vm.kvm(), vcpu, &supported, id, spec.cpus)?;
+            cpu::configure(vcpu, &model, id)?;
         }
 
         let control = Arc::new(Control::new(vcpus.len())?);
@@ -148,6 +172,7 @@ impl Hardware {
             }
         });
         Ok(Self {
+            model,
             spec,
             vm,
             ram,
@@ -195,6 +220,7 @@ impl Hardware {
             threads.push(vcpu::spawn(id, vcpu, wiring.clone())?);
         }
         Ok(Arc::new(Machine {
+            model: self.model,
             spec: self.spec,
             leases: super::lease::Leases::default(),
             start: std::sync::Mutex::default(),

@@ -32,10 +32,11 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::config::MachineSpec;
 use crate::exit::Outcome;
 use crate::kvm::Vm;
+use crate::kvm::model::CpuModel;
 use crate::serial::SerialPort;
 use crate::vcpu::{Control, ControlError, RunState};
 use functions::Functions;
-pub use hardware::{BuildError, Hardware};
+pub use hardware::{BuildError, Hardware, Host};
 use lease::{Busy, Lease, Leases, Purpose};
 
 /// How long a pause waits for what devices have in flight, all of them together.
@@ -84,6 +85,7 @@ struct Start {
 
 /// A machine. See the [module documentation](self).
 pub struct Machine {
+    model: CpuModel,
     spec: MachineSpec,
     leases: Leases,
     start: Mutex<Start>,
@@ -107,6 +109,11 @@ impl Machine {
     /// What it was built from.
     pub fn spec(&self) -> &MachineSpec {
         &self.spec
+    }
+
+    /// The processor its guest sees.
+    pub fn model(&self) -> &CpuModel {
+        &self.model
     }
 
     /// Its PCI root complex.
