@@ -1,10 +1,14 @@
-//! The state all vCPUs share: running, paused, ended and why.
+//! The state all vCPUs share: running, paused, ended and why; and jobs for the threads of paused vCPUs.
 
+use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::kick;
@@ -28,6 +32,15 @@ pub enum ControlError {
     /// The guest has ended.
     #[error("the guest has ended")]
     Ended,
+    /// The guest runs, or goes on running, so that its vCPUs are not to be touched.
+    #[error("the guest runs; pause it first")]
+    Running,
+    /// A vCPU's thread did not start, or has not come out of the guest yet.
+    #[error("the thread of vCPU {0} does not wait for the end of a pause")]
+    NotStarted(usize),
+    /// There is no such vCPU.
+    #[error("there is no vCPU {0}")]
+    NoSuchVcpu(usize),
     /// vCPUs did not come out of the guest in time.
     #[error(
         "{vcpus} of the guest's vCPUs did not come to rest within {} s, and the guest goes on running; the host's kernel \
@@ -42,37 +55,87 @@ pub enum ControlError {
     },
 }
 
+/// How long a job waits for a vCPU's thread that is starting.
+const START: Duration = Duration::from_secs(5);
+
+/// What a vCPU's thread is to do with its vCPU while it is parked.
+type Job<V> = Box<dyn FnOnce(&mut V) + Send>;
+
 /// State of the machine as its vCPUs see it. See the [module documentation](super).
+///
+/// `V` is what a thread owns of its vCPU.
 #[derive(Debug)]
-pub struct Control {
+pub struct Control<V = VcpuFd> {
     /// A copy of `Inner::state`, which every entry into the guest reads without a lock.
     state: AtomicU8,
-    inner: Mutex<Inner>,
+    inner: Mutex<Inner<V>>,
     changed: Condvar,
     ended: EventFd,
     vcpus: usize,
 }
 
 #[derive(Debug)]
-struct Inner {
+struct Inner<V> {
     state: RunState,
     outcome: Option<Outcome>,
     /// vCPU threads that can be kicked.
     threads: Vec<kick::Thread>,
-    /// vCPU threads that wait for the end of the pause.
-    parked: usize,
+    /// One for each vCPU.
+    slots: Vec<Slot<V>>,
+}
+
+/// What concerns one vCPU.
+struct Slot<V> {
+    /// Its thread waits for the end of the pause.
+    parked: bool,
+    /// Its thread performs a job.
+    busy: bool,
+    jobs: VecDeque<Job<V>>,
+}
+
+impl<V> Default for Slot<V> {
+    fn default() -> Self {
+        Self {
+            parked: false,
+            busy: false,
+            jobs: VecDeque::new(),
+        }
+    }
+}
+
+impl<V> fmt::Debug for Slot<V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slot")
+            .field("parked", &self.parked)
+            .field("busy", &self.busy)
+            .field("jobs", &self.jobs.len())
+            .finish()
+    }
+}
+
+impl<V> Inner<V> {
+    fn parked(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.parked).count()
+    }
 }
 
 impl Control {
     /// State of a machine with `vcpus` vCPUs. It starts paused.
     pub fn new(vcpus: usize) -> io::Result<Self> {
+        Self::of(vcpus)
+    }
+}
+
+impl<V> Control<V> {
+    /// As [`Control::new`], for threads that own something else.
+    pub fn of(vcpus: usize) -> io::Result<Self> {
         Ok(Self {
             state: AtomicU8::new(RunState::Paused as u8),
             inner: Mutex::new(Inner {
                 state: RunState::Paused,
                 outcome: None,
                 threads: Vec::new(),
-                parked: 0,
+                slots: (0..vcpus).map(|_| Slot::default()).collect(),
             }),
             changed: Condvar::new(),
             ended: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
@@ -80,7 +143,7 @@ impl Control {
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, Inner<V>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -93,8 +156,14 @@ impl Control {
         }
     }
 
-    fn set(&self, inner: &mut Inner, state: RunState) {
+    fn set(&self, inner: &mut Inner<V>, state: RunState) {
         inner.state = state;
+        if state != RunState::Paused {
+            // Whoever waits for them learns it by that.
+            for slot in &mut inner.slots {
+                slot.jobs.clear();
+            }
+        }
         self.state.store(state as u8, Ordering::Release);
         self.changed.notify_all();
     }
@@ -138,20 +207,16 @@ impl Control {
                 thread.kick();
             }
         }
-        while inner.state == RunState::Paused && inner.parked < self.vcpus {
+        while inner.state == RunState::Paused && inner.parked() < self.vcpus {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let vcpus = self.vcpus - inner.parked;
+                let vcpus = self.vcpus - inner.parked();
                 if ran {
                     self.set(&mut inner, RunState::Running);
                 }
                 return Err(ControlError::Stuck { vcpus, patience });
             }
-            inner = self
-                .changed
-                .wait_timeout(inner, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            inner = self.wait_at_most(inner, left);
         }
         match inner.state {
             RunState::Ended => Err(ControlError::Ended),
@@ -159,9 +224,31 @@ impl Control {
         }
     }
 
+    fn wait_at_most<'a>(
+        &self,
+        inner: MutexGuard<'a, Inner<V>>,
+        limit: Duration,
+    ) -> MutexGuard<'a, Inner<V>> {
+        self.changed
+            .wait_timeout(inner, limit)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+    }
+
+    fn wait<'a>(&self, inner: MutexGuard<'a, Inner<V>>) -> MutexGuard<'a, Inner<V>> {
+        self.changed
+            .wait(inner)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Lets all vCPUs run. No effect on a running machine.
+    ///
+    /// Jobs that have begun are waited for, so that no vCPU runs while another one is looked at; others are called off.
     pub fn resume(&self) -> Result<(), ControlError> {
         let mut inner = self.lock();
+        while inner.state == RunState::Paused && inner.slots.iter().any(|slot| slot.busy) {
+            inner = self.wait(inner);
+        }
         match inner.state {
             RunState::Ended => Err(ControlError::Ended),
             RunState::Paused | RunState::Running => {
@@ -171,8 +258,85 @@ impl Control {
         }
     }
 
+    /// Has the thread of vCPU `id` run `job` on its vCPU, and returns the result. For a machine that is paused, also one
+    /// that never ran. Not to be called from a job.
+    ///
+    /// The vCPU is at rest: the access of its last exit is complete.
+    pub fn on_vcpu<R: Send + 'static>(
+        &self,
+        id: usize,
+        job: impl FnOnce(&mut V) -> R + Send + 'static,
+    ) -> Result<R, ControlError> {
+        let result = self.submit(id, job)?;
+        self.result(&result)
+    }
+
+    /// Has the threads of all vCPUs run `job` at the same time, each on its own; it is given the vCPU's number. Returns
+    /// the results in the order of the vCPUs. See [`Self::on_vcpu`].
+    pub fn on_all<R: Send + 'static>(
+        &self,
+        job: impl Fn(usize, &mut V) -> R + Send + Sync + 'static,
+    ) -> Result<Vec<R>, ControlError> {
+        let job = Arc::new(job);
+        let submitted: Result<Vec<_>, _> = (0..self.vcpus)
+            .map(|id| {
+                let job = Arc::clone(&job);
+                self.submit(id, move |vcpu| job(id, vcpu))
+            })
+            .collect();
+        submitted?.iter().map(|one| self.result(one)).collect()
+    }
+
+    fn submit<R: Send + 'static>(
+        &self,
+        id: usize,
+        job: impl FnOnce(&mut V) -> R + Send + 'static,
+    ) -> Result<Receiver<R>, ControlError> {
+        let deadline = Instant::now() + START;
+        let (sender, receiver) = sync_channel(1);
+        let job: Job<V> = Box::new(move |vcpu| {
+            // Fails only if nobody waits any more.
+            let _ = sender.send(job(vcpu));
+        });
+        let mut inner = self.lock();
+        loop {
+            self.check_paused(&inner)?;
+            let slot = inner
+                .slots
+                .get_mut(id)
+                .ok_or(ControlError::NoSuchVcpu(id))?;
+            if slot.parked {
+                slot.jobs.push_back(job);
+                self.changed.notify_all();
+                return Ok(receiver);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ControlError::NotStarted(id));
+            }
+            inner = self.wait_at_most(inner, left);
+        }
+    }
+
+    /// Waits for the end of a job. It may have been called off.
+    fn result<R>(&self, job: &Receiver<R>) -> Result<R, ControlError> {
+        job.recv().or_else(|_| {
+            self.check_paused(&self.lock())?;
+            // Paused again in between, or the thread is gone.
+            Err(ControlError::Running)
+        })
+    }
+
+    fn check_paused(&self, inner: &Inner<V>) -> Result<(), ControlError> {
+        match inner.state {
+            RunState::Paused => Ok(()),
+            RunState::Running => Err(ControlError::Running),
+            RunState::Ended => Err(ControlError::Ended),
+        }
+    }
+
     /// Registers the calling thread as a vCPU's until the result is dropped.
-    pub fn enter(&self) -> Membership<'_> {
+    pub fn enter(&self) -> Membership<'_, V> {
         let thread = kick::Thread::current();
         self.lock().threads.push(thread);
         Membership {
@@ -181,32 +345,44 @@ impl Control {
         }
     }
 
-    /// Waits as long as the machine is paused. For vCPU threads.
-    pub fn park_while_paused(&self) {
+    /// Waits as long as the machine is paused, and meanwhile runs the jobs that come for vCPU `id`. For vCPU threads.
+    pub fn park_while_paused(&self, id: usize, vcpu: &mut V) {
         let mut inner = self.lock();
-        if inner.state != RunState::Paused {
-            return;
-        }
-        inner.parked += 1;
-        self.changed.notify_all();
         while inner.state == RunState::Paused {
-            inner = self
-                .changed
-                .wait(inner)
-                .unwrap_or_else(PoisonError::into_inner);
+            let Some(slot) = inner.slots.get_mut(id) else {
+                return;
+            };
+            if let Some(job) = slot.jobs.pop_front() {
+                slot.busy = true;
+                drop(inner);
+                job(vcpu);
+                inner = self.lock();
+                if let Some(slot) = inner.slots.get_mut(id) {
+                    slot.busy = false;
+                }
+                self.changed.notify_all();
+                continue;
+            }
+            if !slot.parked {
+                slot.parked = true;
+                self.changed.notify_all();
+            }
+            inner = self.wait(inner);
         }
-        inner.parked -= 1;
+        if let Some(slot) = inner.slots.get_mut(id) {
+            slot.parked = false;
+        }
     }
 }
 
 /// While it lives, its thread is kicked when the state changes.
 #[derive(Debug)]
-pub struct Membership<'a> {
-    control: &'a Control,
+pub struct Membership<'a, V = VcpuFd> {
+    control: &'a Control<V>,
     thread: kick::Thread,
 }
 
-impl Drop for Membership<'_> {
+impl<V> Drop for Membership<'_, V> {
     fn drop(&mut self) {
         // Under the lock, so that no thread is kicked after it has gone.
         self.control.lock().threads.retain(|t| *t != self.thread);
@@ -216,15 +392,16 @@ impl Drop for Membership<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
 
     const LONG: Duration = Duration::from_secs(60);
 
     /// Threads that do what vCPU threads do, with sleeping in place of the guest.
-    fn vcpus(control: &Arc<Control>, count: usize) -> Vec<std::thread::JoinHandle<u32>> {
+    ///
+    /// What each owns is a number: how often it was in the guest.
+    fn vcpus(control: &Arc<Control<u32>>, count: usize) -> Vec<std::thread::JoinHandle<u32>> {
         kick::install().unwrap();
         (0..count)
-            .map(|_| {
+            .map(|id| {
                 let control = Arc::clone(control);
                 std::thread::spawn(move || {
                     let _membership = control.enter();
@@ -235,7 +412,7 @@ mod tests {
                                 rounds += 1;
                                 std::thread::sleep(Duration::from_millis(1));
                             }
-                            RunState::Paused => control.park_while_paused(),
+                            RunState::Paused => control.park_while_paused(id, &mut rounds),
                             RunState::Ended => return rounds,
                         }
                     }
@@ -246,7 +423,7 @@ mod tests {
 
     #[test]
     fn the_first_outcome_counts() {
-        let control = Control::new(0).unwrap();
+        let control = Control::<u32>::of(0).unwrap();
         control.finish(Outcome::Panic);
         control.finish(Outcome::PowerOff);
         assert_eq!(control.outcome(), Some(Outcome::Panic));
@@ -255,12 +432,12 @@ mod tests {
 
     #[test]
     fn a_machine_is_paused_when_all_vcpus_are_out() {
-        let control = Arc::new(Control::new(3).unwrap());
+        let control = Arc::new(Control::<u32>::of(3).unwrap());
         let threads = vcpus(&control, 3);
         for _ in 0..20 {
             control.resume().unwrap();
             control.pause(LONG).unwrap();
-            assert_eq!(control.lock().parked, 3);
+            assert_eq!(control.lock().parked(), 3);
         }
         control.resume().unwrap();
         control.finish(Outcome::PowerOff);
@@ -272,7 +449,7 @@ mod tests {
 
     #[test]
     fn a_vcpu_that_does_not_come_out_ends_the_pause_and_the_machine_runs_on() {
-        let control = Arc::new(Control::new(3).unwrap());
+        let control = Arc::new(Control::<u32>::of(3).unwrap());
         let threads = vcpus(&control, 2);
         control.resume().unwrap();
         let patience = Duration::from_millis(50);
@@ -287,12 +464,115 @@ mod tests {
 
     #[test]
     fn pausing_ends_when_the_guest_does() {
-        let control = Arc::new(Control::new(1).unwrap());
+        let control = Arc::new(Control::<u32>::of(1).unwrap());
         control.resume().unwrap();
         let other = Arc::clone(&control);
         let pausing = std::thread::spawn(move || other.pause(LONG));
         control.finish(Outcome::Panic);
         assert_eq!(pausing.join().unwrap(), Err(ControlError::Ended));
         assert_eq!(control.resume(), Err(ControlError::Ended));
+    }
+
+    fn end(control: &Control<u32>, threads: Vec<std::thread::JoinHandle<u32>>) {
+        control.finish(Outcome::PowerOff);
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn jobs_run_on_the_vcpus_of_a_machine_that_never_ran() {
+        let control = Arc::new(Control::<u32>::of(3).unwrap());
+        let early = Arc::clone(&control);
+        // Before there is a thread.
+        let waiting = std::thread::spawn(move || early.on_vcpu(1, |rounds| *rounds));
+        let threads = vcpus(&control, 3);
+        assert_eq!(waiting.join().unwrap(), Ok(0));
+        control
+            .on_all(|id, rounds| *rounds += 1000 * id as u32)
+            .unwrap();
+        assert_eq!(control.on_all(|_, rounds| *rounds), Ok(vec![0, 1000, 2000]));
+        assert_eq!(control.on_vcpu(3, |_| ()), Err(ControlError::NoSuchVcpu(3)));
+        end(&control, threads);
+    }
+
+    #[test]
+    fn jobs_run_on_the_threads_of_their_vcpus_while_all_are_out() {
+        let control = Arc::new(Control::<u32>::of(2).unwrap());
+        let threads = vcpus(&control, 2);
+        for _ in 0..20 {
+            control.resume().unwrap();
+            control.pause(LONG).unwrap();
+            let before = control.on_all(|_, rounds| *rounds).unwrap();
+            let ran_on = control.on_all(|_, _| std::thread::current().id()).unwrap();
+            let expected: Vec<_> = threads.iter().map(|t| t.thread().id()).collect();
+            assert_eq!(ran_on, expected);
+            assert_eq!(control.on_all(|_, rounds| *rounds), Ok(before));
+        }
+        end(&control, threads);
+    }
+
+    #[test]
+    fn a_machine_that_runs_or_ended_takes_no_jobs() {
+        let control = Arc::new(Control::<u32>::of(1).unwrap());
+        let threads = vcpus(&control, 1);
+        control.resume().unwrap();
+        assert_eq!(control.on_vcpu(0, |_| ()), Err(ControlError::Running));
+        assert_eq!(control.on_all(|_, _| ()), Err(ControlError::Running));
+        end(&control, threads);
+        assert_eq!(control.on_vcpu(0, |_| ()), Err(ControlError::Ended));
+    }
+
+    #[test]
+    fn resuming_waits_for_the_job_that_began_and_calls_off_the_next() {
+        let control = Arc::new(Control::<u32>::of(2).unwrap());
+        let threads = vcpus(&control, 2);
+        control.pause(LONG).unwrap();
+        let (began, has_begun) = sync_channel(0);
+        let (finish, may_finish) = sync_channel::<()>(0);
+        let job = move |_: &mut u32| {
+            began.send(()).unwrap();
+            may_finish.recv().unwrap();
+        };
+        let first = Arc::clone(&control);
+        let first = std::thread::spawn(move || first.on_vcpu(0, job));
+        has_begun.recv().unwrap();
+        let next = control.submit(0, |_| ()).unwrap();
+
+        let resuming = Arc::clone(&control);
+        let resuming = std::thread::spawn(move || resuming.resume());
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(control.state(), RunState::Paused);
+        // Only now may it end, and be followed by the other or not.
+        finish.send(()).unwrap();
+        assert_eq!(first.join().unwrap(), Ok(()));
+        assert_eq!(resuming.join().unwrap(), Ok(()));
+        let next = control.result(&next);
+        assert!(
+            matches!(next, Ok(()) | Err(ControlError::Running)),
+            "{next:?}"
+        );
+        end(&control, threads);
+    }
+
+    #[test]
+    fn the_end_of_the_guest_calls_jobs_off() {
+        let control = Arc::new(Control::<u32>::of(1).unwrap());
+        let threads = vcpus(&control, 1);
+        control.pause(LONG).unwrap();
+        let (finish, may_finish) = sync_channel::<()>(0);
+        let (began, has_begun) = sync_channel(0);
+        let job = move |_: &mut u32| {
+            began.send(()).unwrap();
+            may_finish.recv().unwrap();
+        };
+        let first = control.submit(0, job).unwrap();
+        has_begun.recv().unwrap();
+        let next = control.submit(0, |_| ()).unwrap();
+        control.finish(Outcome::PowerOff);
+        finish.send(()).unwrap();
+        assert_eq!(control.result(&first), Ok(()));
+        assert_eq!(control.result(&next), Err(ControlError::Ended));
+        end(&control, threads);
     }
 }

@@ -10,6 +10,9 @@
 //!
 //! A vCPU looks at the state before every entry into the guest. [`kick`] makes it leave the guest for that, without a
 //! window in which a kick could be lost.
+//!
+//! A vCPU's descriptor belongs to its thread. Whoever wants something of a paused vCPU leaves a job for that thread
+//! ([`Control::on_vcpu`]), which runs it where it waits for the end of the pause.
 
 pub mod control;
 pub mod kick;
@@ -100,7 +103,7 @@ impl Vcpu {
                     if control.state() == RunState::Paused {
                         self.tell_pause();
                     }
-                    control.park_while_paused();
+                    control.park_while_paused(usize::from(self.id), &mut self.fd);
                 }
                 Exit::End(outcome) => control.finish(outcome),
                 Exit::Failure(what) => {
