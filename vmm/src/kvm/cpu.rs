@@ -106,6 +106,18 @@ pub fn describe(vcpu: &mut VcpuFd) -> String {
     text
 }
 
+/// The registers of a vCPU that triple-faulted, as [`describe`].
+///
+/// AMD's processors leave none behind, and KVM then resets the vCPU.
+pub fn describe_crash(vcpu: &mut VcpuFd) -> String {
+    const RESET: u64 = 0xfff0;
+    let reset = |regs: kvm_bindings::kvm_regs| regs.rip == RESET && regs.rsp == 0;
+    if vcpu.get_regs().is_ok_and(reset) {
+        return "; this host's processor leaves no registers of it".to_owned();
+    }
+    describe(vcpu)
+}
+
 /// The sub-error of an internal error exit.
 pub fn internal_error(vcpu: &mut VcpuFd) -> u32 {
     let run = vcpu.get_kvm_run();

@@ -69,6 +69,7 @@ enum Exit {
     Port(Direction),
     Handled(Effect),
     End(Outcome),
+    TripleFault,
     Failure(String),
     Interrupted,
 }
@@ -106,6 +107,11 @@ impl Vcpu {
                     control.park_while_paused(usize::from(self.id), &mut self.fd);
                 }
                 Exit::End(outcome) => control.finish(outcome),
+                Exit::TripleFault => {
+                    let registers = cpu::describe_crash(&mut self.fd);
+                    tracing::error!("vCPU {} triple-faulted{registers}", self.id);
+                    control.finish(Outcome::Reset { triple_fault: true });
+                }
                 Exit::Failure(what) => {
                     let registers = cpu::describe(&mut self.fd);
                     let id = self.id;
@@ -144,7 +150,7 @@ impl Vcpu {
             Ok(VcpuExit::MmioWrite(address, data)) => Exit::Handled(mmio.write(address, data)),
             Ok(VcpuExit::Hlt) => Exit::Handled(Effect::None),
             Ok(VcpuExit::Intr) => Exit::Interrupted,
-            Ok(VcpuExit::Shutdown) => Exit::End(Outcome::Reset { triple_fault: true }),
+            Ok(VcpuExit::Shutdown) => Exit::TripleFault,
             Ok(VcpuExit::SystemEvent(kind, _)) => match kind {
                 kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => Exit::End(Outcome::PowerOff),
                 kvm_bindings::KVM_SYSTEM_EVENT_RESET => Exit::End(Outcome::Reset {
