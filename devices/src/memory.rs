@@ -10,11 +10,13 @@
 
 mod backing;
 mod dirty;
+mod lent;
 mod mapping;
 pub mod records;
 
 pub use backing::Backing;
 pub use dirty::DirtyPages;
+pub use lent::{GuestRead, GuestWrite};
 pub use records::Records;
 
 use std::io;
@@ -25,8 +27,8 @@ use std::sync::Arc;
 use mapping::Mapping;
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice, WithBitmapSlice};
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    VolatileSlice, mmap::MmapRegionBuilder,
+    GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, mmap::MmapRegionBuilder,
 };
 
 /// Bytes in one page of the dirty bitmaps; also the granularity of KVM's dirty log.
@@ -301,12 +303,6 @@ impl Bitmap for ViewBitmap {
     }
 }
 
-/// Contiguous guest memory as a [`View`] lends it, for scatter-gather I/O.
-///
-/// Writing through its raw pointer bypasses the dirty bitmap: afterwards, mark what was written with
-/// `slice.bitmap().mark_dirty(0, n)`.
-pub type GuestSlice<'v> = VolatileSlice<'v, RefSlice<'v, ViewBitmap>>;
-
 /// Guest RAM as one device function sees it. Cheap to clone; clones mark the same bitmap and share
 /// their [`Records`].
 ///
@@ -328,6 +324,26 @@ impl View {
     /// What the function wrote through this view and its clones, for those who asked.
     pub fn records(&self) -> &Arc<Records> {
         &self.records
+    }
+
+    /// `start..start + len`, for a device that reads it.
+    pub(crate) fn lend_to_read(
+        &self,
+        start: GuestAddress,
+        len: usize,
+    ) -> impl Iterator<Item = Result<GuestRead<'_>, GuestMemoryError>> {
+        GuestMemoryBackend::get_slices(&self.memory, start, len)
+            .map(|slice| slice.map(GuestRead::new))
+    }
+
+    /// `start..start + len`, for a device that writes it.
+    pub(crate) fn lend_to_write(
+        &self,
+        start: GuestAddress,
+        len: usize,
+    ) -> impl Iterator<Item = Result<GuestWrite<'_>, GuestMemoryError>> {
+        GuestMemoryBackend::get_slices(&self.memory, start, len)
+            .map(|slice| slice.map(GuestWrite::new))
     }
 
     /// True if every byte of `start..start + len` is RAM. `len` 0 asks about nothing and is true.

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::memory::GuestSlice;
+use crate::memory::{GuestRead, GuestWrite};
 
 /// Storage behind a disk.
 ///
@@ -10,7 +10,7 @@ use crate::memory::GuestSlice;
 /// [`Self::len`]; offsets and lengths are in bytes and multiples of 512. Any error fails the request
 /// (VIRTIO_BLK_S_IOERR) and nothing else.
 ///
-/// The device marks what [`Self::read`] wrote to guest memory; a backend need not.
+/// What [`Self::read`] writes to guest memory is marked by the type of its buffers.
 pub trait Backend: Send + Sync {
     /// Capacity in bytes; a multiple of 512 that never changes.
     fn len(&self) -> u64;
@@ -21,10 +21,10 @@ pub trait Backend: Send + Sync {
     }
 
     /// Fills all of `buffers`, in order, from `offset` on.
-    fn read(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()>;
+    fn read(&self, offset: u64, buffers: &[GuestWrite<'_>]) -> io::Result<()>;
 
     /// Writes all of `buffers`, in order, from `offset` on.
-    fn write(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()>;
+    fn write(&self, offset: u64, buffers: &[GuestRead<'_>]) -> io::Result<()>;
 
     /// Makes every completed write survive a power failure.
     fn flush(&self) -> io::Result<()>;

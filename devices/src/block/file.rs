@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::BlockError;
 use super::backend::Backend;
 use super::request::SECTOR;
-use crate::memory::GuestSlice;
+use crate::memory::{GuestRead, GuestWrite};
 
 /// The most buffers the kernel takes in one call (IOV_MAX).
 const IOV_MAX: usize = 1024;
@@ -130,8 +130,9 @@ impl Backend for RawFile {
         self.len
     }
 
-    fn read(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
-        transfer(offset, buffers, |iovecs, offset| {
+    fn read(&self, offset: u64, buffers: &[GuestWrite<'_>]) -> io::Result<()> {
+        let mut iovecs: Vec<_> = buffers.iter().map(GuestWrite::iovec).collect();
+        transfer(offset, &mut iovecs, |iovecs, offset| {
             // SAFETY: the vectors point into guest memory that `buffers` keeps mapped for the length of this call,
             // and their count is at most IOV_MAX. Guest memory is shared with the guest, so any bytes may be
             // written to it at any time.
@@ -146,8 +147,9 @@ impl Backend for RawFile {
         })
     }
 
-    fn write(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
-        transfer(offset, buffers, |iovecs, offset| {
+    fn write(&self, offset: u64, buffers: &[GuestRead<'_>]) -> io::Result<()> {
+        let mut iovecs: Vec<_> = buffers.iter().map(GuestRead::iovec).collect();
+        transfer(offset, &mut iovecs, |iovecs, offset| {
             // SAFETY: as in `read`; the kernel only reads from the vectors.
             unsafe {
                 libc::pwritev64(
@@ -184,25 +186,14 @@ impl Backend for RawFile {
     }
 }
 
-/// Moves all of `buffers` with as many calls of `call` as it takes.
+/// Moves all of `iovecs` with as many calls of `call` as it takes.
 fn transfer(
     offset: u64,
-    buffers: &[GuestSlice<'_>],
+    iovecs: &mut [libc::iovec],
     call: impl Fn(&[libc::iovec], i64) -> isize,
 ) -> io::Result<()> {
-    let guards: Vec<_> = buffers
-        .iter()
-        .map(|buffer| buffer.ptr_guard_mut())
-        .collect();
-    let mut iovecs: Vec<_> = guards
-        .iter()
-        .map(|guard| libc::iovec {
-            iov_base: guard.as_ptr().cast(),
-            iov_len: guard.len(),
-        })
-        .collect();
     let mut at = i64::try_from(offset).map_err(io::Error::other)?;
-    let mut rest = iovecs.as_mut_slice();
+    let mut rest = iovecs;
     while !rest.is_empty() {
         let batch = rest.get(..rest.len().min(IOV_MAX)).unwrap_or_default();
         let moved = match call(batch, at) {

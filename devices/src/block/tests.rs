@@ -9,9 +9,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::mpsc;
 use tempfile::NamedTempFile;
-use vm_memory::Bytes;
 
-use crate::memory::GuestSlice;
+use crate::memory::{GuestRead, GuestWrite};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -470,18 +469,18 @@ impl Backend for Fake {
         SECTORS * 512
     }
 
-    fn read(&self, _offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+    fn read(&self, _offset: u64, buffers: &[GuestWrite<'_>]) -> io::Result<()> {
         self.reads.fetch_add(1, SeqCst);
         if let Some(gate) = &self.gate {
             let _ = gate.lock().unwrap().recv();
         }
         for buffer in buffers {
-            buffer.write_slice(&vec![7; buffer.len()], 0).unwrap();
+            buffer.copy_from(&vec![7; buffer.len()]);
         }
         self.outcome()
     }
 
-    fn write(&self, _offset: u64, _buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+    fn write(&self, _offset: u64, _buffers: &[GuestRead<'_>]) -> io::Result<()> {
         self.outcome()
     }
 
@@ -684,7 +683,7 @@ impl Backend for Slow {
         SECTORS * 512
     }
 
-    fn read(&self, offset: u64, _buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+    fn read(&self, offset: u64, _buffers: &[GuestWrite<'_>]) -> io::Result<()> {
         self.reads.lock().unwrap().push(offset);
         self.threads
             .lock()
@@ -694,7 +693,7 @@ impl Backend for Slow {
         Ok(())
     }
 
-    fn write(&self, _offset: u64, _buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+    fn write(&self, _offset: u64, _buffers: &[GuestRead<'_>]) -> io::Result<()> {
         Ok(())
     }
 

@@ -7,7 +7,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use vm_memory::bitmap::Bitmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::backend::Backend;
@@ -328,13 +327,7 @@ fn perform(job: &Job, backend: &dyn Backend, view: &View) -> io::Result<()> {
                 .chain
                 .writable_slices(view, 0, range.end - range.start)
                 .map_err(io::Error::other)?;
-            let outcome = backend.read(range.start, &slices);
-            // After the write, and also if it failed half-way: a page marked too early could be sent before its
-            // new content is there.
-            for slice in &slices {
-                slice.bitmap().mark_dirty(0, slice.len());
-            }
-            outcome
+            backend.read(range.start, &slices)
         }
         Request::Write(range) => {
             let slices = job

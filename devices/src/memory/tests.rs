@@ -401,3 +401,25 @@ fn no_mark_is_lost_to_one_that_is_being_taken() {
         assert_eq!(*value, there, "page {page}");
     }
 }
+
+#[test]
+fn what_a_device_may_write_is_marked_when_it_is_given_up() {
+    let ram = two_ranges();
+    let view = ram.view().unwrap();
+    let reads: Vec<_> = view.lend_to_read(GuestAddress(0), PAGE_SIZE).collect();
+    drop(reads);
+    assert_eq!(ram.dirty_pages().take(), [[0], [0]]);
+    let slice = view
+        .lend_to_write(GuestAddress(PAGE_SIZE as u64 - 1), 2)
+        .next()
+        .unwrap()
+        .unwrap();
+    assert_eq!((slice.len(), slice.iovec().iov_len), (2, 2));
+    assert_eq!(
+        ram.dirty_pages().take(),
+        [[0], [0]],
+        "not before it is written"
+    );
+    drop(slice);
+    assert_eq!(ram.dirty_pages().take(), [[0b11], [0]]);
+}

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::link::{Counters, FRAME_MAX, FRAME_MIN, HEADER_LEN, Link, frame_len};
 use super::offload;
-use crate::memory::View;
+use crate::memory::{GuestRead, View};
 use crate::virtio::Chain;
 
 const TUN: &str = "/dev/net/tun";
@@ -230,14 +230,7 @@ impl Link for Tap {
             Ok(slices) if slices.len() <= IOV_MAX => slices,
             _ => return self.counters.malformed(),
         };
-        let guards: Vec<_> = slices.iter().map(|slice| slice.ptr_guard()).collect();
-        let iovecs: Vec<_> = guards
-            .iter()
-            .map(|guard| libc::iovec {
-                iov_base: guard.as_ptr().cast_mut().cast(),
-                iov_len: guard.len(),
-            })
-            .collect();
+        let iovecs: Vec<_> = slices.iter().map(GuestRead::iovec).collect();
         loop {
             // SAFETY: the vectors point into guest memory that `slices` keeps mapped for the length of this call;
             // the kernel only reads from them, and their count is at most IOV_MAX.

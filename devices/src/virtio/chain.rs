@@ -1,9 +1,9 @@
 //! A descriptor chain, taken from the ring as a whole and checked before a device sees it.
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::memory::{GuestSlice, View};
+use crate::memory::{GuestRead, GuestWrite, View};
 
 /// Index of the descriptor a chain starts with; names the chain in the used ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -195,20 +195,24 @@ impl Chain {
         view: &'v View,
         offset: u64,
         len: u64,
-    ) -> Result<Vec<GuestSlice<'v>>, GuestMemoryError> {
-        slices(view, self.readable(), offset, len)
+    ) -> Result<Vec<GuestRead<'v>>, GuestMemoryError> {
+        pieces(self.readable(), offset, len)
+            .flat_map(|(start, len)| view.lend_to_read(start, len))
+            .collect()
     }
 
     /// The device-writable bytes `offset..offset + len` as slices of guest memory, for scatter-gather I/O.
     ///
-    /// What is written through raw pointers must be marked: see [`GuestSlice`].
+    /// Each marks its pages when it is dropped: see [`GuestWrite`].
     pub fn writable_slices<'v>(
         &self,
         view: &'v View,
         offset: u64,
         len: u64,
-    ) -> Result<Vec<GuestSlice<'v>>, GuestMemoryError> {
-        slices(view, self.writable(), offset, len)
+    ) -> Result<Vec<GuestWrite<'v>>, GuestMemoryError> {
+        pieces(self.writable(), offset, len)
+            .flat_map(|(start, len)| view.lend_to_write(start, len))
+            .collect()
     }
 }
 
@@ -235,19 +239,4 @@ fn pieces(
             )
         })
     })
-}
-
-fn slices<'v>(
-    view: &'v View,
-    buffers: &[Buffer],
-    offset: u64,
-    len: u64,
-) -> Result<Vec<GuestSlice<'v>>, GuestMemoryError> {
-    let mut out = Vec::new();
-    for (start, len) in pieces(buffers, offset, len) {
-        for slice in GuestMemoryBackend::get_slices(&**view, start, len) {
-            out.push(slice?);
-        }
-    }
-    Ok(out)
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use devices::block::{Backend, Block, BlockConfig};
 use devices::console::Console;
 use devices::gate::{Patience, Reasons};
-use devices::memory::GuestSlice;
+use devices::memory::{GuestRead, GuestWrite};
 use devices::net::{MacAddress, Net, PortConfig, Switch};
 use devices::rng::Rng;
 use devices::virtio::{Doors, VirtioDevice, VirtioFunction};
@@ -110,7 +110,7 @@ impl Backend for Disk {
         self.1
     }
 
-    fn read(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+    fn read(&self, offset: u64, buffers: &[GuestWrite<'_>]) -> io::Result<()> {
         let bytes = self.bytes();
         let mut at = offset as usize;
         for buffer in buffers {
@@ -120,7 +120,7 @@ impl Backend for Disk {
         Ok(())
     }
 
-    fn write(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+    fn write(&self, offset: u64, buffers: &[GuestRead<'_>]) -> io::Result<()> {
         let mut bytes = self.bytes();
         let mut at = offset as usize;
         for buffer in buffers {

@@ -496,12 +496,15 @@ fn invert(view: &View, how: usize, address: u64, len: usize) {
             }
         }
         2 => {
-            let slice = view.get_slice(address, len).unwrap();
-            let target = slice.ptr_guard_mut();
-            // SAFETY: the slice is `len` bytes of live guest memory, as is `bytes`; they do not overlap, and this
-            // thread alone uses them.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target.as_ptr(), len) };
-            slice.bitmap().mark_dirty(0, len);
+            let mut bytes = &bytes[..];
+            for slice in view.lend_to_write(address, len) {
+                let slice = slice.unwrap();
+                let (target, len) = (slice.iovec().iov_base, slice.len());
+                // SAFETY: the slice is `len` bytes of live guest memory, and `bytes` has at least as many; they do not
+                // overlap, and this thread alone uses them.
+                unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target.cast(), len) };
+                bytes = &bytes[len..];
+            }
         }
         3 => {
             let slice = view.get_slice(address, len).unwrap();

@@ -5,7 +5,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use devices::block::Backend;
-use devices::memory::GuestSlice;
+use devices::memory::{GuestRead, GuestWrite};
 
 pub const SECTORS: usize = 256;
 pub const SECTOR: usize = 512;
@@ -98,7 +98,7 @@ impl Backend for Disk {
         (SECTORS * SECTOR) as u64
     }
 
-    fn read(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+    fn read(&self, offset: u64, buffers: &[GuestWrite<'_>]) -> io::Result<()> {
         let state = self.enter();
         let mut at = offset as usize;
         for buffer in buffers {
@@ -108,7 +108,7 @@ impl Backend for Disk {
         Ok(())
     }
 
-    fn write(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+    fn write(&self, offset: u64, buffers: &[GuestRead<'_>]) -> io::Result<()> {
         let mut state = self.enter();
         let mut at = offset as usize;
         state.writes[at / SECTOR] += 1;

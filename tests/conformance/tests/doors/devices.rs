@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use conformance::QUIET;
 use devices::block::{Backend, Block, BlockConfig};
-use devices::memory::GuestSlice;
+use devices::memory::{GuestRead, GuestWrite};
 use devices::net::{MacAddress, Net, PortConfig, Switch};
 use devices::virtio::{Doors, VirtioDevice};
 use driver::access::{Dma, DmaExt, Function, FunctionExt};
@@ -18,7 +18,6 @@ use driver::virtio::{Buffer, Door, SplitQueue, Transport, common};
 
 use super::checks::RUNNING;
 use super::rig::{CASES, Kind, only, plug};
-use vm_memory::Bytes;
 
 /// How long a thread of a device may take.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -141,7 +140,7 @@ impl Backend for Slow {
         64 * 512
     }
 
-    fn read(&self, _offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+    fn read(&self, _offset: u64, buffers: &[GuestWrite<'_>]) -> io::Result<()> {
         let mut state = self.state.lock().unwrap();
         state.started += 1;
         let stuck = |state: &mut SlowState| state.allowed == 0;
@@ -149,12 +148,12 @@ impl Backend for Slow {
         state.allowed -= 1;
         drop(state);
         for buffer in buffers {
-            buffer.write_slice(&vec![7; buffer.len()], 0).unwrap();
+            buffer.copy_from(&vec![7; buffer.len()]);
         }
         Ok(())
     }
 
-    fn write(&self, _offset: u64, _buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+    fn write(&self, _offset: u64, _buffers: &[GuestRead<'_>]) -> io::Result<()> {
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use devices::block::Backend;
-use devices::memory::GuestSlice;
+use devices::memory::{GuestRead, GuestWrite};
 
 /// What storage was asked to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,19 +164,15 @@ fn part(bytes: &mut [u8], offset: u64, len: usize) -> &mut [u8] {
     bytes.get_mut(from..from + len).unwrap_or_default()
 }
 
-/// Writes `bytes` to `buffer`, which is as long, the way a kernel does that reads a file: nothing marks the pages. The
-/// device has to.
+/// Writes `bytes` to `buffer`, which is as long, the way a kernel does that reads a file: nothing but the type
+/// of the buffer marks the pages.
 #[allow(unsafe_code)]
-fn fill(buffer: &GuestSlice<'_>, bytes: &[u8]) {
-    let len = buffer.len().min(bytes.len());
-    let memory = buffer.ptr_guard_mut();
-    // SAFETY: the guard holds `len` bytes or more of mapped guest memory, which no Rust reference points to, and `bytes` is
+fn fill(buffer: &GuestWrite<'_>, bytes: &[u8]) {
+    let memory = buffer.iovec();
+    let len = memory.iov_len.min(bytes.len());
+    // SAFETY: the buffer is `len` bytes or more of mapped guest memory, which no Rust reference points to, and `bytes` is
     // memory of this process's own, so that the two do not overlap.
-    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.as_ptr(), len) }
-}
-
-fn total(buffers: &[GuestSlice<'_>]) -> usize {
-    buffers.iter().map(|buffer| buffer.len()).sum()
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.iov_base.cast(), len) }
 }
 
 impl Backend for Disk {
@@ -184,8 +180,8 @@ impl Backend for Disk {
         self.lock().bytes.len() as u64
     }
 
-    fn read(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
-        let len = total(buffers);
+    fn read(&self, offset: u64, buffers: &[GuestWrite<'_>]) -> io::Result<()> {
+        let len = buffers.iter().map(GuestWrite::len).sum();
         self.access(Access::Read(offset, len), |bytes| {
             let mut from = &*part(bytes, offset, len);
             for buffer in buffers {
@@ -196,8 +192,8 @@ impl Backend for Disk {
         })
     }
 
-    fn write(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
-        let len = total(buffers);
+    fn write(&self, offset: u64, buffers: &[GuestRead<'_>]) -> io::Result<()> {
+        let len = buffers.iter().map(GuestRead::len).sum();
         self.access(Access::Write(offset, len), |bytes| {
             let mut to = part(bytes, offset, len);
             for buffer in buffers {
