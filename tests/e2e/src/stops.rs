@@ -153,8 +153,8 @@ fn by_hand() -> Result<()> {
     ensure!(read["bytes"] == frozen.len() && frozen.len() == before.len());
     let shown = hand.ask(&["pf0-vf1", "context", "show", name])?;
     let fields = shown["fields"].as_array().context("fields")?;
-    let ring = fields.iter().find(|f| f["field"] == "VQ_SPLIT_RUNTIME_CFG");
-    ensure!(ring.context("no ring")?["queue_enable"] == 1, "{shown}");
+    let ring = fields.iter().find(|f| f["type"] == "VQ_SPLIT_RUNTIME_CFG");
+    ensure!(ring.context("no ring")?["enabled"] == true, "{shown}");
 
     // What is no context leaves no trace.
     let broken = disks.directory.path().join("broken.ctx");

@@ -71,7 +71,7 @@ enum Command {
     /// Show or set the mode of a virtual function
     Mode(mode::Mode),
     /// Read, write and show the device context of a virtual function
-    Context(context::Context),
+    Context(context::ContextCommand),
     /// Record which pages of guest memory a virtual function writes
     Records(records::Records),
 }
