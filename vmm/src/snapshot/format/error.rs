@@ -15,8 +15,13 @@ pub struct Invalid {
 impl Invalid {
     /// Rejects the value that is being looked at.
     pub fn new(reason: impl fmt::Display) -> Self {
+        Self::at("", reason)
+    }
+
+    /// Rejects the value at `path`.
+    pub fn at(path: impl Into<String>, reason: impl fmt::Display) -> Self {
         Self {
-            path: String::new(),
+            path: path.into(),
             reason: reason.to_string(),
         }
     }

@@ -11,9 +11,19 @@
 //! | [`error`] | errors that name a place in the JSON |
 //! | [`version`] | versions of sections |
 //! | [`context`] | the device context of a function |
+//! | [`function`] | a virtio function |
+//! | [`owner`] | an SR-IOV owner: the sessions of its drivers |
+//! | [`pci`] | registers on the PCI bus |
+//! | [`config_space`] | a configuration space in lines |
+//! | [`serial`] | the serial port |
 
+pub mod config_space;
 pub mod context;
 pub mod error;
+pub mod function;
 pub mod hex;
 pub mod machine;
+pub mod owner;
+pub mod pci;
+pub mod serial;
 pub mod version;

@@ -1,0 +1,208 @@
+//! Registers of the functions on the PCI bus.
+
+use pci::msix::state::MsixState;
+use pci::msix::{Control, Entry};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::config_space::Bytes;
+use super::error::{At, Invalid, check_ascending, convert_all};
+use super::hex::Hex;
+use super::version::Version;
+
+/// The functions on the PCI bus.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Pci {
+    /// Version of this section.
+    pub version: Version<1>,
+    /// Every function that exists, ascending by place.
+    pub functions: Vec<Registers>,
+}
+
+/// Registers of one function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Registers {
+    /// Device and function on the root bus, as in `02.0`, or those of a root port and then those behind it, as in
+    /// `02.0/00.1`.
+    #[schemars(regex(pattern = "^[0-9a-f]{2}\\.[0-7](/[0-9a-f]{2}\\.[0-7])?$"))]
+    pub place: String,
+    /// Name of the function.
+    pub name: String,
+    /// Configuration space.
+    pub config: Bytes,
+    /// MSI-X, of a function that has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub msix: Option<Msix>,
+}
+
+/// MSI-X of a function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Msix {
+    /// MSI-X Enable.
+    pub enabled: bool,
+    /// Function Mask.
+    pub function_mask: bool,
+    /// The table, an entry for each vector.
+    #[schemars(length(max = 2048))]
+    pub entries: Vec<MsixEntry>,
+    /// Vectors whose pending bit is set, ascending.
+    pub pending: Vec<u16>,
+}
+
+/// An entry of an MSI-X table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MsixEntry {
+    /// Message address, a multiple of 4.
+    pub address: Hex<u64>,
+    /// Message data.
+    pub data: Hex<u32>,
+    /// Mask bit of Vector Control.
+    pub masked: bool,
+}
+
+/// The most entries a table has.
+const MAX_VECTORS: usize = 2048;
+
+impl Registers {
+    /// Looks at all of it.
+    ///
+    /// # Errors
+    ///
+    /// The first value that no function has.
+    pub fn check(&self) -> Result<(), Invalid> {
+        self.config.plain().field("config")?;
+        self.msix
+            .as_ref()
+            .map(Msix::plain)
+            .transpose()
+            .field("msix")?;
+        Ok(())
+    }
+}
+
+impl Msix {
+    /// The JSON of `state`.
+    pub fn of(state: &MsixState) -> Self {
+        let MsixState {
+            control,
+            entries,
+            pending,
+        } = state;
+        let entries = entries.iter().map(|entry| MsixEntry {
+            address: Hex(entry.address),
+            data: Hex(entry.data),
+            masked: entry.masked,
+        });
+        Self {
+            enabled: control.enabled,
+            function_mask: control.function_mask,
+            entries: entries.collect(),
+            pending: pending.clone(),
+        }
+    }
+
+    /// The state.
+    ///
+    /// # Errors
+    ///
+    /// What no table has.
+    pub fn plain(&self) -> Result<MsixState, Invalid> {
+        let vectors = self.entries.len();
+        if vectors > MAX_VECTORS {
+            let reason = format!("{vectors} entries are more than {MAX_VECTORS}");
+            return Err(Invalid::new(reason)).field("entries");
+        }
+        let pending = &self.pending;
+        check_ascending(pending).field("pending")?;
+        if let Some(vector) = pending.last().filter(|last| usize::from(**last) >= vectors) {
+            let reason = format!("there is no vector {vector} in a table of {vectors}");
+            return Err(Invalid::new(reason))
+                .entry(pending.len() - 1)
+                .field("pending");
+        }
+        Ok(MsixState {
+            control: Control {
+                enabled: self.enabled,
+                function_mask: self.function_mask,
+            },
+            entries: convert_all(&self.entries, MsixEntry::plain).field("entries")?,
+            pending: pending.clone(),
+        })
+    }
+}
+
+impl MsixEntry {
+    fn plain(&self) -> Result<Entry, Invalid> {
+        let address = self.address.0;
+        if address % 4 != 0 {
+            let reason = format!("{address:#x} is no multiple of 4");
+            return Err(Invalid::new(reason)).field("address");
+        }
+        Ok(Entry {
+            address,
+            data: self.data.0,
+            masked: self.masked,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> MsixState {
+        MsixState {
+            control: Control {
+                enabled: true,
+                function_mask: false,
+            },
+            entries: vec![
+                Entry {
+                    address: 0xfee0_0000,
+                    data: 0x4021,
+                    masked: false,
+                },
+                Entry::default(),
+            ],
+            pending: vec![0, 1],
+        }
+    }
+
+    #[test]
+    fn msix_is_the_same_after_json() {
+        let text = serde_json::to_string(&Msix::of(&sample())).unwrap();
+        let read: Msix = serde_json::from_str(&text).unwrap();
+        assert_eq!(read.plain(), Ok(sample()));
+    }
+
+    #[test]
+    fn values_out_of_range_are_named() {
+        let cases: [(fn(&mut Msix), &str); 4] = [
+            (
+                |m| m.entries[1].address = Hex(2),
+                "entries[1].address: 0x2 is no multiple of 4",
+            ),
+            (
+                |m| m.pending = vec![0, 2],
+                "pending[1]: there is no vector 2 in a table of 2",
+            ),
+            (
+                |m| m.pending = vec![1, 0],
+                "pending[1]: 0 follows 1; the list ascends",
+            ),
+            (
+                |m| m.entries = vec![m.entries[0]; 2049],
+                "entries: 2049 entries are more than 2048",
+            ),
+        ];
+        for (change, expected) in cases {
+            let mut msix = Msix::of(&sample());
+            change(&mut msix);
+            assert_eq!(msix.plain().unwrap_err().to_string(), expected);
+        }
+    }
+}
