@@ -10,6 +10,9 @@
 //! | [`machine`] | the specification of a machine |
 //! | [`error`] | errors that name a place in the JSON |
 //! | [`version`] | versions of sections |
+//! | [`document`] | a whole document: limits, from bytes to types and back |
+//! | [`layout`] | text that a person can read |
+//! | [`sections`] | the following sections as a document |
 //! | [`context`] | the device context of a function |
 //! | [`function`] | a virtio function |
 //! | [`owner`] | an SR-IOV owner: the sessions of its drivers |
@@ -19,11 +22,16 @@
 
 pub mod config_space;
 pub mod context;
+pub mod document;
 pub mod error;
 pub mod function;
 pub mod hex;
 pub mod machine;
+pub mod layout;
 pub mod owner;
 pub mod pci;
+pub mod sections;
 pub mod serial;
 pub mod version;
+
+pub use document::{FormatError, parse, write};
