@@ -123,6 +123,14 @@ impl Profile {
         found.map(|(_, command)| *command)
     }
 
+    /// The opcode of `command`, if this profile has it. It is for members of the SR-IOV group.
+    pub fn opcode(self, command: Migration) -> Option<u16> {
+        let wanted = Command::Migration(command);
+        let mut entries = self.table(GroupType::SrIov).iter();
+        let found = entries.find(|(_, command)| *command == wanted);
+        found.map(|(opcode, _)| *opcode)
+    }
+
     /// What LIST_QUERY reports for `group`. Always the same, so that the list never shrinks (B-3).
     pub fn supported(self, group: GroupType) -> CommandSet {
         self.table(group)

@@ -77,6 +77,17 @@ pub fn request<T: DeserializeOwned>(
         "GET" => PATIENCE_TO_LOOK,
         _ => PATIENCE,
     };
+    request_within(path, method, target, body, patience)
+}
+
+/// The same, for an answer that may take as long as `patience`.
+pub fn request_within<T: DeserializeOwned>(
+    path: &Path,
+    method: &str,
+    target: &str,
+    body: &[u8],
+    patience: Duration,
+) -> Result<T, ClientError> {
     let bytes = exchange(path, method, target, body, patience)?;
     let answer = parse(&bytes)?;
     if (200..300).contains(&answer.status) {

@@ -7,6 +7,7 @@
 //! | [`owners`] | SR-IOV owners, their members, administration commands |
 //! | [`routes`] | the requests and their answers |
 //! | [`server`] | a thread that serves them |
+//! | [`snapshots`] | what it takes and says about snapshots |
 //! | [`socket`] | the socket: one owner, readable by nobody else, gone at the end |
 //!
 //! The document of the API is `resources/openapi.json`; the server hands it out at `/openapi.json`.
@@ -16,6 +17,7 @@ mod errors;
 pub mod owners;
 pub mod routes;
 pub mod server;
+pub mod snapshots;
 pub mod socket;
 
 use serde::{Deserialize, Serialize};
@@ -74,6 +76,9 @@ pub struct Info {
     pub devices: Vec<Device>,
     /// SR-IOV owners with their members.
     pub owners: Vec<owners::Owner>,
+    /// How far the snapshot is that is being taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<snapshots::Progress>,
 }
 
 /// A virtio device of the guest.

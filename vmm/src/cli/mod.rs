@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod control;
 mod info;
+mod process;
 pub mod run;
 
 use std::io::IsTerminal;

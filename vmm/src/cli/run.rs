@@ -1,30 +1,18 @@
 //! `tern run`.
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
 
 use clap::Args;
 use devices::memory::GuestRam;
-use rustix::pipe::PipeFlags;
 
-use crate::api::server::Server;
-use crate::api::socket::{Socket, remove_bound};
+use super::process::Process;
 use crate::boot::load::Prepared;
-use crate::config::check::{console_file, keep_made, remove_made};
 use crate::config::{Config, Disk, MAX_CPUS, Net, Pf};
-use crate::console::output::{Loss, Output};
-use crate::console::{self, Target, terminal};
-use crate::exit::{self, Outcome};
+use crate::console::Target;
+use crate::exit;
 use crate::layout;
-use crate::limits;
-use crate::machine::functions::Backends;
-use crate::machine::run::Sink;
-use crate::machine::{Hardware, run};
-use crate::signals::Signals;
-
-/// How long the reader of the console may take for the rest before those who listen to the API are told of the end.
-const LAST_WORDS: Duration = Duration::from_millis(200);
+use crate::kvm::model::CpuModel;
+use crate::machine::{Hardware, Host};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -140,72 +128,29 @@ impl Run {
 
     /// Runs the guest; returns the exit status.
     pub fn run(mut self) -> anyhow::Result<u8> {
-        // First of all: threads inherit the mask.
-        let signals = Signals::block()?;
-        // What follows may take long: a kernel on a slow network, memory the host has to find first.
-        let watch = signals.watch(end_set_up)?;
+        let process = Process::begin()?;
         let base = match &self.config {
             Some(path) => Config::from_file(path)?,
             None => Config::default(),
         };
         let config = base.overlaid(self.config());
         let api_socket = config.api_socket.clone();
-        let config = config.resolve()?;
-        limits::raise(&config)?;
-        let socket = match &api_socket {
-            Some(path) => Some(Socket::bind(path)?),
-            None => None,
-        };
-        let file = console_file(&config.console, &config.boot_files())?;
-        let loss = Loss::default();
-        let place = config.console.place();
-        let output = match (&config.console, file) {
-            (Target::Stdio, _) => Some(Output::spawn(console::stdout()?, &place, &loss)?),
-            (_, Some(file)) => Some(Output::spawn(file, &place, &loss)?),
-            (_, None) => None,
-        };
-        // A virtio console on standard input gets it through a pipe, so that the escape sequences still work.
-        let (input, sink) = match (&config.console, &config.virtio_console) {
-            (Target::Stdio, _) => (None, Some(Sink::Serial)),
-            (_, Some(Target::Stdio)) => {
-                let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
-                rustix::io::ioctl_fionbio(&write, true)?;
-                (Some(read), Some(Sink::Pipe(write)))
-            }
-            _ => (None, None),
-        };
-        let backends = Backends::open(&config, input, &loss)?;
-        let kernel = Prepared::open(config.memory, &config.boot)?;
-        let ram = GuestRam::new(&layout::ram_ranges(config.memory))?;
-        let hardware = Hardware::create(config, ram, backends, output.as_ref(), self.force)?;
-        hardware.boot(kernel)?;
-        let machine = hardware.finish()?;
-        keep_made();
-        let server = match socket {
-            Some(socket) => Some(Server::start(socket, Arc::clone(&machine))?),
-            None => None,
-        };
-        let mut signals = watch.finish()?;
-        let outcome = run::run(&machine, &mut signals, sink, self.paused);
-        // What follows waits for threads, which may hang together with a disk. Another signal then ends the process
-        // at once, so that nothing may be left to do that outlives it.
-        remove_bound();
-        signals.release()?;
-        let outcome = outcome?;
-        if let Some(output) = &output {
-            output.flush(LAST_WORDS);
-        }
-        if let Some(server) = server {
-            server.announce(&outcome.clone().with_loss(loss.reason()));
-        }
-        drop(machine);
-        drop(output);
-        let outcome = outcome.with_loss(loss.reason());
-        let status = outcome.status();
-        if status != exit::POWER_OFF {
-            eprintln!("tern: {outcome}");
-        }
-        Ok(status)
+        let spec = config.resolve()?;
+        let (force, paused) = (self.force, self.paused);
+        process.host(
+            spec,
+            api_socket.as_deref(),
+            paused,
+            |spec, backends, output| {
+                let kernel = Prepared::open(spec.memory, &spec.boot)?;
+                let ram = GuestRam::new(&layout::ram_ranges(spec.memory))?;
+                let host = Host::open(force)?;
+            let model = CpuModel::new(host.cpu(), spec.cpus);
+            let hardware = Hardware::create(host, spec, model, ram, backends, output)?;
+                hardware.boot(kernel)?;
+                Ok(hardware.finish()?)
+            },
+        )
     }
 }
 
@@ -215,16 +160,6 @@ fn cpus(text: &str) -> Result<u32, String> {
     number
         .filter(|n| (1..=MAX_CPUS.into()).contains(n))
         .ok_or_else(|| format!("a guest has between 1 and {MAX_CPUS} vCPUs"))
-}
-
-/// Ends the process on a signal before there is a guest that could be ended in order.
-fn end_set_up(signal: i32) {
-    terminal::restore();
-    remove_bound();
-    remove_made();
-    let outcome = Outcome::Signal(signal);
-    eprintln!("tern: {outcome}, before the guest was set up");
-    exit::now(outcome.status());
 }
 
 #[cfg(test)]

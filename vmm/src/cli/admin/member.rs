@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
-use devices::admin::{Command, CommandSet, GroupType, Migration, Profile};
+use devices::admin::{GroupType, Migration, Profile};
 
 use super::send;
 use crate::api::Info;
@@ -93,7 +93,7 @@ impl Member {
     ///
     /// [`Refused`] if the owner's answer is not OK.
     pub fn command(&self, command: Migration, data: &[u8]) -> anyhow::Result<Done> {
-        let Some(opcode) = opcode(self.profile, command) else {
+        let Some(opcode) = self.profile.opcode(command) else {
             bail!(
                 "{} has no command {}, as it has those of admin={}; start the guest with `--pf …,admin=draft`",
                 self.owner,
@@ -189,11 +189,6 @@ fn locate<'a>(owners: &'a [Owner], name: &str) -> anyhow::Result<(&'a Owner, u16
     bail!("no virtual function is called {name}, or the guest has not enabled it; {there}");
 }
 
-fn opcode(profile: Profile, command: Migration) -> Option<u16> {
-    let wanted = Some(Command::Migration(command));
-    (0..CommandSet::LIMIT).find(|opcode| profile.command(GroupType::SrIov, *opcode) == wanted)
-}
-
 /// The name of a command in the proposal.
 pub fn name(command: Migration) -> &'static str {
     match command {
@@ -283,11 +278,11 @@ mod tests {
             Migration::RecordStop,
             Migration::RecordRead,
         ]
-        .map(|command| (opcode(Profile::Draft, command), name(command)));
+        .map(|command| (Profile::Draft.opcode(command), name(command)));
         assert_eq!(opcodes[0], (Some(7), "DEV_MODE_GET"));
         assert_eq!(opcodes[4], (Some(0xb), "DEV_CTX_WRITE"));
         assert_eq!(opcodes[10], (Some(0x12), "DEV_WRITE_RECORDS_READ"));
         assert!(opcodes.iter().all(|(opcode, _)| opcode.is_some()));
-        assert_eq!(opcode(Profile::V1_4, Migration::ModeSet), None);
+        assert_eq!(Profile::V1_4.opcode(Migration::ModeSet), None);
     }
 }

@@ -152,12 +152,12 @@ pub struct Transition {
 }
 
 impl Owner {
-    /// The JSON of owner `name`.
+    /// The JSON of owner `name`. The session of whoever takes the snapshot is not in it.
     pub fn of(name: impl Into<String>, state: &OwnerState) -> Self {
         Self {
             version: Version::default(),
             name: name.into(),
-            sessions: state.sessions.iter().map(Session::of).collect(),
+            sessions: state.sessions.iter().filter_map(Session::of).collect(),
         }
     }
 
@@ -181,7 +181,7 @@ impl Owner {
 }
 
 impl Session {
-    fn of(state: &SessionState) -> Self {
+    fn of(state: &SessionState) -> Option<Self> {
         let SessionState {
             party,
             self_group,
@@ -189,13 +189,13 @@ impl Session {
             members,
             transition,
         } = state;
-        Self {
-            party: Party::of(*party),
+        Some(Self {
+            party: Party::of(*party)?,
             self_group: self_group.map(Hex),
             sr_iov: sr_iov.map(Hex),
             members: members.iter().map(MemberSession::of).collect(),
             transition: transition.as_ref().map(Transition::of),
-        }
+        })
     }
 
     fn plain(&self) -> Result<SessionState, Invalid> {
@@ -212,10 +212,11 @@ impl Session {
 }
 
 impl Party {
-    fn of(party: gate::Party) -> Self {
+    fn of(party: gate::Party) -> Option<Self> {
         match party {
-            gate::Party::Guest => Self::Guest,
-            gate::Party::Monitor => Self::Monitor,
+            gate::Party::Guest => Some(Self::Guest),
+            gate::Party::Monitor => Some(Self::Monitor),
+            gate::Party::Engine => None,
         }
     }
 

@@ -1,0 +1,97 @@
+//! `tern restore`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::process::Process;
+use crate::console::Target;
+use crate::exit;
+use crate::snapshot::overrides::{DiskOverride, NetOverride, Overrides};
+use crate::snapshot::restore::{ClockChoice, Options, Source};
+
+const EXAMPLES: &str = "\
+Examples:
+  tern restore tonight
+  tern restore --api-socket vm.sock --disk disk0=copy-of-root.img before-upgrade
+  tern restore --paused --api-socket a.sock --net net0=tap=tap7 template
+
+A guest's clocks go on where they stopped, unless --clock host is given: then they jump to the present, as if the guest
+had slept. Memory is read from the snapshot as the guest touches it, so that DIR must stay as it is while the guest runs.";
+
+/// Continue a guest from a snapshot.
+#[derive(Debug, Args)]
+#[command(after_help = format!("{EXAMPLES}\n\n{}", exit::TABLE))]
+pub struct Restore {
+    /// The snapshot
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+
+    /// Do not let the guest go on; `tern resume` does
+    #[arg(long, requires = "api_socket")]
+    paused: bool,
+
+    /// Unix socket of the control API
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
+
+    /// Another file for a disk; may be repeated. NAME is that of `tern info`: disk0, pf0, or pf0-vf%d for all virtual
+    /// functions, with %d in PATH
+    #[arg(long, value_name = "NAME=PATH")]
+    disk: Vec<DiskOverride>,
+
+    /// Another end for a network interface; may be repeated: net0=tap=TAP, net0=switch=NAME, pf0=uplink-tap=TAP
+    #[arg(long, value_name = "NAME=END")]
+    net: Vec<NetOverride>,
+
+    /// Serial console: stdio, file=PATH or none [default: as it was]
+    #[arg(long, value_name = "TARGET")]
+    console: Option<Target>,
+
+    /// Virtio console: stdio, file=PATH or none [default: as it was]
+    #[arg(long, value_name = "TARGET")]
+    virtio_console: Option<Target>,
+
+    /// Clocks of the guest: saved, as if no time had passed; host, as if the guest had slept until now
+    #[arg(long, value_name = "CLOCK", default_value = "saved")]
+    clock: ClockChoice,
+
+    /// Read all of memory before the guest goes on
+    #[arg(long)]
+    prefault: bool,
+
+    /// Track what changes from now on, so that this snapshot can be the base of the next
+    #[arg(long)]
+    track: bool,
+
+    /// Run even where KVM only interprets guest code and is a thousand times too slow
+    #[arg(long)]
+    force: bool,
+}
+
+impl Restore {
+    /// Runs the guest; returns the exit status.
+    pub fn run(self) -> anyhow::Result<u8> {
+        let process = Process::begin()?;
+        let overrides = Overrides {
+            disks: self.disk,
+            nets: self.net,
+            console: self.console,
+            virtio_console: self.virtio_console,
+        };
+        let source = Source::open(&self.directory, &overrides)?;
+        let options = Options {
+            clock: self.clock,
+            prefault: self.prefault,
+            track: self.track,
+            force: self.force,
+        };
+        let spec = source.spec().clone();
+        process.host(
+            spec,
+            self.api_socket.as_deref(),
+            self.paused,
+            |_, backends, output| Ok(source.restore(backends, output, options)?),
+        )
+    }
+}

@@ -1,0 +1,165 @@
+//! `tern snapshot`.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::api::client::{ClientError, request, request_within};
+use crate::api::snapshots::{SnapshotReport, SnapshotRequest, Then};
+use crate::api::{Info, State};
+
+/// How long a snapshot may take: a day. Its progress shows that it goes on.
+const PATIENCE: Duration = Duration::from_secs(24 * 60 * 60);
+/// How often progress is shown.
+const LOOK: Duration = Duration::from_millis(200);
+
+const EXAMPLES: &str = "\
+Examples:
+  tern snapshot --api-socket vm.sock before-upgrade
+  tern snapshot --api-socket vm.sock --stop tonight && tern restore tonight
+  tern snapshot --api-socket vm.sock --track monday
+  tern snapshot --api-socket vm.sock --track --base monday tuesday
+
+The directory has state.json, which people and jq can read, and memory.bin, a sparse file. Disks are not copied: a guest
+that goes on changes them, and then the snapshot is restored with copies made at that time (--pause, copy, tern resume).
+
+Exit status: 0 the snapshot is complete and on the disk; 1 it is not there, and the guest goes on.";
+
+/// Save a running guest into a directory.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Snapshot {
+    /// Unix socket of the guest, as given to `tern run --api-socket`
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+
+    /// Directory to make; it must not exist
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+
+    /// Write only what changed since this snapshot, which was taken or restored with --track
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
+
+    /// Track from now on what changes, so that this snapshot can be the base of the next
+    #[arg(long)]
+    track: bool,
+
+    /// Leave the guest paused
+    #[arg(long, conflicts_with = "stop")]
+    pause: bool,
+
+    /// End the guest; its `tern run` exits with 6
+    #[arg(long)]
+    stop: bool,
+
+    /// If DIR is a snapshot, put this one in its place
+    #[arg(long)]
+    replace: bool,
+
+    /// Answer in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Snapshot {
+    /// Has the guest saved; returns the exit status.
+    pub fn run(&self) -> anyhow::Result<u8> {
+        let body = SnapshotRequest {
+            directory: std::path::absolute(&self.directory)?,
+            base: self.base.as_ref().map(std::path::absolute).transpose()?,
+            track: self.track,
+            replace: self.replace,
+            then: match (self.pause, self.stop) {
+                (true, _) => Then::Pause,
+                (_, true) => Then::Stop,
+                (false, false) => Then::Resume,
+            },
+        };
+        let body = serde_json::to_vec(&body)?;
+        let report = self.follow(&body)?;
+        if self.json {
+            println!("{}", serde_json::to_string(&report)?);
+        } else {
+            println!("{}", describe(&report));
+        }
+        Ok(0)
+    }
+
+    /// Sends the request, and shows how far it is until it is answered.
+    fn follow(&self, body: &[u8]) -> Result<SnapshotReport, ClientError> {
+        let path = self.api_socket.as_path();
+        let ask = || request_within(path, "PUT", "/api/v1/snapshot", body, PATIENCE);
+        if !std::io::stderr().is_terminal() {
+            return ask();
+        }
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        let template = "{msg} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        std::thread::scope(|scope| {
+            let (tell, told) = channel();
+            scope.spawn(move || {
+                // Nobody listens any more only if this function is over.
+                let _ = tell.send(ask());
+            });
+            loop {
+                match told.recv_timeout(LOOK) {
+                    Ok(answer) => {
+                        bar.finish_and_clear();
+                        return answer;
+                    }
+                    Err(RecvTimeoutError::Timeout) => show(path, &bar),
+                    Err(RecvTimeoutError::Disconnected) => {
+                        return Err(ClientError::Malformed("no answer"));
+                    }
+                }
+            }
+        })
+    }
+}
+
+/// Shows how far the snapshot is now.
+fn show(path: &Path, bar: &ProgressBar) {
+    let info = request::<Info>(path, "GET", "/api/v1/info", b"");
+    if let Ok(Info {
+        progress: Some(progress),
+        ..
+    }) = info
+    {
+        bar.set_length(progress.total);
+        bar.set_position(progress.done);
+        bar.set_message(progress.phase);
+    }
+}
+
+/// The report for people.
+fn describe(report: &SnapshotReport) -> String {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let ms = |us: u64| us as f64 / 1000.0;
+    let (bytes, pause) = (report.bytes, report.pause_us);
+    let state = match report.state {
+        State::Ended => "the guest was ended",
+        State::Paused => "the guest is paused",
+        _ => "the guest goes on",
+    };
+    format!(
+        "{}: {:.1} MiB of {:.0} MiB memory in {:.2} s; {state}\n\
+         pause {:.1} ms: stop {:.1}, devices {:.1}, vCPUs {:.1}, {:.1} MiB of memory {:.1}",
+        report.directory.display(),
+        mib(bytes.written_running + bytes.written_paused),
+        mib(bytes.memory),
+        report.total_us as f64 / 1e6,
+        ms(pause.total),
+        ms(pause.stop),
+        ms(pause.devices),
+        ms(pause.vcpus),
+        mib(bytes.written_paused),
+        ms(pause.memory),
+    )
+}

@@ -1,0 +1,405 @@
+//! What is to be different in a machine that is restored: files, taps and switches by other names, other consoles.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::format::machine::{File, Identity, Machine, Peer, PfKind};
+use crate::console::Target;
+
+/// `NAME=PATH`: the file of a disk. NAME is `disk0`, `pf0`, or `pf0-vf%d` for all members of an owner, whose PATH then has
+/// `%d` in it as well.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskOverride {
+    name: String,
+    path: PathBuf,
+}
+
+/// `NAME=tap=TAP` or `NAME=switch=SWITCH`: the other end of a network interface; `NAME=uplink-tap=TAP` for an owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetOverride {
+    name: String,
+    kind: NetKind,
+    peer: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NetKind {
+    Tap,
+    Switch,
+    UplinkTap,
+}
+
+impl FromStr for DiskOverride {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((name, path)) if !name.is_empty() && !path.is_empty() => Ok(Self {
+                name: name.to_owned(),
+                path: path.into(),
+            }),
+            _ => Err(format!(
+                "'{text}' is not understood; write NAME=PATH, as in disk0=copy.raw"
+            )),
+        }
+    }
+}
+
+impl FromStr for NetOverride {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.splitn(3, '=');
+        let (name, kind, peer) = (parts.next(), parts.next(), parts.next());
+        let kind = match kind {
+            Some("tap") => Some(NetKind::Tap),
+            Some("switch") => Some(NetKind::Switch),
+            Some("uplink-tap") => Some(NetKind::UplinkTap),
+            _ => None,
+        };
+        match (name, kind, peer) {
+            (Some(name), Some(kind), Some(peer)) if !name.is_empty() && !peer.is_empty() => {
+                Ok(Self {
+                    name: name.to_owned(),
+                    kind,
+                    peer: peer.to_owned(),
+                })
+            }
+            _ => Err(format!(
+                "'{text}' is not understood; write NAME=tap=TAP, NAME=switch=SWITCH or NAME=uplink-tap=TAP, as in \
+                 net0=tap=tap5"
+            )),
+        }
+    }
+}
+
+/// Everything that is to be different.
+#[derive(Clone, Debug, Default)]
+pub struct Overrides {
+    /// Files of disks.
+    pub disks: Vec<DiskOverride>,
+    /// Other ends of network interfaces.
+    pub nets: Vec<NetOverride>,
+    /// Serial console.
+    pub console: Option<Target>,
+    /// Virtio console.
+    pub virtio_console: Option<Target>,
+}
+
+/// Why an override cannot be applied, or what has to be overridden.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OverrideError {
+    /// No device of this name.
+    #[error("{option}: this guest has no {what} called {name}; {there}")]
+    Name {
+        /// The option.
+        option: &'static str,
+        /// What kind of device.
+        what: &'static str,
+        /// The name.
+        name: String,
+        /// Those there are.
+        there: String,
+    },
+    /// The path of members' files has no place for their number.
+    #[error("--disk {0}: write %d once where the number of the virtual function goes")]
+    Pattern(String),
+    /// The guest has no virtio console.
+    #[error("--virtio-console: this guest has none")]
+    NoVirtioConsole,
+    /// Paths of a snapshot that is somebody else's.
+    #[error(
+        "the snapshot belongs to somebody else or may be written by others, so its paths are not followed: name the files \
+         of {0} with --disk NAME=PATH and consoles with --console TARGET, or take the snapshot over (chown, chmod go-w)"
+    )]
+    Untrusted(String),
+    /// Files that are not what they were.
+    #[error(
+        "{0}; a guest that finds its disk changed destroys it: give a copy made when the snapshot was taken with \
+         --disk NAME=PATH, or name the file itself there if the change does no harm"
+    )]
+    Changed(String),
+}
+
+fn there(names: Vec<String>) -> String {
+    if names.is_empty() {
+        "there is none".to_owned()
+    } else {
+        format!("there is {}", names.join(", "))
+    }
+}
+
+impl Overrides {
+    /// Applies everything to `machine`.
+    ///
+    /// # Errors
+    ///
+    /// Names of devices that are not there.
+    pub fn apply(&self, machine: &mut Machine) -> Result<(), OverrideError> {
+        for disk in &self.disks {
+            disk.apply(machine)?;
+        }
+        for net in &self.nets {
+            net.apply(machine)?;
+        }
+        if let Some(target) = &self.console {
+            machine.console = target.clone().into();
+        }
+        if let Some(target) = &self.virtio_console {
+            let Some(console) = &mut machine.virtio_console else {
+                return Err(OverrideError::NoVirtioConsole);
+            };
+            *console = target.clone().into();
+        }
+        Ok(())
+    }
+
+    /// Refuses paths that only the snapshot names, for one that is somebody else's. To be asked before [`Self::apply`].
+    pub fn check_trust(&self, machine: &Machine) -> Result<(), OverrideError> {
+        let named = |name: &str| {
+            let all = name
+                .split_once("-vf")
+                .map(|(owner, _)| format!("{owner}-vf%d"));
+            self.disks
+                .iter()
+                .any(|disk| disk.name == name || Some(&disk.name) == all.as_ref())
+        };
+        let files = machine.files().into_iter().map(|(name, _)| name);
+        let mut open: Vec<_> = files.filter(|name| !named(name)).collect();
+        let is_file = |target: &str| target.starts_with("file=");
+        if self.console.is_none() && is_file(&machine.console) {
+            open.push("--console".to_owned());
+        }
+        let virtio = machine.virtio_console.as_deref();
+        if self.virtio_console.is_none() && virtio.is_some_and(is_file) {
+            open.push("--virtio-console".to_owned());
+        }
+        if open.is_empty() {
+            return Ok(());
+        }
+        Err(OverrideError::Untrusted(open.join(", ")))
+    }
+}
+
+/// Refuses files that are not what they were when the guest was saved. Those that were named by an option are taken as
+/// they are.
+pub fn check_files(machine: &Machine) -> Result<(), OverrideError> {
+    let changed = |(name, file): (String, File)| {
+        let then = file.identity?;
+        let what = match Identity::of(&file.path) {
+            // One that is missing is refused when it is opened.
+            None => return None,
+            Some(now) if now == then => return None,
+            Some(now) if now.size != then.size => {
+                format!("has {} bytes and had {}", now.size, then.size)
+            }
+            Some(_) => "was written to since".to_owned(),
+        };
+        Some(format!("{name}: {} {what}", file.path.display()))
+    };
+    let changed: Vec<_> = machine.files().into_iter().filter_map(changed).collect();
+    if changed.is_empty() {
+        return Ok(());
+    }
+    Err(OverrideError::Changed(changed.join("; ")))
+}
+
+impl DiskOverride {
+    fn apply(&self, machine: &mut Machine) -> Result<(), OverrideError> {
+        // An empty path or a lost current directory is refused when the file is opened.
+        let path = std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone());
+        let named = |index: usize, kind: &str| self.name == format!("{kind}{index}");
+        for (index, disk) in machine.disks.iter_mut().enumerate() {
+            if named(index, "disk") {
+                disk.file = File {
+                    path,
+                    identity: None,
+                };
+                return Ok(());
+            }
+        }
+        for (index, pf) in machine.pfs.iter_mut().enumerate() {
+            let PfKind::Block {
+                file,
+                vf_path,
+                vf_files,
+                ..
+            } = &mut pf.device
+            else {
+                continue;
+            };
+            if let Some(file) = file.as_mut().filter(|_| named(index, "pf")) {
+                *file = File {
+                    path,
+                    identity: None,
+                };
+                return Ok(());
+            }
+            if self.name == format!("pf{index}-vf%d") {
+                let pattern = path.to_string_lossy();
+                if pattern.matches("%d").count() != 1 {
+                    return Err(OverrideError::Pattern(format!("{}={pattern}", self.name)));
+                }
+                *vf_path = pattern.into_owned();
+                vf_files.clear();
+                return Ok(());
+            }
+        }
+        Err(OverrideError::Name {
+            option: "--disk",
+            what: "disk",
+            name: self.name.clone(),
+            there: there(disk_names(machine)),
+        })
+    }
+}
+
+/// The names `--disk` takes.
+fn disk_names(machine: &Machine) -> Vec<String> {
+    let disks = (0..machine.disks.len()).map(|index| format!("disk{index}"));
+    let owners = machine.pfs.iter().enumerate().flat_map(|(index, pf)| {
+        let PfKind::Block { file, .. } = &pf.device else {
+            return Vec::new();
+        };
+        let own = file.iter().map(|_| format!("pf{index}"));
+        own.chain([format!("pf{index}-vf%d")]).collect()
+    });
+    disks.chain(owners).collect()
+}
+
+impl NetOverride {
+    fn apply(&self, machine: &mut Machine) -> Result<(), OverrideError> {
+        for (index, net) in machine.nets.iter_mut().enumerate() {
+            if self.name != format!("net{index}") {
+                continue;
+            }
+            net.peer = match self.kind {
+                NetKind::Tap => Peer::Tap(self.peer.clone()),
+                NetKind::Switch => Peer::Switch(self.peer.clone()),
+                NetKind::UplinkTap => break,
+            };
+            return Ok(());
+        }
+        for (index, pf) in machine.pfs.iter_mut().enumerate() {
+            let PfKind::Net {
+                switch, uplink_tap, ..
+            } = &mut pf.device
+            else {
+                continue;
+            };
+            if self.name != format!("pf{index}") {
+                continue;
+            }
+            match self.kind {
+                NetKind::UplinkTap => *uplink_tap = Some(self.peer.clone()),
+                NetKind::Switch => *switch = Some(self.peer.clone()),
+                NetKind::Tap => break,
+            }
+            return Ok(());
+        }
+        let nets = (0..machine.nets.len()).map(|index| format!("net{index} (tap, switch)"));
+        let owners = machine.pfs.iter().enumerate().filter_map(|(index, pf)| {
+            matches!(pf.device, PfKind::Net { .. })
+                .then(|| format!("pf{index} (switch, uplink-tap)"))
+        });
+        Err(OverrideError::Name {
+            option: "--net",
+            what: "interface with such an end",
+            name: self.name.clone(),
+            there: there(nets.chain(owners).collect()),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn machine() -> Machine {
+        let config = Config {
+            kernel: Some("/k".into()),
+            disks: vec!["path=/d0".parse().unwrap()],
+            nets: vec!["tap=t0".parse().unwrap()],
+            pfs: vec![
+                "block,vfs=2,path=/p,vf-path=/v%d".parse().unwrap(),
+                "net,vfs=1".parse().unwrap(),
+            ],
+            console: Some("file=/c".parse().unwrap()),
+            ..Config::default()
+        };
+        Machine::of(&config.resolve().unwrap())
+    }
+
+    fn overrides(disks: &[&str], nets: &[&str]) -> Overrides {
+        Overrides {
+            disks: disks.iter().map(|text| text.parse().unwrap()).collect(),
+            nets: nets.iter().map(|text| text.parse().unwrap()).collect(),
+            ..Overrides::default()
+        }
+    }
+
+    #[test]
+    fn files_taps_and_switches_get_other_names() {
+        let mut machine = machine();
+        overrides(
+            &["disk0=/e0", "pf0=/q", "pf0-vf%d=/w%d"],
+            &["net0=switch=lan", "pf1=uplink-tap=t1"],
+        )
+        .apply(&mut machine)
+        .unwrap();
+        let files = machine.files().into_iter();
+        let files: Vec<_> = files
+            .map(|(name, file)| format!("{name}={}", file.path.display()))
+            .collect();
+        assert_eq!(files, ["disk0=/e0", "pf0=/q", "pf0-vf1=/w1", "pf0-vf2=/w2"]);
+        let spec = machine.to_spec().unwrap();
+        assert!(spec.nets[0].to_string().starts_with("switch=lan,mac="));
+        assert!(spec.pfs[1].to_string().contains("uplink-tap=t1"));
+    }
+
+    #[test]
+    fn what_is_not_there_is_refused_with_what_is() {
+        for (disks, nets, part) in [
+            (&["disk1=/x"][..], &[][..], "there is disk0, pf0, pf0-vf%d"),
+            (&["pf1=/x"], &[], "there is disk0"),
+            (&["pf0-vf%d=/x"], &[], "write %d once"),
+            (&[], &["net0=uplink-tap=t"], "net0 (tap, switch)"),
+            (&[], &["pf0=switch=s"], "pf1 (switch, uplink-tap)"),
+        ] {
+            let error = overrides(disks, nets).apply(&mut machine()).unwrap_err();
+            assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn paths_of_a_snapshot_that_is_not_ones_own_must_all_be_named() {
+        let mut all = overrides(&["disk0=/e0", "pf0-vf%d=/w%d"], &[]);
+        let error = all.check_trust(&machine()).unwrap_err().to_string();
+        assert!(error.contains("files of pf0, --console with"), "{error}");
+        all.disks.push("pf0=/q".parse().unwrap());
+        all.console = Some(Target::None);
+        assert_eq!(all.check_trust(&machine()), Ok(()));
+    }
+
+    #[test]
+    fn a_file_that_changed_is_refused_unless_it_was_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("d");
+        std::fs::write(&path, "before").unwrap();
+        let config = Config {
+            kernel: Some("/k".into()),
+            disks: vec![format!("path={}", path.display()).parse().unwrap()],
+            ..Config::default()
+        };
+        let mut machine = Machine::of(&config.resolve().unwrap());
+        assert_eq!(check_files(&machine), Ok(()));
+        std::fs::write(&path, "longer than before").unwrap();
+        let error = check_files(&machine).unwrap_err().to_string();
+        assert!(error.contains("disk0") && error.contains("had 6"), "{error}");
+        overrides(&[&format!("disk0={}", path.display())], &[])
+            .apply(&mut machine)
+            .unwrap();
+        assert_eq!(check_files(&machine), Ok(()));
+    }
+}
