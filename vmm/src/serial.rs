@@ -2,8 +2,14 @@
 //!
 //! Input is given to the port only while its driver has enabled the receive interrupt. Before that, Linux reads and
 //! drops what it finds in the FIFO, and input from a pipe would lose its first bytes.
+//!
+//! While it is paused the port takes no input and raises no interrupt, so that its state stands still; it is saved and
+//! restored like that. What it owes its driver it raises when it is resumed.
+
+mod state;
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::{Bus, BusDevice, BusError, Effect};
@@ -13,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::chipset::COM1_PORT;
 use crate::console::output::Sender;
+pub use state::{SerialState, SerialStateError};
 
 /// Ports of a 16550.
 const PORTS: u64 = 8;
@@ -23,14 +30,21 @@ const IER_RECEIVE: u8 = 1;
 /// Divisor latch access: offset 1 is something else.
 const LCR_DLAB: u8 = 0x80;
 
-/// Signals the interrupt line on each event of the port.
-struct Line(EventFd);
+/// Signals the interrupt line on each event of the port, but while the port is paused.
+#[derive(Clone)]
+struct Line {
+    event: Arc<EventFd>,
+    paused: Arc<AtomicBool>,
+}
 
 impl Trigger for Line {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+        if self.paused.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.event.write(1)
     }
 }
 
@@ -53,6 +67,7 @@ type Out = Box<dyn io::Write + Send>;
 pub struct SerialPort {
     serial: Mutex<Serial<Line, Hungry, Out>>,
     hungry: Arc<EventFd>,
+    paused: Arc<AtomicBool>,
 }
 
 impl SerialPort {
@@ -64,9 +79,15 @@ impl SerialPort {
             None => Box::new(io::sink()),
         };
         let events = Hungry(Arc::clone(&hungry));
+        let paused = Arc::new(AtomicBool::new(false));
+        let line = Line {
+            event: Arc::new(line),
+            paused: Arc::clone(&paused),
+        };
         Ok(Arc::new(Self {
-            serial: Mutex::new(Serial::with_events(Line(line), events, out)),
+            serial: Mutex::new(Serial::with_events(line, events, out)),
             hungry,
+            paused,
         }))
     }
 
@@ -85,10 +106,51 @@ impl SerialPort {
         &self.hungry
     }
 
-    /// Gives input to the port; returns how many bytes it took. The rest may be offered again after [`Self::hungry`].
+    /// Has the port take no input and raise no interrupt from now on. To be called when no vCPU runs.
+    pub fn pause(&self) {
+        // With the lock, so that no input is half taken.
+        let _serial = self.lock();
+        self.paused.store(true, Ordering::Release);
+    }
+
+    /// Undoes [`Self::pause`]. Raises the interrupt of what the port has for its driver, once: whoever restored the
+    /// interrupt controllers may have lost it. Input may be offered again.
+    pub fn resume(&self) {
+        let serial = self.lock();
+        self.paused.store(false, Ordering::Release);
+        if state::owes_interrupt(&serial.state()) {
+            // An eventfd refuses only when its counter is full, and then it is already signalled.
+            let _ = serial.interrupt_evt().trigger();
+        }
+        let _ = self.hungry.write(1);
+    }
+
+    /// Saved form of the port. It stands still only while it is paused.
+    pub fn save(&self) -> SerialState {
+        SerialState::of(&self.lock().state())
+    }
+
+    /// Pauses the port and puts it into `state`, all of it or none of it.
+    pub fn restore(&self, state: &SerialState) -> Result<(), SerialStateError> {
+        let registers = state.checked()?;
+        self.pause();
+        let mut serial = self.lock();
+        let line = serial.interrupt_evt().clone();
+        let events = Hungry(Arc::clone(&self.hungry));
+        let nothing: Out = Box::new(io::sink());
+        let out = std::mem::replace(serial.writer_mut(), nothing);
+        // What can fail is a FIFO that is too long, which was checked, and the line, which is silent.
+        *serial = Serial::from_state(&registers, line, events, out)
+            .map_err(|_| SerialStateError::Input(registers.in_buffer.len()))?;
+        Ok(())
+    }
+
+    /// Gives input to the port; returns how many bytes it took, none while it is paused. The rest may be offered again
+    /// after [`Self::hungry`].
     pub fn offer(&self, input: &[u8]) -> usize {
         let mut serial = self.lock();
-        if serial.state().interrupt_enable & IER_RECEIVE == 0 {
+        let paused = self.paused.load(Ordering::Acquire);
+        if paused || serial.state().interrupt_enable & IER_RECEIVE == 0 {
             return 0;
         }
         let room = serial.fifo_capacity().min(input.len());
@@ -123,53 +185,4 @@ impl BusDevice for SerialPort {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn port() -> Arc<SerialPort> {
-        SerialPort::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), None).unwrap()
-    }
-
-    fn read(port: &SerialPort, offset: u64) -> u8 {
-        let mut byte = [0];
-        port.read(offset, &mut byte);
-        byte[0]
-    }
-
-    #[test]
-    fn input_waits_for_a_driver() {
-        let port = port();
-        assert_eq!(port.offer(b"abc"), 0);
-        let _ = port.write(1, &[IER_RECEIVE]);
-        assert!(port.hungry().read().is_ok());
-        assert_eq!(port.offer(b"abc"), 3);
-        assert_eq!([(); 3].map(|()| read(&port, 0)), *b"abc");
-        assert!(port.hungry().read().is_ok());
-    }
-
-    #[test]
-    fn no_input_is_lost_when_the_fifo_is_full() {
-        let port = port();
-        let _ = port.write(1, &[IER_RECEIVE]);
-        let input: Vec<u8> = (0..200).collect();
-        let (mut given, mut got) = (0, Vec::new());
-        while got.len() < input.len() {
-            given += port.offer(&input[given..]);
-            while read(&port, 5) & 1 != 0 {
-                got.push(read(&port, 0));
-            }
-        }
-        assert_eq!(got, input);
-    }
-
-    #[test]
-    fn odd_accesses_are_answered() {
-        let port = port();
-        for len in [0, 2, 4, 8] {
-            let mut data = vec![0; len];
-            port.read(0, &mut data);
-            assert!(data.iter().all(|b| *b == 0xff));
-            let _ = port.write(7, &data);
-        }
-    }
-}
+mod tests;
