@@ -4,7 +4,8 @@
 //! [`Hardware::boot`] puts a kernel into it; either way [`Hardware::finish`] makes a [`Machine`] of it that has not been
 //! started.
 
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 use devices::bus::{Bus, BusError};
 use devices::gate::Reasons;
@@ -17,10 +18,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Machine;
 use super::functions::{Backends, FunctionError, Functions};
+use super::lease::Leases;
 use crate::acpi::{self, AcpiError};
 use crate::boot::load::{LoadError, Prepared};
 use crate::boot::long_mode;
-use crate::chipset;
+use crate::chipset::{self, VmGeneration};
 use crate::config::MachineSpec;
 use crate::config::check::HostError;
 use crate::console::output::Output;
@@ -105,6 +107,11 @@ pub struct Hardware {
     pub(crate) control: Arc<Control>,
     pub(crate) serial: Arc<SerialPort>,
     pub(crate) power_button: EventFd,
+    generation: EventFd,
+    /// Input for the serial port that came with a restored state.
+    pub(crate) input: Vec<u8>,
+    /// A state was put into it, so that the guest may have missed interrupts.
+    pub(crate) restored: bool,
     pub(crate) pci: Arc<PciRoot>,
     pub(crate) functions: Functions,
     ports: Arc<Bus>,
@@ -145,7 +152,9 @@ impl Hardware {
         let line = vm.interrupt_line(chipset::COM1_IRQ)?;
         let serial = SerialPort::new(line, output.map(Output::sender))?;
         serial.attach(&ports)?;
+        serial.pause();
         let power_button = vm.interrupt_line(chipset::POWER_BUTTON_IRQ)?;
+        let generation = vm.interrupt_line(chipset::VM_GENERATION_IRQ)?;
 
         let pci = PciRoot::new(PciLayout {
             ecam: layout::pci_ecam(spec.bus_count()),
@@ -180,6 +189,9 @@ impl Hardware {
             control,
             serial,
             power_button,
+            generation,
+            input: Vec::new(),
+            restored: false,
             pci,
             functions,
             ports,
@@ -200,6 +212,7 @@ impl Hardware {
         })?;
         memory.write_slice(&tables, GuestAddress(layout::ACPI.start))?;
         memory.write_slice(&chipset::RESET_STUB, GuestAddress(layout::RESET_VECTOR))?;
+        VmGeneration::random()?.write(&memory)?;
         if let Some(first) = self.vcpus.first() {
             cpu::enter(first, entry)?;
         }
@@ -222,18 +235,20 @@ impl Hardware {
         Ok(Arc::new(Machine {
             model: self.model,
             spec: self.spec,
-            leases: super::lease::Leases::default(),
-            start: std::sync::Mutex::default(),
-            input: std::sync::Mutex::default(),
+            leases: Leases::default(),
+            start: Mutex::default(),
+            input: Mutex::new(self.input),
             control: self.control,
             serial: self.serial,
             power_button: self.power_button,
+            generation: self.generation,
+            restored: AtomicBool::new(self.restored),
             pci: self.pci,
             functions: self.functions,
             layout_changed: self.layout_changed,
-            threads: std::sync::Mutex::new(threads),
-            _ram: self.ram,
-            _vm: self.vm,
+            threads: Mutex::new(threads),
+            ram: self.ram,
+            vm: self.vm,
         }))
     }
 }

@@ -20,6 +20,7 @@ pub mod lease;
 pub mod owner;
 pub mod run;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -33,7 +34,7 @@ use crate::config::MachineSpec;
 use crate::exit::Outcome;
 use crate::kvm::Vm;
 use crate::kvm::model::CpuModel;
-use crate::serial::SerialPort;
+use crate::serial::{SerialPort, SerialState};
 use crate::vcpu::{Control, ControlError, RunState};
 use functions::Functions;
 pub use hardware::{BuildError, Hardware, Host};
@@ -95,20 +96,50 @@ pub struct Machine {
     control: Arc<Control>,
     serial: Arc<SerialPort>,
     power_button: EventFd,
+    /// Tells the guest that its VM generation ID is another one.
+    generation: EventFd,
+    /// It was restored and has not run since.
+    restored: AtomicBool,
     pci: Arc<PciRoot>,
     functions: Functions,
     /// Registers the doorbells that should exist, and removes those that should not.
     layout_changed: Arc<dyn Fn() + Send + Sync>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    _ram: Arc<GuestRam>,
+    ram: Arc<GuestRam>,
     // Dropped last: vCPUs and devices use them.
-    _vm: Vm,
+    vm: Vm,
 }
 
 impl Machine {
     /// What it was built from.
     pub fn spec(&self) -> &MachineSpec {
         &self.spec
+    }
+
+    /// The right to change what it does, for `purpose`.
+    pub(crate) fn lease(&self, purpose: Purpose) -> Result<Lease<'_>, Busy> {
+        self.leases.take(purpose)
+    }
+
+    /// State of its vCPUs, and the way to have them do something.
+    pub(crate) fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// KVM's part of it.
+    pub(crate) fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// Its memory.
+    pub(crate) fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// The state of its serial port, and the input that waits for it.
+    pub(crate) fn save_serial(&self) -> (SerialState, Vec<u8>) {
+        let input = self.lock_input();
+        (self.serial.save(), input.clone())
     }
 
     /// The processor its guest sees.
@@ -191,12 +222,14 @@ impl Machine {
     }
 
     /// Has nothing of the guest happen until the result is dropped.
-    fn quiesce<'a>(&'a self, _lease: &'a Lease<'_>) -> Result<Quiesced<'a>, TransitionError> {
+    pub(crate) fn quiesce<'a>(&'a self, _lease: &'a Lease<'_>) -> Result<Quiesced<'a>, TransitionError> {
         let ran = self.control.state() == RunState::Running;
         self.control.pause(LEAVE)?;
-        // Whoever was about to reach the guest has done so, or finds it paused.
+        // Whoever was about to press the power button has done so, or finds the guest paused.
         drop(self.lock_input());
+        self.serial.pause();
         if let Err(stuck) = self.functions.close_and_drain(Reasons::PAUSED, DRAIN) {
+            self.serial.resume();
             self.control.resume()?;
             return Err(TransitionError::InFlight(stuck.join(", ")));
         }
@@ -204,7 +237,16 @@ impl Machine {
     }
 
     fn let_run(&self) -> Result<(), TransitionError> {
+        if self.restored.swap(false, Ordering::AcqRel) {
+            // Interrupts that were on their way when the state was taken are in no copy of it.
+            for function in self.functions.all() {
+                function.signal_again();
+            }
+            // Another VM may have gone on from the same state.
+            let _ = self.generation.write(1);
+        }
         self.functions.reopen(Reasons::PAUSED);
+        self.serial.resume();
         Ok(self.control.resume()?)
     }
 
@@ -231,14 +273,12 @@ impl Machine {
         self.lock_input().extend_from_slice(bytes);
     }
 
-    /// Offers the serial port its input, if the guest runs. True if some is left.
+    /// Offers the serial port its input. True if some is left.
     fn offer_input(&self) -> bool {
         let mut input = self.lock_input();
-        if self.control.state() == RunState::Running && !input.is_empty() {
-            let taken = self.serial.offer(&input);
-            let taken = taken.min(input.len());
-            input.drain(..taken);
-        }
+        let taken = self.serial.offer(&input);
+        let taken = taken.min(input.len());
+        input.drain(..taken);
         !input.is_empty()
     }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
-use devices::admin::{GroupType, Migration, Profile};
+use devices::admin::{CommandSet, GroupType, Migration, Profile};
 
 use super::send;
 use crate::api::Info;
