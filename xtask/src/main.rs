@@ -1,4 +1,4 @@
-//! Build, test and run everything: `cargo xtask demo | test | kvm | image | fuzz | bench | conformance`.
+//! Build, test and run everything: `cargo xtask demo | test | kvm | image | fuzz | bench | conformance | schema`.
 //!
 //! It installs or unpacks what is missing, so that a fresh machine with Rust needs nothing else, and keeps what it
 //! downloads in `~/.cache/tern`.
@@ -15,6 +15,7 @@ mod image;
 mod kvm;
 mod modules;
 mod packages;
+mod schema;
 mod test;
 mod tools;
 mod workspace;
@@ -49,6 +50,8 @@ enum Task {
     Bench(bench::Bench),
     /// Write docs/conformance.md: the requirements and the tests that hold them
     Conformance(conformance::Conformance),
+    /// Write resources/snapshot.schema.json: the JSON Schema of state.json
+    Schema(schema::Schema),
 }
 
 /// `cargo xtask image`
@@ -106,6 +109,7 @@ fn main() {
         Task::Fuzz(fuzz) => fuzz.run(),
         Task::Bench(bench) => bench.run(),
         Task::Conformance(conformance) => conformance.run(),
+        Task::Schema(schema) => schema.run(),
     };
     std::process::exit(done.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");

@@ -5,7 +5,8 @@
 //! 1. more than [`MAX_LEN`] bytes,
 //! 2. another format, or a version that this program does not read, whatever else is in the document,
 //! 3. what is no JSON, more than [`MAX_VALUES`] values or [`MAX_DEPTH`] levels of them, a member that is there twice,
-//! 4. what the types of the document do not have.
+//! 4. what the types of the document do not have,
+//! 5. what no machine has: [`Document::validate`].
 //!
 //! Every error names the place. Memory is bounded by the length of the document, times a small factor: nothing is
 //! allocated for a number in it.
@@ -42,6 +43,14 @@ pub trait Document: Serialize + DeserializeOwned {
     const FORMAT: &'static str;
     /// The versions this program reads; the last one is what it writes.
     const VERSIONS: RangeInclusive<u64>;
+
+    /// Looks at what its types cannot say: numbers that are out of range in every machine, lists that do not ascend. It
+    /// converts every section and drops the result.
+    ///
+    /// # Errors
+    ///
+    /// The first such value.
+    fn validate(&self) -> Result<(), Invalid>;
 }
 
 /// Why a document was rejected.
@@ -91,16 +100,17 @@ impl FormatError {
 ///
 /// # Errors
 ///
-/// See the [module documentation](self). What is in the document is then in range for its types, but not necessarily for
-/// the machine: conversions check that.
+/// See the [module documentation](self). What is in the document may still be none of the machine that it is for.
 pub fn parse<T: Document>(bytes: &[u8]) -> Result<T, FormatError> {
     check::<T>(bytes)?;
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-    serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+    let document: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = error.path().to_string();
         let path = if path == "." { "" } else { path.as_str() };
         FormatError::at(path, error.inner())
-    })
+    })?;
+    document.validate()?;
+    Ok(document)
 }
 
 /// Looks at what [`parse`] looks at before it looks at types: a document that passes is JSON within the limits, and of a
@@ -121,8 +131,9 @@ pub fn check<T: Document>(bytes: &[u8]) -> Result<(), FormatError> {
 ///
 /// # Errors
 ///
-/// [`TooLong`](FormatError::TooLong), and values that cannot be JSON.
+/// What [`parse`] would reject.
 pub fn write<T: Document>(document: &T) -> Result<Vec<u8>, FormatError> {
+    document.validate()?;
     let compact = serde_json::to_vec(document).map_err(|error| FormatError::at("", error))?;
     let text = lay_out(&compact);
     check::<T>(&text)?;

@@ -12,6 +12,7 @@
 //! | [`version`] | versions of sections |
 //! | [`document`] | a whole document: limits, from bytes to types and back |
 //! | [`layout`] | text that a person can read |
+//! | [`schema`] | the JSON Schema of a document |
 //! | [`sections`] | the following sections as a document |
 //! | [`context`] | the device context of a function |
 //! | [`function`] | a virtio function |
@@ -30,6 +31,7 @@ pub mod layout;
 pub mod machine;
 pub mod owner;
 pub mod pci;
+pub mod schema;
 pub mod sections;
 pub mod serial;
 pub mod version;

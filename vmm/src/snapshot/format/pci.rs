@@ -151,10 +151,32 @@ impl MsixEntry {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn sample() -> MsixState {
+    /// A bridge, and a function behind it.
+    pub fn sample() -> Pci {
+        let mut config = vec![0; 256];
+        config[..4].copy_from_slice(&[0xf4, 0x1a, 0x41, 0x10]);
+        let bridge = Registers {
+            place: "02.0".to_owned(),
+            name: "port0".to_owned(),
+            config: Bytes::of(&config),
+            msix: None,
+        };
+        let function = Registers {
+            place: "02.0/00.1".to_owned(),
+            name: "pf0-vf1".to_owned(),
+            config: Bytes::of(&[0; 4096]),
+            msix: Some(Msix::of(&msix())),
+        };
+        Pci {
+            version: Version::default(),
+            functions: vec![bridge, function],
+        }
+    }
+
+    fn msix() -> MsixState {
         MsixState {
             control: Control {
                 enabled: true,
@@ -174,9 +196,9 @@ mod tests {
 
     #[test]
     fn msix_is_the_same_after_json() {
-        let text = serde_json::to_string(&Msix::of(&sample())).unwrap();
+        let text = serde_json::to_string(&Msix::of(&msix())).unwrap();
         let read: Msix = serde_json::from_str(&text).unwrap();
-        assert_eq!(read.plain(), Ok(sample()));
+        assert_eq!(read.plain(), Ok(msix()));
     }
 
     #[test]
@@ -200,7 +222,7 @@ mod tests {
             ),
         ];
         for (change, expected) in cases {
-            let mut msix = Msix::of(&sample());
+            let mut msix = Msix::of(&msix());
             change(&mut msix);
             assert_eq!(msix.plain().unwrap_err().to_string(), expected);
         }

@@ -22,6 +22,10 @@ struct Function {
 impl Document for Root {
     const FORMAT: &'static str = "tern-snapshot";
     const VERSIONS: RangeInclusive<u64> = 1..=2;
+
+    fn validate(&self) -> Result<(), Invalid> {
+        Ok(())
+    }
 }
 
 const HEAD: &str = r#"{"format":"tern-snapshot","version":1"#;
@@ -149,10 +153,7 @@ fn errors_name_the_place() {
             ",\"a\":\"\u{1}\"}",
             "a: control character (\\u0000-\\u001F) found while parsing a string",
         ),
-        (
-            r#","a":"\ud800"}"#,
-            "a: lone leading surrogate in hex escape",
-        ),
+        (r#","a":"\ud800"}"#, "a: unexpected end of hex escape"),
     ] {
         let message = message(&format!("{HEAD}{rest}"));
         assert!(message.starts_with(expected), "{message}: {expected}");
