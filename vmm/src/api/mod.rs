@@ -23,6 +23,7 @@ pub mod socket;
 use serde::{Deserialize, Serialize};
 
 use crate::machine;
+use crate::snapshot::report::Progress;
 
 /// The OpenAPI document.
 pub const OPENAPI: &str = include_str!("../../../resources/openapi.json");
@@ -78,7 +79,7 @@ pub struct Info {
     pub owners: Vec<owners::Owner>,
     /// How far the snapshot is that is being taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub progress: Option<snapshots::Progress>,
+    pub progress: Option<Progress>,
 }
 
 /// A virtio device of the guest.

@@ -17,11 +17,14 @@ use tokio_stream::{Stream, StreamExt};
 
 use super::errors::{all_json, failure};
 use super::owners::{self, AdminCommand, AdminError};
+use super::snapshots::SnapshotAnswer;
 use super::{Device, Event, Info, OPENAPI, Shutdown, State, Status};
 use crate::config::doors;
 use crate::config::object::Object;
 use crate::exit::Outcome;
 use crate::machine::{self, Machine, TransitionError};
+use crate::snapshot::report::Request;
+use crate::snapshot::save::save;
 
 /// What a request can reach.
 #[derive(Clone)]
@@ -33,11 +36,12 @@ pub(super) struct Context {
 }
 
 /// Every path of the API, and the methods it takes. The OpenAPI document is held against this list.
-pub const PATHS: [(&str, &[&str]); 7] = [
+pub const PATHS: [(&str, &[&str]); 8] = [
     ("/api/v1/info", &["get"]),
     ("/api/v1/admin", &["post"]),
     ("/api/v1/pause", &["post", "put"]),
     ("/api/v1/resume", &["post", "put"]),
+    ("/api/v1/snapshot", &["post", "put"]),
     ("/api/v1/shutdown", &["post", "put"]),
     ("/api/v1/events", &["get"]),
     ("/openapi.json", &["get"]),
@@ -49,6 +53,7 @@ fn handler(path: &str) -> MethodRouter<Context> {
         "/api/v1/admin" => post(admin),
         "/api/v1/pause" => put(pause).post(pause),
         "/api/v1/resume" => put(resume).post(resume),
+        "/api/v1/snapshot" => put(snapshot).post(snapshot),
         "/api/v1/shutdown" => put(shutdown).post(shutdown),
         "/api/v1/events" => get(events),
         "/openapi.json" => get(openapi),
@@ -111,6 +116,7 @@ pub fn describe(machine: &Machine) -> Info {
             })
             .collect(),
         owners: owners::describe(machine),
+        progress: machine.progress(),
     }
 }
 
@@ -164,6 +170,28 @@ async fn pause(Extract(context): Extract<Context>) -> Response {
 
 async fn resume(Extract(context): Extract<Context>) -> Response {
     transition(context, Machine::resume).await
+}
+
+async fn snapshot(Extract(context): Extract<Context>, body: Bytes) -> Response {
+    let request: Request = match serde_json::from_slice(&body) {
+        Ok(Object(request)) => request,
+        Err(error) => return failure(StatusCode::BAD_REQUEST, error),
+    };
+    let machine = Arc::clone(&context.machine);
+    let saved = tokio::task::spawn_blocking(move || save(&machine, &request)).await;
+    let state = context.machine.state().into();
+    // Nobody may be listening.
+    let _ = context.events.send(Event {
+        state,
+        outcome: None,
+        exit_status: None,
+    });
+    match saved {
+        Ok(Ok(report)) => Json(SnapshotAnswer { state, report }).into_response(),
+        Ok(Err(error)) if error.is_conflict() => failure(StatusCode::CONFLICT, error),
+        Ok(Err(error)) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
+        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
+    }
 }
 
 async fn shutdown(Extract(context): Extract<Context>, body: Bytes) -> Response {

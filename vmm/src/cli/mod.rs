@@ -4,7 +4,9 @@ pub mod admin;
 pub mod control;
 mod info;
 mod process;
+mod restore;
 pub mod run;
+mod snapshot;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -37,6 +39,10 @@ enum Command {
     Pause(control::Guest),
     /// Let a paused guest run
     Resume(control::Guest),
+    /// Save a running guest into a directory
+    Snapshot(snapshot::Snapshot),
+    /// Continue a guest from a snapshot
+    Restore(Box<restore::Restore>),
     /// Press the guest's power button and wait until it has powered off
     Shutdown(control::ShutdownArgs),
     /// Send administration commands to an SR-IOV owner of a running guest, or stop, save, restore and watch one of its
@@ -77,6 +83,8 @@ pub fn main() -> ExitCode {
         Command::Info(guest) => guest.info(),
         Command::Pause(guest) => guest.pause(),
         Command::Resume(guest) => guest.resume(),
+        Command::Snapshot(command) => command.run(),
+        Command::Restore(command) => command.run(),
         Command::Shutdown(command) => command.run(),
         Command::Admin(command) => command.run(),
         Command::Doctor(command) => command.run(),

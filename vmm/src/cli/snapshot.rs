@@ -9,8 +9,9 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::api::client::{ClientError, request, request_within};
-use crate::api::snapshots::{SnapshotReport, SnapshotRequest, Then};
+use crate::api::snapshots::SnapshotAnswer;
 use crate::api::{Info, State};
+use crate::snapshot::report::{Request, Then};
 
 /// How long a snapshot may take: a day. Its progress shows that it goes on.
 const PATIENCE: Duration = Duration::from_secs(24 * 60 * 60);
@@ -69,7 +70,7 @@ pub struct Snapshot {
 impl Snapshot {
     /// Has the guest saved; returns the exit status.
     pub fn run(&self) -> anyhow::Result<u8> {
-        let body = SnapshotRequest {
+        let body = Request {
             directory: std::path::absolute(&self.directory)?,
             base: self.base.as_ref().map(std::path::absolute).transpose()?,
             track: self.track,
@@ -81,17 +82,17 @@ impl Snapshot {
             },
         };
         let body = serde_json::to_vec(&body)?;
-        let report = self.follow(&body)?;
+        let answer = self.follow(&body)?;
         if self.json {
-            println!("{}", serde_json::to_string(&report)?);
+            println!("{}", serde_json::to_string(&answer)?);
         } else {
-            println!("{}", describe(&report));
+            println!("{}", describe(&answer));
         }
         Ok(0)
     }
 
     /// Sends the request, and shows how far it is until it is answered.
-    fn follow(&self, body: &[u8]) -> Result<SnapshotReport, ClientError> {
+    fn follow(&self, body: &[u8]) -> Result<SnapshotAnswer, ClientError> {
         let path = self.api_socket.as_path();
         let ask = || request_within(path, "PUT", "/api/v1/snapshot", body, PATIENCE);
         if !std::io::stderr().is_terminal() {
@@ -134,16 +135,17 @@ fn show(path: &Path, bar: &ProgressBar) {
     {
         bar.set_length(progress.total);
         bar.set_position(progress.done);
-        bar.set_message(progress.phase);
+        bar.set_message(progress.phase.name());
     }
 }
 
 /// The report for people.
-fn describe(report: &SnapshotReport) -> String {
+fn describe(answer: &SnapshotAnswer) -> String {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let ms = |us: u64| us as f64 / 1000.0;
+    let report = &answer.report;
     let (bytes, pause) = (report.bytes, report.pause_us);
-    let state = match report.state {
+    let state = match answer.state {
         State::Ended => "the guest was ended",
         State::Paused => "the guest is paused",
         _ => "the guest goes on",

@@ -32,6 +32,7 @@ use crate::kvm::speed::Trial;
 use crate::kvm::{self, KvmError, Vm, cpu, doorbells::Doorbells, msi::KvmMsi};
 use crate::layout;
 use crate::serial::SerialPort;
+use crate::snapshot::report::Meter;
 use crate::vcpu::{self, Control, Wiring, kick};
 
 /// Why a machine could not be built. Exit status 1.
@@ -236,6 +237,7 @@ impl Hardware {
             model: self.model,
             spec: self.spec,
             leases: Leases::default(),
+            meter: Meter::default(),
             start: Mutex::default(),
             input: Mutex::new(self.input),
             control: self.control,

@@ -35,6 +35,7 @@ use crate::exit::Outcome;
 use crate::kvm::Vm;
 use crate::kvm::model::CpuModel;
 use crate::serial::{SerialPort, SerialState};
+use crate::snapshot::report::{Meter, Progress};
 use crate::vcpu::{Control, ControlError, RunState};
 use functions::Functions;
 pub use hardware::{BuildError, Hardware, Host};
@@ -89,6 +90,8 @@ pub struct Machine {
     model: CpuModel,
     spec: MachineSpec,
     leases: Leases,
+    /// How far the snapshot is that is being taken.
+    pub(crate) meter: Meter,
     start: Mutex<Start>,
     /// Read from standard input for the serial port, and not yet taken by it. Whatever reaches the guest from outside its
     /// devices does so with this lock held, and only while the guest runs.
@@ -167,6 +170,11 @@ impl Machine {
             RunState::Paused if start.done || start.paused => State::Paused,
             RunState::Paused => State::Created,
         }
+    }
+
+    /// How far the snapshot is that is being taken.
+    pub fn progress(&self) -> Option<Progress> {
+        self.meter.read()
     }
 
     /// How the guest ended, if it has.

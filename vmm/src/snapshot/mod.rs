@@ -2,6 +2,14 @@
 //!
 //! | module | what it does |
 //! |---|---|
+//! | [`devices`] | the state of everything on the PCI bus |
 //! | [`format`](mod@format) | the JSON of `state.json`: the only place that knows it |
+//! | [`members`] | the engine that moves members of a group by administration commands |
+//! | [`overrides`] | files, taps and consoles that are other ones after a restore |
+//! | [`report`] | what a snapshot is asked for, how far it is, what it came to |
 
+pub mod devices;
 pub mod format;
+pub mod members;
+pub mod overrides;
+pub mod report;

@@ -2,6 +2,7 @@
 
 use pci::msix::state::MsixState;
 use pci::msix::{Control, Entry};
+use pci::state::{self, FunctionState, PciState};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -67,7 +68,49 @@ pub struct MsixEntry {
 /// The most entries a table has.
 const MAX_VECTORS: usize = 2048;
 
+impl Pci {
+    /// The JSON of `state`.
+    pub fn of(state: &PciState) -> Self {
+        Self {
+            version: Version::default(),
+            functions: state.functions.iter().map(Registers::of).collect(),
+        }
+    }
+
+    /// The state, which the bus looks at once more.
+    ///
+    /// # Errors
+    ///
+    /// The first value that no function has.
+    pub fn plain(&self) -> Result<PciState, Invalid> {
+        let functions = convert_all(&self.functions, Registers::plain).field("functions")?;
+        Ok(PciState { functions })
+    }
+}
+
 impl Registers {
+    fn of(state: &FunctionState) -> Self {
+        Self {
+            place: state.place.to_string(),
+            name: state.name.clone(),
+            config: Bytes::of(&state.registers.config),
+            msix: state.registers.msix.as_ref().map(Msix::of),
+        }
+    }
+
+    fn plain(&self) -> Result<FunctionState, Invalid> {
+        let place = self.place.parse().map_err(Invalid::new).field("place")?;
+        let msix = self.msix.as_ref().map(Msix::plain).transpose();
+        Ok(FunctionState {
+            place,
+            name: self.name.clone(),
+            registers: state::Registers {
+                config: self.config.plain().field("config")?,
+                msix: msix.field("msix")?,
+            },
+        })
+    }
+
     /// Looks at all of it.
     ///
     /// # Errors
