@@ -47,6 +47,16 @@ impl OwnerDriver {
         &self.owner
     }
 
+    /// What it negotiated and did.
+    pub(super) fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// The same, to put another in its place.
+    pub(super) fn session_mut(&mut self) -> &mut Session {
+        &mut self.session
+    }
+
     /// How long commands wait for a member from now on. One that waits longer is undone, and answered with EAGAIN.
     pub fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;

@@ -24,6 +24,16 @@ impl CommandSet {
         Self(self.0 | 1 << opcode)
     }
 
+    /// The set as a number in which bit `n` is opcode `n`.
+    pub const fn bits(self) -> u128 {
+        self.0
+    }
+
+    /// The set whose number this is.
+    pub const fn from_bits(bits: u128) -> Self {
+        Self(bits)
+    }
+
     /// Reads an array of any length (B-8). `None` if it names an opcode no set can hold.
     pub fn parse(data: &[u8]) -> Option<Self> {
         const HELD: usize = CommandSet::LIMIT as usize / 8;

@@ -18,6 +18,7 @@
 //! | `member` | what can be done to a member |
 //! | `owner` | the group: its members, and the execution of commands |
 //! | `migration` | the commands that move a member |
+//! | `saved` | sessions as state |
 //! | `wakeups` | how commands that wait for a member learn of it |
 //! | `queue`, `driver` | the two ways in |
 //!
@@ -39,6 +40,7 @@
 //! | opcodes, groups or members that do not exist or were not negotiated | looked up by (group, opcode) and in the session's list before anything is done |
 //! | a refused command that did something all the same | checks come first; a refusal is an `Err` before any change |
 //! | a guest that learns or changes what the monitor negotiated | sessions are apart |
+//! | a saved session from elsewhere | lists, members, lengths and ranges are checked as the commands check them, and contexts decoded, before anything is changed |
 //! | commands for a member while VF Enable goes | which members exist is read from the registers at each command; no lock is held that a configuration write needs |
 
 pub mod driver;
@@ -49,6 +51,7 @@ pub mod migration;
 pub mod owner;
 pub mod profile;
 pub mod queue;
+pub mod saved;
 pub mod session;
 mod wakeups;
 
@@ -59,6 +62,7 @@ pub use member::{Epoch, Member, MemberId, Rest, Wake};
 pub use owner::{Drain, FixedMembership, Membership, Options, Owner, Strictness};
 pub use profile::{Command, Migration, Profile};
 pub use queue::AdminQueue;
+pub use saved::{SessionError, check_owner, restore_owner, save_owner};
 pub use session::Session;
 
 #[cfg(test)]

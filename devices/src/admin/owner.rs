@@ -9,7 +9,7 @@ use super::envelope::{
 use super::list::CommandSet;
 use super::member::{Member, MemberId};
 use super::migration::{self, Refusal};
-use super::profile::{Command, Profile};
+use super::profile::{Command, Migration, Profile};
 use super::session::Session;
 use super::wakeups::Wakeups;
 
@@ -132,13 +132,30 @@ impl Owner {
     /// member came to rest, or when [`Session::wait_until`] has come, until it is done or [`Self::abandon`]ed.
     pub fn execute(&self, session: &mut Session, request: &[u8], room: usize) -> Outcome {
         let room = room.saturating_sub(REPLY_HEADER_LEN);
-        let reply = match self.dispatch(session, Request::new(request), room) {
+        let request = Request::new(request);
+        if !self.goes_on(session, request) {
+            self.abandon(session);
+        }
+        let reply = match self.dispatch(session, request, room) {
             Ok(answer) => Reply(Ok(answer)),
             Err(Refusal::Failed(failure)) => Reply(Err(failure)),
             Err(Refusal::Later) => return Outcome::Later,
         };
         session.finish();
         Outcome::Done(reply)
+    }
+
+    /// False if `session` waits for another command than this. It is executed from the same bytes until it is done, but a
+    /// restored one is read once more, and its driver may have changed it.
+    fn goes_on(&self, session: &Session, request: Request<'_>) -> bool {
+        let Some(transition) = session.pending() else {
+            return true;
+        };
+        let command = request
+            .group()
+            .and_then(|group| self.options.profile.command(group, request.opcode()));
+        command == Some(Command::Migration(Migration::ModeSet))
+            && transition.is_of(request.member_id(), request.data())
     }
 
     /// The command that `session` waits for will not be asked for again: what it began is undone.

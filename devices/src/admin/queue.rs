@@ -59,6 +59,11 @@ impl AdminQueue {
         &self.session
     }
 
+    /// The same, to put another in its place.
+    pub(super) fn session_mut(&mut self) -> &mut Session {
+        &mut self.session
+    }
+
     /// Descriptors that become readable when [`Self::resume`] is to be called. Watched edge-triggered and never read.
     pub(crate) fn wake_fds(&self) -> [RawFd; 2] {
         [self.owner.wakeups().fd(), self.timer.as_raw_fd()]
@@ -72,11 +77,11 @@ impl AdminQueue {
 
     /// The command that waits is not waited for any more, because of a reset of the device or of queue `index`.
     pub(crate) fn call_off(&mut self, index: u16, io: &mut Io<'_>) {
-        let Some(chain) = self.waiting.take() else {
-            return;
-        };
+        // A restored one may not have been executed anew yet.
         self.owner.abandon(&mut self.session);
-        io.forget(index, chain.head());
+        if let Some(chain) = self.waiting.take() {
+            io.forget(index, chain.head());
+        }
     }
 
     /// True while a command waits for a member.

@@ -18,7 +18,7 @@ const INITIAL: CommandSet = CommandSet::EMPTY.with(LIST_QUERY).with(LIST_USE);
 /// The capability commands, which Linux negotiates for the wrong group.
 const CAPABILITIES: std::ops::RangeInclusive<u16> = 7..=9;
 
-/// One driver's affairs. A reset of the device it drives makes it a new one.
+/// Per-driver state; discarded on a reset of the device it drives.
 #[derive(Debug)]
 pub struct Session {
     party: Party,
@@ -31,7 +31,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// The affairs of a driver that has not done anything.
+    /// The session of a driver that has not done anything.
     pub fn new(party: Party) -> Self {
         Self {
             party,
@@ -58,6 +58,21 @@ impl Session {
         let context = self.contexts.entry(id).or_default();
         context.enter(epoch);
         context
+    }
+
+    /// How far the driver is with the context of this member, if it has touched it.
+    pub(super) fn touched(&self, id: MemberId) -> Option<&ContextSession> {
+        self.contexts.get(&id)
+    }
+
+    /// Sets how far the driver is with the context of a member.
+    pub(super) fn set_context(&mut self, id: MemberId, context: ContextSession) {
+        self.contexts.insert(id, context);
+    }
+
+    /// The mode change that is under way, to look at.
+    pub(super) fn pending(&self) -> Option<&Transition> {
+        self.transition.as_ref()
     }
 
     /// The mode change that is under way.

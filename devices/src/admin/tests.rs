@@ -12,6 +12,7 @@ use crate::gate::{Mode, Party};
 use crate::virtio::VirtioFunction;
 
 mod on_queue;
+mod saved;
 
 /// Membership without registers: NumVFs, or no SR-IOV group at all.
 struct Vfs(AtomicU16);

@@ -5,7 +5,7 @@ use std::mem;
 
 use super::draft::Draft;
 use super::error::ContextError;
-use super::field::{Field, FieldId, FieldType, split_header};
+use super::field::{Field, FieldId, FieldType, assemble, join_header, split_header};
 use super::value::OwnedChains;
 use super::{COUNT_LEN, FIELD_HEADER_LEN, fields};
 use crate::state::{FunctionState, Shape};
@@ -153,6 +153,27 @@ impl Decoder {
     /// The last complete context.
     pub fn latest(&self) -> Option<&FunctionState> {
         self.latest.as_ref()
+    }
+
+    /// Bytes that put a new decoder, which got [`Self::latest`], into the state of this one: those of the partial context,
+    /// though not always in the order in which they came. Empty if there is none.
+    pub fn partial(&self) -> Vec<u8> {
+        let left = match self.phase {
+            Phase::Count => return self.pending.clone(),
+            Phase::Header { left } | Phase::Value { left, .. } => left,
+        };
+        let fields = self.draft.fields();
+        let mut bytes = assemble(&fields);
+        // No context has as many fields as that.
+        let count = (fields.len() as u32).wrapping_add(left);
+        if let Some(first) = bytes.first_chunk_mut() {
+            *first = count.to_le_bytes();
+        }
+        if let Phase::Value { kind, len, .. } = self.phase {
+            bytes.extend_from_slice(&join_header(kind.raw(), len as u64));
+        }
+        bytes.extend_from_slice(&self.pending);
+        bytes
     }
 
     /// The last complete context, which then counts as never pushed. A partial one stays.

@@ -93,6 +93,27 @@ impl Draft {
         Ok(())
     }
 
+    /// What came so far. Added to another draft of the same device, in this order, it makes an equal one.
+    pub fn fields(&self) -> Vec<Field> {
+        let features = self.offered.map(Field::DeviceFeatures);
+        let mut fields: Vec<_> = features.into_iter().collect();
+        fields.extend(self.accepted.map(Field::DriverFeatures));
+        fields.extend(self.registers.map(Field::CommonConfig));
+        for (index, queue) in (0..).zip(&self.queues) {
+            fields.extend(queue.config.map(Field::QueueConfig));
+            fields.extend(queue.runtime.map(Field::SplitRuntime));
+            let owned = queue.owned.clone();
+            let chains = owned.map(|heads| OwnedChains {
+                queue: index,
+                heads,
+            });
+            fields.extend(chains.map(Field::OwnedChains));
+            fields.extend(queue.status.map(Field::QueueStatus));
+        }
+        fields.extend(self.config.clone().map(Field::DeviceConfig));
+        fields
+    }
+
     /// Takes back what was added as `id`.
     pub fn remove(&mut self, id: FieldId) {
         let index = id.queue.map(usize::from);

@@ -306,6 +306,11 @@ pub(super) fn split_header(header: &[u8; FIELD_HEADER_LEN]) -> (u16, u64) {
     (number as u16, (number >> u64::BITS) as u64)
 }
 
+/// The field header with this type and length.
+pub(super) fn join_header(kind: u16, len: u64) -> [u8; FIELD_HEADER_LEN] {
+    (u128::from(len) << u64::BITS | u128::from(kind)).to_le_bytes()
+}
+
 fn fixed<T: FromBytes>(kind: FieldType, value: &[u8]) -> Result<T, ContextError> {
     T::read_from_bytes(value).map_err(|_| ContextError::Length {
         field: kind,

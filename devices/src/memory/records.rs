@@ -27,6 +27,7 @@
 //! Only [`Records::stop`] ends a recording: a reset of the function (S3-41) or a change of its mode does not touch it.
 
 mod pages;
+mod saved;
 #[cfg(test)]
 mod tests;
 
@@ -36,6 +37,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwapOption;
 use pages::WrittenPages;
+pub use saved::Prepared;
 
 use super::RamRange;
 use crate::gate::Party;
@@ -102,6 +104,12 @@ pub enum RecordError {
     /// What to read is not within one range under record.
     #[error("range at {0:#x} is not within one that is recorded")]
     NotRecorded(u64),
+    /// Saved ranges, or saved pages, are not in ascending order.
+    #[error("range at {0:#x} is not behind the one before it")]
+    Order(u64),
+    /// Saved pages that cannot have been written.
+    #[error("pages written at {0:#x} are not all of them RAM within one recorded range")]
+    Written(u64),
 }
 
 /// The write records of one device function. See the [module documentation](self).
@@ -142,6 +150,19 @@ struct Recording {
     ranges: Vec<Range<u64>>,
 }
 
+impl Recording {
+    fn page_size(&self) -> u64 {
+        1 << self.written.shift()
+    }
+
+    /// Those under record.
+    fn ranges(&self) -> Vec<PageRange> {
+        let shift = self.written.shift();
+        let ranges = self.ranges.iter();
+        ranges.map(|pages| addressed(pages, shift)).collect()
+    }
+}
+
 impl Records {
     /// Of a function that reaches `ram`, which is disjoint and in ascending order.
     pub(super) fn new(ram: Arc<[RamRange]>) -> Self {
@@ -160,8 +181,7 @@ impl Records {
     ///
     /// # Errors
     ///
-    /// All but [`NotStarted`](RecordError::NotStarted), [`Length`](RecordError::Length) and
-    /// [`NotRecorded`](RecordError::NotRecorded).
+    /// What is wrong with the page size or the ranges, or that there is no memory for a record.
     pub fn start(
         &self,
         party: Party,
@@ -181,24 +201,7 @@ impl Records {
             Some(now) => &now.ranges[..],
             None => &[],
         };
-        if ranges.is_empty() {
-            return Err(RecordError::NoRanges);
-        }
-        if ranges.len() > MAX_RANGES as usize - old.len() {
-            return Err(RecordError::TooManyRanges);
-        }
-        let new = ranges
-            .iter()
-            .map(|range| pages_of(*range, shift))
-            .collect::<Result<Vec<_>, _>>()?;
-        let mut all = [old, &new].concat();
-        all.sort_unstable_by_key(|range| range.start);
-        for pair in all.windows(2) {
-            if pair[1].start < pair[0].end {
-                return Err(RecordError::Overlap(pair[1].start << shift));
-            }
-        }
-
+        let (new, all) = join(old, ranges, shift)?;
         match &mut *recording {
             Some(now) => {
                 // Written before they were asked about.
@@ -208,15 +211,11 @@ impl Records {
                 now.ranges = all;
             }
             None => {
-                let written = Arc::new(
-                    WrittenPages::new(&self.ram, shift).map_err(|_| RecordError::NoMemory)?,
-                );
-                seat.written.store(Some(Arc::clone(&written)));
-                *recording = Some(Recording {
-                    written,
+                let now = Recording {
+                    written: self.nothing_written(shift)?,
                     ranges: all,
-                });
-                self.active.fetch_or(1 << party as u8, Ordering::SeqCst);
+                };
+                self.set(party, &mut recording, Some(now));
             }
         }
         fence(Ordering::SeqCst);
@@ -225,11 +224,26 @@ impl Records {
 
     /// Ends what `party` records, if anything, and drops what it has not read (S3-40).
     pub fn stop(&self, party: Party) {
-        let seat = self.seat(party);
-        let mut recording = seat.lock();
-        self.active.fetch_and(!(1 << party as u8), Ordering::SeqCst);
-        seat.written.store(None);
-        *recording = None;
+        self.set(party, &mut self.seat(party).lock(), None);
+    }
+
+    fn nothing_written(&self, shift: u32) -> Result<Arc<WrittenPages>, RecordError> {
+        let written = WrittenPages::new(&self.ram, shift);
+        written.map(Arc::new).map_err(|_| RecordError::NoMemory)
+    }
+
+    /// Replaces `recording`, that of `party`.
+    fn set(&self, party: Party, recording: &mut Option<Recording>, new: Option<Recording>) {
+        let written = new.as_ref().map(|now| Arc::clone(&now.written));
+        let (bit, starts) = (1 << party as u8, written.is_some());
+        if !starts {
+            self.active.fetch_and(!bit, Ordering::SeqCst);
+        }
+        self.seat(party).written.store(written);
+        if starts {
+            self.active.fetch_or(bit, Ordering::SeqCst);
+        }
+        *recording = new;
     }
 
     /// Appends to `out` the addresses of pages written within `start..start + length`, ascending and no more than
@@ -281,22 +295,16 @@ impl Records {
     /// The size of the pages `party` records, in bytes.
     pub fn page_size(&self, party: Party) -> Option<u64> {
         let recording = self.seat(party).lock();
-        recording.as_ref().map(|now| 1 << now.written.shift())
+        recording.as_ref().map(Recording::page_size)
     }
 
     /// The ranges `party` records, ascending, in pages of its [`page_size`](Self::page_size).
     pub fn ranges(&self, party: Party) -> Vec<PageRange> {
         let recording = self.seat(party).lock();
-        let Some(now) = &*recording else {
-            return Vec::new();
-        };
-        now.ranges
-            .iter()
-            .map(|range| PageRange {
-                page_address: range.start << now.written.shift(),
-                page_count: range.end - range.start,
-            })
-            .collect()
+        recording
+            .as_ref()
+            .map(Recording::ranges)
+            .unwrap_or_default()
     }
 
     /// Records a write of `len` bytes at `offset` of the RAM range number `region`, for whoever records.
@@ -331,6 +339,40 @@ fn shift_of(page_size: u64) -> Option<u32> {
     let bit = shift.checked_sub(MIN_SHIFT)?;
     let supported = PAGE_SIZES.checked_shr(bit).unwrap_or(0) & 1 != 0;
     (page_size.is_power_of_two() && supported).then_some(shift)
+}
+
+/// `ranges` in pages, and those together with the `old` ones, ascending.
+fn join(
+    old: &[Range<u64>],
+    ranges: &[PageRange],
+    shift: u32,
+) -> Result<(Vec<Range<u64>>, Vec<Range<u64>>), RecordError> {
+    if ranges.is_empty() {
+        return Err(RecordError::NoRanges);
+    }
+    if ranges.len() > MAX_RANGES as usize - old.len() {
+        return Err(RecordError::TooManyRanges);
+    }
+    let new = ranges
+        .iter()
+        .map(|range| pages_of(*range, shift))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut all = [old, &new].concat();
+    all.sort_unstable_by_key(|range| range.start);
+    for pair in all.windows(2) {
+        if pair[1].start < pair[0].end {
+            return Err(RecordError::Overlap(pair[1].start << shift));
+        }
+    }
+    Ok((new, all))
+}
+
+/// `pages` by their address.
+fn addressed(pages: &Range<u64>, shift: u32) -> PageRange {
+    PageRange {
+        page_address: pages.start << shift,
+        page_count: pages.end - pages.start,
+    }
 }
 
 /// The page numbers of `range`.

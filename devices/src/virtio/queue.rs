@@ -335,6 +335,11 @@ impl Virtqueue {
         }
     }
 
+    /// True if chains were fetched that the device is to execute anew.
+    pub(super) fn owns_chains(&self) -> bool {
+        !self.owned.is_empty()
+    }
+
     /// True if no chain is in flight.
     pub(super) fn is_drained(&self) -> bool {
         self.in_flight.is_empty()

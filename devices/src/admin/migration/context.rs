@@ -5,11 +5,11 @@
 
 use super::{BAD_FIELD, BAD_STATE, Exchange, Refusal};
 use crate::admin::envelope::Answer;
-use crate::admin::member::Epoch;
+use crate::admin::member::{Epoch, Member};
 use crate::admin::queue::MAX_DATA;
 use crate::context::{self, Decoder, Pushed};
 use crate::gate::{Mode, Party};
-use crate::state::FunctionState;
+use crate::state::{FunctionState, ReadingState, Shape, WritingState};
 use crate::virtio::{Restoration, RestoreError};
 
 /// How far one driver is with the context of one member.
@@ -46,6 +46,71 @@ impl ContextSession {
         }
     }
 
+    /// What is still true of it, of a member that is in `epoch`: see [`Self::enter`].
+    pub fn save(&self, epoch: Epoch, shape: &Shape) -> (ReadingState, Option<WritingState>) {
+        let reading = match &self.reading {
+            _ if self.epoch.life != epoch.life => ReadingState::Begin,
+            Reading::Begin => ReadingState::Begin,
+            Reading::Part { bytes, at } => ReadingState::Part {
+                bytes: bytes.clone(),
+                at: *at,
+            },
+            Reading::End => ReadingState::End,
+        };
+        let decoder = self.writing.as_ref().filter(|_| self.epoch == epoch);
+        let writing = decoder.map(|decoder| WritingState {
+            complete: decoder.latest().map(|state| context::encode(state, shape)),
+            partial: decoder.partial(),
+        });
+        let empty = WritingState::default();
+        (reading, writing.filter(|writing| *writing != empty))
+    }
+
+    /// The same once more, with `member`.
+    ///
+    /// # Errors
+    ///
+    /// The field that cannot be, and what is wrong with it.
+    pub fn restored(
+        member: &dyn Member,
+        reading: &ReadingState,
+        writing: Option<&WritingState>,
+    ) -> Result<Self, (&'static str, String)> {
+        let shape = member.shape();
+        let reading = match reading {
+            ReadingState::Begin => Reading::Begin,
+            ReadingState::End => Reading::End,
+            ReadingState::Part { bytes, at } => {
+                whole(bytes, &shape, |_| Ok(())).map_err(|what| ("reading.bytes", what))?;
+                if *at >= bytes.len() {
+                    let what = format!("{at} is not before the end of {} bytes", bytes.len());
+                    return Err(("reading.at", what));
+                }
+                let (bytes, at) = (bytes.clone(), *at);
+                Reading::Part { bytes, at }
+            }
+        };
+        let decoder = |writing: &WritingState| {
+            let complete = writing.complete.as_ref();
+            let check = |state: &FunctionState| member.check(state);
+            let decoder = complete.map(|bytes| whole(bytes, &shape, check));
+            let decoder = decoder.transpose();
+            let mut decoder = decoder
+                .map_err(|what| ("writing.complete", what))?
+                .unwrap_or_else(|| Decoder::new(&shape));
+            match decoder.push(&writing.partial) {
+                Ok(Pushed::Incomplete) => Ok(decoder),
+                Ok(Pushed::Complete) => Err(("writing.partial", "is complete".to_owned())),
+                Err(error) => Err(("writing.partial", error.to_string())),
+            }
+        };
+        Ok(Self {
+            epoch: member.epoch(),
+            reading,
+            writing: writing.map(decoder).transpose()?,
+        })
+    }
+
     /// There is a new context to read, and none was written.
     pub(super) fn begin_anew(&mut self) {
         self.reading = Reading::Begin;
@@ -65,6 +130,24 @@ impl ContextSession {
 
     pub(super) fn has_written(&self) -> bool {
         self.written().is_some()
+    }
+}
+
+/// A decoder that got `bytes`, which are one context of a device of `shape`; what is wrong if they are not.
+fn whole(
+    bytes: &[u8],
+    shape: &Shape,
+    check: impl FnOnce(&FunctionState) -> Result<(), RestoreError>,
+) -> Result<Decoder, String> {
+    let (len, most) = (bytes.len(), context::max_len(shape));
+    if len > most {
+        return Err(format!("has {len} bytes; no context has more than {most}"));
+    }
+    let mut decoder = Decoder::new(shape);
+    match decoder.push_checked(bytes, check) {
+        Ok(Pushed::Complete) if !decoder.is_partial() => Ok(decoder),
+        Ok(_) => Err("is not one whole context".to_owned()),
+        Err(error) => Err(error.to_string()),
     }
 }
 

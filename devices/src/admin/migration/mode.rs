@@ -11,14 +11,21 @@ use crate::gate::{Mode, Party};
 #[derive(Debug)]
 pub struct Transition {
     pub member: MemberId,
-    mode: Mode,
+    /// The mode it is set to.
+    pub mode: Mode,
     /// The mode to go back to, should it be abandoned (S3-6).
-    previous: Mode,
+    pub previous: Mode,
     /// When requests that have not begun are given up; `None` once that was done.
     pub recall_at: Option<Instant>,
 }
 
 impl Transition {
+    /// True if it is what a DEV_MODE_SET with this member and this data began.
+    pub fn is_of(&self, member: u64, data: &[u8]) -> bool {
+        let mode = data.first().copied().unwrap_or(0);
+        member == u64::from(self.member.0) && mode == self.mode as u8
+    }
+
     /// Undoes the change, unless the member came to exist anew in between, and with it its mode.
     pub fn undo(&self, member: &dyn Member, party: Party) {
         if member.mode(party) == self.mode {

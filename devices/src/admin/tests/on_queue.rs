@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::*;
 use crate::gate::{Patience, Reasons};
-use crate::memory::Records;
+use crate::memory::{GuestRam, Records};
 use crate::state::{DeviceState, FunctionState, QueueState, Shape, Unsavable};
 use crate::testing::{Buf, Driver, INDIRECT, NEEDS_RESET, NEXT, WRITE, ram};
 use crate::virtio::{
@@ -65,7 +65,7 @@ impl VirtioDevice for Idle {
 }
 
 /// The queue after those of [`Idle`].
-const ADMIN: u16 = 2;
+pub(super) const ADMIN: u16 = 2;
 const LIVE: u64 =
     feature::ADMIN_VQ | feature::SR_IOV | feature::INDIRECT_DESC | feature::RING_RESET;
 
@@ -322,14 +322,14 @@ proptest! {
 }
 
 /// A member that is at rest when the test says so.
-struct Slow {
+pub(super) struct Slow {
     function: Arc<VirtioFunction>,
-    busy: AtomicBool,
+    pub busy: AtomicBool,
     wake: OnceLock<Arc<dyn Wake>>,
 }
 
 impl Slow {
-    fn rests(&self) {
+    pub fn rests(&self) {
         self.busy.store(false, SeqCst);
         self.wake.get().unwrap().wake();
     }
@@ -392,21 +392,32 @@ impl Member for Slow {
     }
 }
 
-/// A live owner, and a member that is never at rest before the test says so. DEV_MODE_SET waits for it, as the only
-/// command on the queue.
-fn waiting() -> (Driver, Arc<Slow>) {
-    let view = ram().view().unwrap();
+/// An owner over `ram` that nobody has touched, and its member, which is never at rest before the test says so.
+fn slow_owner(ram: &Arc<GuestRam>) -> (Driver, Arc<Slow>) {
+    let device = Box::new(Idle::default());
     let slow = Arc::new(Slow {
-        function: VirtioFunction::new("vf1", Box::new(Idle::default()), view).unwrap(),
+        function: VirtioFunction::new("vf1", device, ram.view().unwrap()).unwrap(),
         busy: true.into(),
         wake: OnceLock::new(),
     });
     let owner = Owner::new(vec![Arc::clone(&slow) as _], Options::default()).unwrap();
     owner.set_membership(Arc::new(FixedMembership(1)));
-    let ram = ram();
     let view = ram.view().unwrap();
     let function = VirtioFunction::new_owner("pf", Box::new(Idle::default()), view, owner);
-    let mut driver = Driver::of(function.unwrap(), &ram);
+    (Driver::of(function.unwrap(), ram), slow)
+}
+
+/// The same over the memory of `driver`, whose rings its driver uses; paused.
+pub(super) fn twin_of(driver: &Driver) -> (Driver, Arc<Slow>) {
+    let (mut twin, slow) = slow_owner(driver.view.ram());
+    twin.rings.clone_from(&driver.rings);
+    twin.function.close(Reasons::PAUSED);
+    (twin, slow)
+}
+
+/// A live owner whose DEV_MODE_SET waits for its member, as the only command on the queue.
+pub(super) fn waiting() -> (Driver, Arc<Slow>) {
+    let (mut driver, slow) = slow_owner(&ram());
     driver.start(LIVE);
     let (_, list) = driver.request(ADMIN, &[Buf::Out(raw(0, 1, 0, &[])), Buf::In(16)]);
     let list = [Buf::Out(raw(1, 1, 0, &list[8..])), Buf::In(8)];
@@ -418,7 +429,7 @@ fn waiting() -> (Driver, Arc<Slow>) {
     (driver, slow)
 }
 
-const AT_ONCE: Patience = Patience::prompt(Duration::ZERO);
+pub(super) const AT_ONCE: Patience = Patience::prompt(Duration::ZERO);
 
 #[test]
 fn a_command_that_waits_keeps_its_owner_from_stopping_for_no_reason() {
@@ -467,20 +478,6 @@ fn a_reset_ends_a_command_that_waits_also_while_paused() {
     }
 }
 
-/// An owner like that of [`waiting`] which nobody has touched, over the memory of `driver`, stopped as by a pause.
-fn twin(driver: &Driver) -> Driver {
-    let ram = Arc::clone(driver.view.ram());
-    let member = VirtioFunction::new("vf1", Box::new(Idle::default()), ram.view().unwrap());
-    let owner = Owner::new(vec![member.unwrap() as _], Options::default()).unwrap();
-    owner.set_membership(Arc::new(FixedMembership(1)));
-    let view = ram.view().unwrap();
-    let function = VirtioFunction::new_owner("pf", Box::new(Idle::default()), view, owner);
-    let mut twin = Driver::of(function.unwrap(), &ram);
-    twin.rings.clone_from(&driver.rings);
-    twin.function.close(Reasons::PAUSED);
-    twin
-}
-
 #[test]
 fn an_owner_is_restored_with_its_queue_or_not_at_all() {
     let (driver, _) = waiting();
@@ -490,7 +487,7 @@ fn an_owner_is_restored_with_its_queue_or_not_at_all() {
     let queue = transient.admin_queue.clone().unwrap();
     assert!(queue.enabled && queue.owned.len() == 1);
 
-    let mut other = twin(&driver);
+    let (mut other, _) = twin_of(&driver);
     let f = Arc::clone(&other.function);
     assert!(matches!(f.check(&state), Err(RestoreError::Owner)));
     assert!(matches!(f.restore(&state), Err(RestoreError::Owner)));

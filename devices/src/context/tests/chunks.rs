@@ -51,6 +51,40 @@ fn longest(shape: &Shape) -> usize {
 }
 
 proptest! {
+    /// Wherever contexts are cut off, and in whatever order the fields of the last one came, its bytes and the context
+    /// before it make an equal decoder.
+    #[test]
+    fn a_decoder_is_made_anew_from_what_it_says_of_itself(
+        (shape, state) in any_shape().prop_flat_map(any_state),
+        before: bool,
+        order in any::<prop::sample::Index>(),
+        at in any::<prop::sample::Index>(),
+    ) {
+        let whole = encode(&state, &shape);
+        let mut fields = parse(&whole).unwrap();
+        let len = fields.len();
+        fields.rotate_left(order.index(len));
+        fields.swap(0, order.index(len));
+        let bytes = assemble(&fields);
+        let mut decoder = Decoder::new(&shape);
+        if before {
+            decoder.push(&whole).unwrap();
+        }
+        decoder.push(&bytes[..at.index(bytes.len())]).unwrap();
+
+        let mut anew = Decoder::new(&shape);
+        if let Some(latest) = decoder.latest() {
+            anew.push(&encode(latest, &shape)).unwrap();
+        }
+        let partial = decoder.partial();
+        prop_assert_eq!(partial.len() <= bytes.len(), true);
+        prop_assert_eq!(partial.is_empty(), !decoder.is_partial());
+        prop_assert_eq!(anew.push(&partial), Ok(Pushed::Incomplete));
+        prop_assert_eq!(anew, decoder);
+    }
+}
+
+proptest! {
     #![proptest_config(ProptestConfig::with_cases(1024))]
 
     /// Requirements: S3-34, G3-p

@@ -103,6 +103,41 @@ impl WrittenPages {
         }
     }
 
+    /// Adds `pages`. False if some of them are not RAM; the others are added all the same.
+    pub fn insert(&self, pages: Range<u64>) -> bool {
+        let mut missing = pages.end - pages.start;
+        for (_, bits) in self.bits(pages) {
+            missing -= bits.len() as u64;
+            for (word, mask) in masks(bits) {
+                self.words[word].fetch_or(mask, Ordering::AcqRel);
+            }
+        }
+        missing == 0
+    }
+
+    /// Appends to `out` the runs of those `pages` that are in the set, ascending. Runs that `out` has are left alone.
+    pub fn runs(&self, pages: Range<u64>, out: &mut Vec<Range<u64>>) {
+        let kept = out.len();
+        for (first_page, bits) in self.bits(pages) {
+            let first_bit = bits.start;
+            for (word, mask) in masks(bits) {
+                let mut found = self.words[word].load(Ordering::Acquire) & mask;
+                while found != 0 {
+                    let low = found.trailing_zeros();
+                    let len = (found >> low).trailing_ones();
+                    let start = first_page + (word * WORD + low as usize - first_bit) as u64;
+                    let end = start + u64::from(len);
+                    match out.get_mut(kept..).and_then(<[_]>::last_mut) {
+                        Some(last) if last.end == start => last.end = end,
+                        _ => out.push(start..end),
+                    }
+                    // Adding at the lowest bit carries through the run and clears it.
+                    found &= found.wrapping_add(1 << low);
+                }
+            }
+        }
+    }
+
     /// Moves the lowest of `pages` that are in the set to `out`, as addresses, ascending, and not more than `max`.
     ///
     /// A page that is added meanwhile either is among them or stays in the set.

@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
 
 use super::super::{GuestRam, PAGE_SIZE, RamRange, View};
 use super::*;
+use crate::state::RecordingState;
 use Party::{Guest, Monitor};
 use RecordError::*;
 
@@ -646,11 +647,22 @@ proptest! {
                 }
             }
         }
+        let other = self::view();
+        for party in Party::ALL {
+            let saved = view.records().save(party);
+            prop_assert_eq!(saved.is_some(), models[party as usize].is_some());
+            if let Some(state) = &saved {
+                let prepared = other.records().prepare(state).unwrap();
+                other.records().install(party, prepared);
+            }
+            prop_assert_eq!(other.records().save(party), saved);
+        }
         for party in Party::ALL {
             for range in view.records().ranges(party) {
                 let model = models[party as usize].as_mut().unwrap();
                 let length = range.page_count * model.size;
                 let rest = read(&view, party, range.page_address, length);
+                prop_assert_eq!(&read(&other, party, range.page_address, length), &rest);
                 let end = range.page_address + length;
                 let expected: Vec<_> =
                     model.written.range(range.page_address..end).copied().collect();
@@ -658,6 +670,50 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn saved_records_that_cannot_be_are_refused() {
+    let state = |page_size, ranges: &[PageRange], written: &[PageRange]| RecordingState {
+        page_size,
+        ranges: ranges.to_vec(),
+        written: written.to_vec(),
+    };
+    let two = [range(0x5000, 4), range(0xa000, 4)];
+    let cases = [
+        (state(K4 / 2, &two, &[]), PageSize(K4 / 2)),
+        (state(K4, &[], &[]), NoRanges),
+        (state(K4, &[range(0, 1); 129], &[]), TooManyRanges),
+        (state(K4, &[range(1, 1)], &[]), Unaligned(1)),
+        (state(K4, &[range(0, 0)], &[]), Empty(0)),
+        (state(K4, &[range(K4, u64::MAX)], &[]), Wraps(K4)),
+        (state(K4, &[range(0, 2), range(K4, 1)], &[]), Overlap(K4)),
+        (state(K4, &[two[1], two[0]], &[]), Order(0x5000)),
+        (
+            state(K4, &two, &[range(0x6000, 1), range(0x5000, 1)]),
+            Order(0x5000),
+        ),
+        (state(K4, &two, &[range(0x5000, 5)]), Written(0x5000)),
+        (state(K4, &two, &[range(0x9000, 1)]), Written(0x9000)),
+        (state(K4, &two, &[range(0, u64::MAX)]), Wraps(0)),
+        (state(K4, &two, &[range(0, 0)]), Empty(0)),
+        (
+            state(K4, &[range(1 << 40, 4)], &[range(1 << 40, 1)]),
+            Written(1 << 40),
+        ),
+    ];
+    for (state, error) in cases {
+        assert_eq!(
+            view().records().prepare(&state).unwrap_err(),
+            error,
+            "{state:x?}"
+        );
+    }
+    let all = state(K4, &two, &two);
+    let view = view();
+    view.records()
+        .install(Guest, view.records().prepare(&all).unwrap());
+    assert_eq!(view.records().save(Guest), Some(all));
 }
 
 /// Requirements: S3-42

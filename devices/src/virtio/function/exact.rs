@@ -3,6 +3,7 @@
 
 use super::saved::{Restoration, RestoreError};
 use super::{Core, ISR_CONFIG, ISR_QUEUE, VirtioFunction};
+use crate::admin::AdminQueue;
 use crate::gate::Reasons;
 use crate::state::{FunctionState, TransientState, Unsavable};
 use crate::virtio::Status;
@@ -120,6 +121,16 @@ impl VirtioFunction {
         if core.gate.is_open() {
             self.kick(0);
         }
+    }
+
+    /// Lets `act` have the administration virtqueue of an owner, and tells it whether a command is in it that will be executed
+    /// when the function goes on.
+    pub(crate) fn with_admin<R>(&self, act: impl FnOnce(&mut AdminQueue, bool) -> R) -> Option<R> {
+        let mut core = self.lock();
+        let core = &mut *core;
+        let owns = core.queues.last().is_some_and(Virtqueue::owns_chains);
+        let admin = core.admin.as_mut()?;
+        Some(act(admin, owns))
     }
 
     fn checked_with<'a>(
