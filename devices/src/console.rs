@@ -14,10 +14,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::state::{DeviceState, Unsavable};
+use crate::parameters::{BadParameter, queue_size};
 use crate::virtio::{DeviceType, Io, Progress, RingError, Source, VirtioDevice};
 
-/// Entries of each queue.
-const QUEUE_SIZE: u16 = 64;
 /// Queue on which the driver receives.
 const RX: u16 = 0;
 /// Queue on which the driver transmits.
@@ -41,8 +40,43 @@ const INPUT_CHUNK: usize = 4096;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 const STACK_BYTES: usize = 128 * 1024;
 
+/// Parameters of a console; see [`parameters`](crate::parameters).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parameters {
+    /// Entries of each virtqueue: a power of two, 2 to 1024.
+    pub queue_size: u16,
+    /// Size of the terminal, if the driver is told one.
+    pub size: Option<Size>,
+}
+
+/// Size of a terminal in characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// Characters in a row.
+    pub columns: u16,
+    /// Rows.
+    pub rows: u16,
+}
+
+impl Default for Parameters {
+    fn default() -> Self {
+        Self {
+            queue_size: 64,
+            size: None,
+        }
+    }
+}
+
+impl Parameters {
+    /// Whether a console can be built with these.
+    pub fn check(&self) -> Result<(), BadParameter> {
+        queue_size(self.queue_size, 2)
+    }
+}
+
 /// A console with one port.
 pub struct Console {
+    queue_size: u16,
     config: [u8; CONFIG_LEN],
     has_size: bool,
     input: Option<OwnedFd>,
@@ -58,6 +92,7 @@ impl Console {
     /// that it has something.
     pub fn new(input: Option<OwnedFd>, output: Box<dyn Write + Send>) -> std::io::Result<Self> {
         Ok(Self {
+            queue_size: Parameters::default().queue_size,
             config: [0; CONFIG_LEN],
             has_size: false,
             input,
@@ -66,14 +101,15 @@ impl Console {
         })
     }
 
-    /// Tells the driver the size of the terminal.
-    #[must_use]
-    pub fn with_size(mut self, columns: u16, rows: u16) -> Self {
-        let [c0, c1] = columns.to_le_bytes();
-        let [r0, r1] = rows.to_le_bytes();
+    /// The same device with other parameters. To be called before it is put behind a function.
+    pub fn with_parameters(mut self, parameters: &Parameters) -> Result<Self, BadParameter> {
+        parameters.check()?;
+        self.queue_size = parameters.queue_size;
+        self.has_size = parameters.size.is_some();
+        let size = parameters.size.map_or((0, 0), |s| (s.columns, s.rows));
+        let ([c0, c1], [r0, r1]) = (size.0.to_le_bytes(), size.1.to_le_bytes());
         self.config = [c0, c1, r0, r1, 0, 0, 0, 0, 0, 0, 0, 0];
-        self.has_size = true;
-        self
+        Ok(self)
     }
 
     fn receive(&mut self, io: &mut Io<'_>) -> Result<Progress, RingError> {
@@ -144,7 +180,7 @@ impl VirtioDevice for Console {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE; 2]
+        vec![self.queue_size; 2]
     }
 
     fn config(&self) -> &[u8] {
@@ -462,7 +498,16 @@ mod tests {
         let console = || Console::new(None, Box::new(Screen::default())).unwrap();
         let driver = Driver::new(console());
         assert_eq!(driver.function.device_features(0) & 1, 0);
-        let driver = Driver::new(console().with_size(132, 43));
+        let size = Size {
+            columns: 132,
+            rows: 43,
+        };
+        let parameters = Parameters {
+            queue_size: 8,
+            size: Some(size),
+        };
+        let driver = Driver::new(console().with_parameters(&parameters).unwrap());
+        assert_eq!(driver.function.queue(1).unwrap().max_size, 8);
         assert_eq!(driver.function.device_features(0) & 1, 1);
         let mut config = [0; 4];
         driver.function.read_config(0, &mut config);

@@ -13,6 +13,7 @@
 //! | [`net`] | virtio-net: on a host tap, or on a switch that connects functions |
 //! | [`rng`] | virtio-rng: the host's entropy |
 //! | [`console`] | virtio-console: one port on the terminal or a file |
+//! | [`parameters`] | what drivers see of devices and no option asks for |
 //! | [`io`] | the I/O thread that turns kicks and backend events into work |
 //!
 //! Everything here can be driven from a plain test, without a guest, a bus or a hypervisor.
@@ -26,6 +27,7 @@ pub mod gate;
 pub mod io;
 pub mod memory;
 pub mod net;
+pub mod parameters;
 pub mod rng;
 pub mod state;
 #[cfg(test)]

@@ -3,23 +3,50 @@
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::state::{DeviceState, Unsavable};
+use crate::parameters::{BadParameter, queue_size};
 use crate::virtio::{DeviceType, Io, Progress, RingError, Source, VirtioDevice};
-
-/// Entries of the request queue.
-const QUEUE_SIZE: u16 = 64;
 
 /// Random bytes for one request; a larger buffer is filled in part, as the device may. Bounds the time that a guest
 /// which asks for entropy in a loop takes from the other devices.
 const BYTES_PER_REQUEST: usize = 4096;
 
+/// Parameters of an entropy source; see [`parameters`](crate::parameters).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parameters {
+    /// Entries of the request queue: a power of two, 2 to 1024.
+    pub queue_size: u16,
+}
+
+impl Default for Parameters {
+    fn default() -> Self {
+        Self { queue_size: 64 }
+    }
+}
+
+impl Parameters {
+    /// Whether an entropy source can be built with these.
+    pub fn check(&self) -> Result<(), BadParameter> {
+        queue_size(self.queue_size, 2)
+    }
+}
+
 /// An entropy source. It has no state and no configuration.
 #[derive(Debug, Default)]
-pub struct Rng;
+pub struct Rng {
+    parameters: Parameters,
+}
 
 impl Rng {
     /// An entropy source that draws from the host's.
     pub fn new() -> Self {
-        Self
+        Self::default()
+    }
+
+    /// The same device with other parameters. To be called before it is put behind a function.
+    pub fn with_parameters(mut self, parameters: &Parameters) -> Result<Self, BadParameter> {
+        parameters.check()?;
+        self.parameters = *parameters;
+        Ok(self)
     }
 }
 
@@ -33,7 +60,7 @@ impl VirtioDevice for Rng {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE]
+        vec![self.parameters.queue_size]
     }
 
     fn config(&self) -> &[u8] {
@@ -120,6 +147,14 @@ mod tests {
         let (len, bytes) = driver.request(0, &[Buf::In(3 * BYTES_PER_REQUEST)]);
         assert_eq!(len as usize, BYTES_PER_REQUEST);
         assert!(bytes[BYTES_PER_REQUEST..].iter().all(|b| *b == 0xee));
+    }
+
+    #[test]
+    fn the_queue_is_as_long_as_the_parameters_say() {
+        let of = |queue_size| Rng::new().with_parameters(&Parameters { queue_size });
+        assert_eq!(Rng::new().queue_sizes(), [64]);
+        assert_eq!(of(8).unwrap().queue_sizes(), [8]);
+        assert_eq!(of(9).unwrap_err().field, "queue_size");
     }
 
     #[test]

@@ -11,6 +11,7 @@
 
 mod backend;
 mod file;
+mod parameters;
 mod request;
 mod worker;
 
@@ -27,19 +28,17 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 pub use backend::Backend;
 pub use file::RawFile;
-use request::{ID_LEN, Limits, MAX_SEGMENT_SECTORS, MAX_SEGMENTS, Request, SECTOR, Status};
+pub use parameters::Parameters;
+use request::{ID_LEN, Limits, Request, SECTOR, Status};
 pub use worker::Pool;
 use worker::{Done, Job, Worker};
 
 use crate::state::{DeviceState, Unsavable};
+use crate::parameters::BadParameter;
 use crate::virtio::{Chain, DeviceType, Io, Progress, RingError, Source, VirtioDevice};
 
-/// Entries of each queue.
-const QUEUE_SIZE: u16 = 256;
 /// The most queues a disk can have.
 pub const MAX_QUEUES: u16 = 64;
-/// Data buffers of one request: a chain as long as the queue, less header and status.
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Guest buffers held in flight. An indirect table may have 65535 of them, so counting chains bounds too little.
 const BUFFERS_IN_FLIGHT: usize = 64 * 1024;
 
@@ -164,6 +163,7 @@ pub struct Block {
     limits: Limits,
     id: [u8; ID_LEN],
     queues: u16,
+    queue_size: u16,
     backend: Arc<dyn Backend>,
     completed: Arc<EventFd>,
     /// Where its thread comes from, with the first request: a disk no driver uses costs none.
@@ -198,20 +198,19 @@ impl Block {
             path: config.path.clone(),
             source,
         })?;
-        let limits = Limits {
-            capacity: backend.len(),
-            read_only: config.read_only,
-        };
+        let parameters = Parameters::default();
+        let limits = Limits::new(backend.len(), config.read_only, &parameters);
         let mut id = [0; ID_LEN];
         for (to, from) in id.iter_mut().zip(config.serial.bytes()) {
             *to = from;
         }
         Ok(Self {
-            config: layout(limits, config.queues),
+            config: layout(limits, config.queues, &parameters),
             features: offered(config),
             limits,
             id,
             queues: config.queues,
+            queue_size: parameters.queue_size,
             backend,
             completed,
             pool: Pool::new(1),
@@ -221,6 +220,15 @@ impl Block {
             stalled: 0,
             batch: Vec::new(),
         })
+    }
+
+    /// The same disk with other parameters. To be called before it is put behind a function.
+    pub fn with_parameters(mut self, parameters: &Parameters) -> Result<Self, BadParameter> {
+        parameters.check()?;
+        self.limits = Limits::new(self.limits.capacity, self.limits.read_only, parameters);
+        self.config = layout(self.limits, self.queues, parameters);
+        self.queue_size = parameters.queue_size;
+        Ok(self)
     }
 
     /// The same disk, served by the threads of `pool` instead of one of its own.
@@ -317,7 +325,7 @@ impl VirtioDevice for Block {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE; usize::from(self.queues)]
+        vec![self.queue_size; usize::from(self.queues)]
     }
 
     fn config(&self) -> &[u8] {
@@ -421,24 +429,23 @@ fn offered(config: &BlockConfig) -> u64 {
     features
 }
 
-fn layout(limits: Limits, queues: u16) -> Config {
+fn layout(limits: Limits, queues: u16, parameters: &Parameters) -> Config {
     let mut config = Config {
         capacity: U64::new(limits.capacity / SECTOR),
-        seg_max: U32::new(SEG_MAX),
+        seg_max: U32::new(parameters.seg_max),
         blk_size: U32::new(SECTOR as u32),
-        // The page cache works in pages of 4096 bytes.
-        physical_block_exp: 3,
-        min_io_size: U16::new(8),
+        physical_block_exp: parameters.physical_block_exp,
+        min_io_size: U16::new(parameters.min_io_size),
         num_queues: U16::new(queues),
         ..Config::default()
     };
     if !limits.read_only {
-        config.max_discard_sectors = U32::new(MAX_SEGMENT_SECTORS);
-        config.max_discard_seg = U32::new(MAX_SEGMENTS);
-        config.discard_sector_alignment = U32::new(8);
-        config.max_write_zeroes_sectors = U32::new(MAX_SEGMENT_SECTORS);
-        config.max_write_zeroes_seg = U32::new(MAX_SEGMENTS);
-        config.write_zeroes_may_unmap = 1;
+        config.max_discard_sectors = U32::new(parameters.max_discard_sectors);
+        config.max_discard_seg = U32::new(parameters.max_discard_seg);
+        config.discard_sector_alignment = U32::new(parameters.discard_sector_alignment);
+        config.max_write_zeroes_sectors = U32::new(parameters.max_write_zeroes_sectors);
+        config.max_write_zeroes_seg = U32::new(parameters.max_write_zeroes_seg);
+        config.write_zeroes_may_unmap = parameters.write_zeroes_may_unmap.into();
     }
     config
 }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::Parameters;
 use crate::memory::View;
 use crate::virtio::{Chain, RingError};
 
@@ -13,9 +14,9 @@ use crate::virtio::{Chain, RingError};
 pub const SECTOR: u64 = 512;
 /// Length of the answer to GET_ID.
 pub const ID_LEN: usize = 20;
-/// Segments one DISCARD or WRITE_ZEROES may have.
+/// Segments one DISCARD or WRITE_ZEROES may have at most.
 pub const MAX_SEGMENTS: u32 = 32;
-/// Sectors of one such segment: 1 GiB.
+/// Sectors of one such segment at most: 1 GiB.
 pub const MAX_SEGMENT_SECTORS: u32 = 1 << 21;
 
 const T_IN: u32 = 0;
@@ -84,9 +85,36 @@ pub struct Limits {
     pub capacity: u64,
     /// Requests that change the disk fail.
     pub read_only: bool,
+    discard: SegmentLimits,
+    write_zeroes: SegmentLimits,
+}
+
+/// What the segments of one kind of request may be.
+#[derive(Clone, Copy, Debug)]
+struct SegmentLimits {
+    /// As many of them.
+    count: u32,
+    /// Sectors of each.
+    sectors: u32,
 }
 
 impl Limits {
+    /// The limits of a disk of `capacity` bytes with these parameters.
+    pub fn new(capacity: u64, read_only: bool, parameters: &Parameters) -> Self {
+        Self {
+            capacity,
+            read_only,
+            discard: SegmentLimits {
+                count: parameters.max_discard_seg,
+                sectors: parameters.max_discard_sectors,
+            },
+            write_zeroes: SegmentLimits {
+                count: parameters.max_write_zeroes_seg,
+                sectors: parameters.max_write_zeroes_sectors,
+            },
+        }
+    }
+
     /// `len` bytes from `sector` on, if the disk has them.
     fn range(&self, sector: u64, len: u64) -> Result<Range<u64>, Status> {
         let start = sector.checked_mul(SECTOR).ok_or(Status::IoErr)?;
@@ -131,11 +159,12 @@ pub fn parse(
         T_FLUSH => Ok(Request::Flush),
         T_GET_ID if data_in >= ID_LEN as u64 => Ok(Request::GetId),
         T_GET_ID => Err(Status::IoErr),
-        kind @ (T_DISCARD | T_WRITE_ZEROES) => match segments(view, chain, data_out, limits)? {
-            Ok(segments) if kind == T_DISCARD => discard(&segments, limits).map(Request::Discard),
-            Ok(segments) => write_zeroes(&segments, limits).map(Request::WriteZeroes),
-            Err(status) => Err(status),
-        },
+        T_DISCARD => segments(view, chain, data_out, limits, limits.discard)?
+            .and_then(|segments| discard(&segments, limits))
+            .map(Request::Discard),
+        T_WRITE_ZEROES => segments(view, chain, data_out, limits, limits.write_zeroes)?
+            .and_then(|segments| write_zeroes(&segments, limits))
+            .map(Request::WriteZeroes),
         _ => Err(Status::Unsupported),
     })
 }
@@ -145,12 +174,13 @@ fn segments(
     chain: &Chain,
     len: u64,
     limits: Limits,
+    allowed: SegmentLimits,
 ) -> Result<Result<Vec<Segment>, Status>, RingError> {
     let each = size_of::<Segment>() as u64;
     let count = len / each;
     if limits.read_only
         || count == 0
-        || count > u64::from(MAX_SEGMENTS)
+        || count > u64::from(allowed.count)
         || !len.is_multiple_of(each)
     {
         return Ok(Err(Status::IoErr));
@@ -160,9 +190,13 @@ fn segments(
     Ok(Ok(segments))
 }
 
-fn segment_range(segment: &Segment, limits: Limits) -> Result<Range<u64>, Status> {
+fn segment_range(
+    segment: &Segment,
+    limits: Limits,
+    allowed: SegmentLimits,
+) -> Result<Range<u64>, Status> {
     let sectors = segment.sectors.get();
-    if sectors > MAX_SEGMENT_SECTORS {
+    if sectors > allowed.sectors {
         return Err(Status::IoErr);
     }
     limits.range(segment.sector.get(), u64::from(sectors) * SECTOR)
@@ -173,7 +207,8 @@ fn discard(segments: &[Segment], limits: Limits) -> Result<Vec<Range<u64>>, Stat
     if segments.iter().any(|s| s.flags.get() != 0) {
         return Err(Status::Unsupported);
     }
-    segments.iter().map(|s| segment_range(s, limits)).collect()
+    let range = |s| segment_range(s, limits, limits.discard);
+    segments.iter().map(range).collect()
 }
 
 fn write_zeroes(segments: &[Segment], limits: Limits) -> Result<Vec<(Range<u64>, bool)>, Status> {
@@ -182,7 +217,10 @@ fn write_zeroes(segments: &[Segment], limits: Limits) -> Result<Vec<(Range<u64>,
     }
     segments
         .iter()
-        .map(|s| Ok((segment_range(s, limits)?, s.flags.get() & FLAG_UNMAP != 0)))
+        .map(|s| {
+            let range = segment_range(s, limits, limits.write_zeroes)?;
+            Ok((range, s.flags.get() & FLAG_UNMAP != 0))
+        })
         .collect()
 }
 

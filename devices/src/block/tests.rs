@@ -12,6 +12,8 @@ use tempfile::NamedTempFile;
 
 use crate::memory::{GuestRead, GuestWrite};
 
+mod parameters;
+
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
@@ -172,7 +174,7 @@ fn requests_that_make_no_sense_get_their_status_and_change_nothing() {
         out
     };
     let many = |n: usize| (0..n).flat_map(|_| segment(0, 1, 0)).collect::<Vec<_>>();
-    let huge = MAX_SEGMENT_SECTORS + 1;
+    let huge = Parameters::default().max_discard_sectors + 1;
     let cases: Vec<(&str, Vec<u8>, usize, u8)> = vec![
         ("unknown type", header(99, 0), 512, UNSUPP),
         ("secure erase", header(14, 0), 0, UNSUPP),

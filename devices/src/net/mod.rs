@@ -31,10 +31,9 @@ pub use uplink::Uplink;
 use link::{HEADER_LEN, NUM_BUFFERS};
 
 use crate::state::{DeviceState, Unsavable};
+use crate::parameters::{BadParameter, queue_size};
 use crate::virtio::{Chain, DeviceType, Io, Progress, RingError, Source, VirtioDevice};
 
-/// Entries of each queue.
-const QUEUE_SIZE: u16 = 256;
 /// Queue on which the driver receives.
 const RX: u16 = 0;
 /// Queue on which the driver transmits.
@@ -52,9 +51,30 @@ const S_LINK_UP: u8 = 1;
 /// Frames a sending driver may hand over before their receivers are woken.
 const WAKE_EVERY: u32 = 64;
 
+/// Parameters of a network device; see [`parameters`](crate::parameters).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parameters {
+    /// Entries of each virtqueue: a power of two, 2 to 1024.
+    pub queue_size: u16,
+}
+
+impl Default for Parameters {
+    fn default() -> Self {
+        Self { queue_size: 256 }
+    }
+}
+
+impl Parameters {
+    /// Whether a network device can be built with these.
+    pub fn check(&self) -> Result<(), BadParameter> {
+        queue_size(self.queue_size, 2)
+    }
+}
+
 /// A network device.
 pub struct Net {
     config: [u8; CONFIG_LEN],
+    queue_size: u16,
     link: Box<dyn Link>,
     mergeable: bool,
     /// Chains gathered for one frame. Kept for its capacity.
@@ -76,10 +96,18 @@ impl Net {
         let [a, b, c, d, e, f] = mac.octets();
         Self {
             config: [a, b, c, d, e, f, S_LINK_UP, 0],
+            queue_size: Parameters::default().queue_size,
             link: Box::new(link),
             mergeable: false,
             chains: Vec::new(),
         }
+    }
+
+    /// The same device with other parameters. To be called before it is put behind a function.
+    pub fn with_parameters(mut self, parameters: &Parameters) -> Result<Self, BadParameter> {
+        parameters.check()?;
+        self.queue_size = parameters.queue_size;
+        Ok(self)
     }
 
     fn receive(&mut self, io: &mut Io<'_>) -> Result<Progress, RingError> {
@@ -120,7 +148,7 @@ impl VirtioDevice for Net {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE; 2]
+        vec![self.queue_size; 2]
     }
 
     fn config(&self) -> &[u8] {

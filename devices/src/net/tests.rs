@@ -429,6 +429,20 @@ fn the_configuration_has_the_address_and_a_link_that_is_up() {
     }
 }
 
+#[test]
+fn the_queues_are_as_long_as_the_parameters_say() {
+    let switch = Switch::new();
+    let net = |i| Net::new(mac(i), port(&switch, i, false));
+    assert_eq!(net(1).queue_sizes(), [256, 256]);
+    let parameters = Parameters { queue_size: 8 };
+    let short = net(2).with_parameters(&parameters).unwrap();
+    assert_eq!(short.queue_sizes(), [8, 8]);
+    for queue_size in [0, 1, 12, 2048] {
+        let refused = net(3).with_parameters(&Parameters { queue_size });
+        assert_eq!(refused.err().unwrap().field, "queue_size");
+    }
+}
+
 /// A frame that never ends: its link always has one more.
 #[test]
 fn a_flood_leaves_the_device_when_its_budget_is_used_up() {
