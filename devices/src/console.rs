@@ -13,8 +13,8 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::state::{DeviceState, Unsavable};
 use crate::parameters::{BadParameter, queue_size};
+use crate::state::{DeviceState, Unsavable};
 use crate::virtio::{DeviceType, Io, Progress, RingError, Source, VirtioDevice};
 
 /// Queue on which the driver receives.

@@ -2,8 +2,8 @@
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use crate::state::{DeviceState, Unsavable};
 use crate::parameters::{BadParameter, queue_size};
+use crate::state::{DeviceState, Unsavable};
 use crate::virtio::{DeviceType, Io, Progress, RingError, Source, VirtioDevice};
 
 /// Random bytes for one request; a larger buffer is filled in part, as the device may. Bounds the time that a guest

@@ -33,8 +33,8 @@ use request::{ID_LEN, Limits, Request, SECTOR, Status};
 pub use worker::Pool;
 use worker::{Done, Job, Worker};
 
-use crate::state::{DeviceState, Unsavable};
 use crate::parameters::BadParameter;
+use crate::state::{DeviceState, Unsavable};
 use crate::virtio::{Chain, DeviceType, Io, Progress, RingError, Source, VirtioDevice};
 
 /// The most queues a disk can have.

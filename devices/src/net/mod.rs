@@ -30,8 +30,8 @@ pub use uplink::Uplink;
 
 use link::{HEADER_LEN, NUM_BUFFERS};
 
-use crate::state::{DeviceState, Unsavable};
 use crate::parameters::{BadParameter, queue_size};
+use crate::state::{DeviceState, Unsavable};
 use crate::virtio::{Chain, DeviceType, Io, Progress, RingError, Source, VirtioDevice};
 
 /// Queue on which the driver receives.

@@ -10,8 +10,8 @@ use crate::boot::load::Prepared;
 use crate::config::{Config, Disk, MAX_CPUS, Net, Pf};
 use crate::console::Target;
 use crate::exit;
-use crate::layout;
 use crate::kvm::model::CpuModel;
+use crate::layout;
 use crate::machine::{Hardware, Host};
 
 const EXAMPLES: &str = "\
@@ -145,8 +145,8 @@ impl Run {
                 let kernel = Prepared::open(spec.memory, &spec.boot)?;
                 let ram = GuestRam::new(&layout::ram_ranges(spec.memory))?;
                 let host = Host::open(force)?;
-            let model = CpuModel::new(host.cpu(), spec.cpus);
-            let hardware = Hardware::create(host, spec, model, ram, backends, output)?;
+                let model = CpuModel::new(host.cpu(), spec.cpus);
+                let hardware = Hardware::create(host, spec, model, ram, backends, output)?;
                 hardware.boot(kernel)?;
                 Ok(hardware.finish()?)
             },

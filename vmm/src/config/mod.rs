@@ -92,6 +92,22 @@ pub struct MachineSpec {
     pub console: Target,
     /// The virtio console.
     pub virtio_console: Option<Target>,
+    /// What drivers see of devices and no option asks for.
+    pub parameters: Parameters,
+}
+
+/// Parameters of the devices of a machine, by type. Those of a new machine are the defaults; one that is restored has those
+/// it was saved with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Parameters {
+    /// Of disks.
+    pub block: devices::block::Parameters,
+    /// Of network devices.
+    pub net: devices::net::Parameters,
+    /// Of the entropy device.
+    pub rng: devices::rng::Parameters,
+    /// Of the virtio console.
+    pub console: devices::console::Parameters,
 }
 
 /// Why a configuration cannot be meant. Exit status 2.
@@ -259,6 +275,7 @@ impl Config {
             rng: self.rng.unwrap_or(true),
             console: self.console.unwrap_or_default(),
             virtio_console: self.virtio_console.filter(|t| *t != Target::None),
+            parameters: Parameters::default(),
         };
         // As they were written: the messages are about that.
         spec.check_contradictions()?;

@@ -15,6 +15,7 @@ use devices::gate::{Patience, Reasons};
 use devices::io::{IoThread, IoThreadError};
 use devices::memory::{GuestRam, MemoryError};
 use devices::net::{Net, PortConfig, Switch, SwitchError, Tap, TapError};
+use devices::parameters::BadParameter;
 use devices::rng::Rng;
 use devices::virtio::{Doors, VirtioDevice, VirtioFunction};
 use pci::function::SingleFunction;
@@ -61,6 +62,9 @@ pub enum FunctionError {
     /// The I/O thread.
     #[error(transparent)]
     Io(#[from] IoThreadError),
+    /// A device cannot have these parameters.
+    #[error(transparent)]
+    Parameter(#[from] BadParameter),
     /// A specification that was not decided.
     #[error("a network interface has no MAC address")]
     Undecided,
@@ -93,13 +97,15 @@ impl Backends {
         loss: &Loss,
     ) -> Result<Self, FunctionError> {
         let mut backends = Self::default();
+        let parameters = &spec.parameters;
         for (index, disk) in spec.disks.iter().enumerate() {
             let device = Block::open(&BlockConfig {
                 path: disk.path.clone(),
                 read_only: disk.readonly,
                 serial: disk.serial.clone().unwrap_or_default(),
                 queues: disk.queues,
-            })?;
+            })?
+            .with_parameters(&parameters.block)?;
             backends.add(format!("disk{index}"), disk.bus, disk.doors, device);
         }
         let mut switches = BTreeMap::<String, Switch>::new();
@@ -117,17 +123,19 @@ impl Backends {
                     })?;
                     Net::new(mac, port)
                 }
-            };
+            }
+            .with_parameters(&parameters.net)?;
             backends.add(name, net.bus, net.doors, device);
         }
         for (index, pf) in spec.pfs.iter().enumerate() {
-            let group = GroupBackend::open(format!("pf{index}"), pf, &mut switches)?;
+            let group = GroupBackend::open(format!("pf{index}"), pf, parameters, &mut switches)?;
             backends.groups.push(group);
         }
         // There is no option for these two.
         let none = Doors::default();
         if spec.rng {
-            backends.add("rng".to_owned(), Slot::Root, none, Rng::new());
+            let rng = Rng::new().with_parameters(&parameters.rng)?;
+            backends.add("rng".to_owned(), Slot::Root, none, rng);
         }
         if let Some(target) = &spec.virtio_console {
             let file = console_file(target, &spec.boot_files())?;
@@ -138,7 +146,7 @@ impl Backends {
                 }
                 (_, None) => Box::new(std::io::sink()),
             };
-            let console = Console::new(stdin, output)?;
+            let console = Console::new(stdin, output)?.with_parameters(&parameters.console)?;
             backends.add("console".to_owned(), Slot::Root, none, console);
         }
         Ok(backends)

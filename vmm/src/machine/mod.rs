@@ -230,7 +230,10 @@ impl Machine {
     }
 
     /// Has nothing of the guest happen until the result is dropped.
-    pub(crate) fn quiesce<'a>(&'a self, _lease: &'a Lease<'_>) -> Result<Quiesced<'a>, TransitionError> {
+    pub(crate) fn quiesce<'a>(
+        &'a self,
+        _lease: &'a Lease<'_>,
+    ) -> Result<Quiesced<'a>, TransitionError> {
         let ran = self.control.state() == RunState::Running;
         self.control.pause(LEAVE)?;
         // Whoever was about to press the power button has done so, or finds the guest paused.

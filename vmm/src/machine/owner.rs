@@ -6,14 +6,15 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::admin::envelope::REPLY_HEADER_LEN;
-use devices::admin::{self, FixedMembership, Member, OwnerDriver, Reply};
+use devices::admin::{self, FixedMembership, Member, OwnerDriver, Reply, SessionError};
 use devices::block::{Block, BlockConfig, Pool};
 use devices::io::IoThread;
 use devices::memory::GuestRam;
-use devices::net::{MacAddress, Net, PortConfig, PortInfo, Switch, Tap, Uplink};
+use devices::net::{MacAddress, Net, PortConfig, PortInfo, Switch, SwitchPort, Tap, Uplink};
+use devices::state::OwnerState;
 use devices::virtio::{VirtioDevice, VirtioFunction};
 use pci::function::{Children, ConfigTarget, PciFunction};
 use pci::msi::MsiController;
@@ -24,7 +25,7 @@ use pci::virtio::{Options, VirtioPci};
 
 use super::functions::FunctionError;
 use crate::config::pf::{member_path, nth_mac};
-use crate::config::{Pf, PfDevice};
+use crate::config::{Parameters, Pf, PfDevice};
 
 /// Threads that the disks of an owner and its members share.
 const DISK_THREADS: usize = 4;
@@ -35,6 +36,7 @@ const UPLINK_NUMBER: u16 = 0x8000;
 pub struct GroupBackend {
     name: String,
     declaration: Pf,
+    parameters: Parameters,
     /// None if the monitor keeps the owner.
     pf: Option<Box<dyn VirtioDevice>>,
     members: Vec<Box<dyn VirtioDevice>>,
@@ -47,11 +49,13 @@ impl GroupBackend {
     pub fn open(
         name: String,
         pf: &Pf,
+        parameters: &Parameters,
         switches: &mut BTreeMap<String, Switch>,
     ) -> Result<Self, FunctionError> {
         let mut backend = Self {
             name,
             declaration: pf.clone(),
+            parameters: *parameters,
             pf: None,
             members: Vec::with_capacity(pf.vfs.into()),
             switch: None,
@@ -107,12 +111,13 @@ impl GroupBackend {
         if !self.declaration.passthrough {
             let mac = mac(0);
             let port = plug(self.name.clone(), mac, false)?;
-            self.pf = Some(Box::new(Net::new(mac, port)));
+            self.pf = Some(Box::new(self.card(mac, port)?));
         }
         for number in 1..=self.declaration.vfs {
             let mac = mac(number);
             let port = plug(member_name(&self.name, number), mac, true)?;
-            self.members.push(Box::new(Net::new(mac, port)));
+            let card = self.card(mac, port)?;
+            self.members.push(Box::new(card));
         }
         if let Some(tap) = uplink_tap {
             let mac = mac(UPLINK_NUMBER);
@@ -135,8 +140,13 @@ impl GroupBackend {
             read_only,
             serial: member_name(&self.name, number),
             queues: 1,
-        })?;
+        })?
+        .with_parameters(&self.parameters.block)?;
         Ok(Box::new(disk.sharing(pool)))
+    }
+
+    fn card(&self, mac: MacAddress, port: SwitchPort) -> Result<Net, FunctionError> {
+        Ok(Net::new(mac, port).with_parameters(&self.parameters.net)?)
     }
 }
 
@@ -242,6 +252,16 @@ impl Group {
         self.switch.as_ref().map(Switch::ports).unwrap_or_default()
     }
 
+    /// The sessions with its owner. Nothing of the guest happens meanwhile.
+    pub fn save_sessions(&self) -> OwnerState {
+        admin::save_owner(self.pf.as_deref(), &self.lock_driver())
+    }
+
+    /// Puts the sessions into `state`, all of it or nothing, after the functions.
+    pub fn restore_sessions(&self, state: &OwnerState) -> Result<(), SessionError> {
+        admin::restore_owner(self.pf.as_deref(), &mut self.lock_driver(), state)
+    }
+
     /// Executes a command as the monitor's own driver of the owner, in its own session. `request` is the
     /// device-readable part. Blocks while the command waits for a member, [`OwnerDriver`]'s patience at most.
     pub fn execute(&self, request: &[u8]) -> Reply {
@@ -250,8 +270,12 @@ impl Group {
 
     /// The same, with `room` bytes for the command-specific result.
     pub fn execute_within(&self, request: &[u8], room: usize) -> Reply {
-        let mut driver = self.driver.lock().unwrap_or_else(PoisonError::into_inner);
-        driver.execute_within(request, room.saturating_add(REPLY_HEADER_LEN))
+        let room = room.saturating_add(REPLY_HEADER_LEN);
+        self.lock_driver().execute_within(request, room)
+    }
+
+    fn lock_driver(&self) -> MutexGuard<'_, OwnerDriver> {
+        self.driver.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

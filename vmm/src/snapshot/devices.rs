@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 
+use devices::admin::SessionError;
 use devices::context;
 use devices::state::Unsavable;
 use devices::virtio::{RestoreError, VirtioFunction};
@@ -20,7 +21,7 @@ use super::format::owner::Owner;
 use super::format::pci::Pci;
 use super::members::{Engine, MemberError};
 use crate::machine::functions::Functions;
-use crate::machine::owner::{Group, SessionsError};
+use crate::machine::owner::Group;
 
 /// Why the state of devices could not be taken.
 #[derive(Debug, thiserror::Error)]
@@ -97,7 +98,7 @@ pub enum DeviceError {
         /// Its name.
         name: String,
         /// Why.
-        source: SessionsError,
+        source: SessionError,
     },
 }
 

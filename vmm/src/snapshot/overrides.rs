@@ -396,7 +396,10 @@ mod tests {
         assert_eq!(check_files(&machine), Ok(()));
         std::fs::write(&path, "longer than before").unwrap();
         let error = check_files(&machine).unwrap_err().to_string();
-        assert!(error.contains("disk0") && error.contains("had 6"), "{error}");
+        assert!(
+            error.contains("disk0") && error.contains("had 6"),
+            "{error}"
+        );
         overrides(&[&format!("disk0={}", path.display())], &[])
             .apply(&mut machine)
             .unwrap();

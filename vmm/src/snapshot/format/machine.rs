@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::hex::Hex;
+pub use super::parameters::Parameters;
 use crate::boot::load::Sources;
 use crate::config::{self, MachineSpec, NetBackend, PfDevice, Slot};
 use crate::layout;
@@ -44,6 +45,8 @@ pub struct Machine {
     pub console: String,
     /// The virtio console, `console`, if there is one.
     pub virtio_console: Option<String>,
+    /// What drivers see of devices and no option asks for.
+    pub parameters: Parameters,
 }
 
 /// What a guest was booted from.
@@ -200,7 +203,7 @@ pub struct MachineError {
     pub reason: String,
 }
 
-fn wrong(field: impl Into<String>, reason: impl ToString) -> MachineError {
+pub(super) fn wrong(field: impl Into<String>, reason: impl ToString) -> MachineError {
     MachineError {
         field: field.into(),
         reason: reason.to_string(),
@@ -247,6 +250,7 @@ impl Machine {
             rng: spec.rng,
             console: spec.console.clone().into(),
             virtio_console: spec.virtio_console.clone().map(Into::into),
+            parameters: Parameters::of(&spec.parameters),
         }
     }
 
@@ -289,6 +293,7 @@ impl Machine {
                 Some(text) => Some(text.parse().map_err(|e| wrong("virtio_console", e))?),
                 None => None,
             },
+            parameters: self.parameters.to_config()?,
         };
         for (index, disk) in self.disks.iter().enumerate() {
             let disk = disk.to_config().and_then(checked);
@@ -578,6 +583,16 @@ mod tests {
             ("/pfs/1/drain_ms", 5001.into(), "machine.pfs[1]"),
             ("/pfs/1/device/block/vf_path", "/v".into(), "machine.pfs[1]"),
             ("/pfs/1/admin", "v2".into(), "machine.pfs[1]"),
+            (
+                "/parameters/block/queue_size",
+                3.into(),
+                "machine.parameters.block: queue_size",
+            ),
+            (
+                "/parameters/net/queue_size",
+                2048.into(),
+                "machine.parameters.net: queue_size",
+            ),
         ] {
             let mut json = good.clone();
             *json.pointer_mut(pointer).unwrap() = value;

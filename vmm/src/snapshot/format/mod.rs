@@ -17,6 +17,7 @@
 //! | [`context`] | the device context of a function |
 //! | [`function`] | a virtio function |
 //! | [`owner`] | an SR-IOV owner: the sessions of its drivers |
+//! | [`parameters`] | what drivers see of devices and no option asks for |
 //! | [`pci`] | registers on the PCI bus |
 //! | [`config_space`] | a configuration space in lines |
 //! | [`serial`] | the serial port |
@@ -30,6 +31,7 @@ pub mod hex;
 pub mod layout;
 pub mod machine;
 pub mod owner;
+pub mod parameters;
 pub mod pci;
 pub mod schema;
 pub mod sections;

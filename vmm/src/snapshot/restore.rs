@@ -1,0 +1,218 @@
+//! Going on from a snapshot: everything of it is read and checked before anything is built, and nothing runs before all of
+//! it is in place.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use devices::memory::{Backing, GuestRam, MemoryError};
+use migration::{Bases, Expected, Image, RamLayout, ReadError, Reader};
+
+use super::devices::{self, DeviceError};
+use super::format::FormatError;
+use super::format::error::Invalid;
+use super::format::machine::MachineError;
+use super::format::state::State;
+use super::overrides::{OverrideError, Overrides, check_files};
+use crate::config::MachineSpec;
+use crate::console::output::Output;
+use crate::kvm::model::{CpuModel, Mismatch};
+use crate::kvm::state::{self, ClockChoice, StateError};
+use crate::layout;
+use crate::machine::functions::Backends;
+use crate::machine::pages::{RamPages, SourceError};
+use crate::machine::{BuildError, Hardware, Host, Machine};
+use crate::serial::SerialStateError;
+
+/// Why a snapshot cannot be restored. Nothing runs.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// Its files.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// Its state is not one.
+    #[error("state.json: {0}")]
+    Format(#[from] FormatError),
+    /// Its machine is none.
+    #[error("state.json: {0}")]
+    Machine(#[from] MachineError),
+    /// A value of its state.
+    #[error("state.json: {0}")]
+    Value(#[from] Invalid),
+    /// A device of it.
+    #[error("state.json: {0}")]
+    Device(#[from] DeviceError),
+    /// Its serial port.
+    #[error("state.json: serial: {0}")]
+    Serial(#[from] SerialStateError),
+    /// vCPUs, interrupt controllers, clock.
+    #[error("state.json: {0}")]
+    Cpu(#[from] StateError),
+    /// Another number of vCPUs than the machine has.
+    #[error("state.json: vcpus: there are {found}, and machine.cpus is {expected}")]
+    Vcpus {
+        /// In the state.
+        found: usize,
+        /// In the specification.
+        expected: u8,
+    },
+    /// Files it names.
+    #[error(transparent)]
+    Override(#[from] OverrideError),
+    /// A host that lacks what the guest relies on.
+    #[error("this host cannot run the guest:{}", listed(.0))]
+    Host(Vec<Mismatch>),
+    /// The machine cannot be built.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Guest memory cannot be described. A mistake of the program.
+    #[error(transparent)]
+    Layout(#[from] migration::layout::LayoutError),
+    /// What the guest writes cannot be tracked.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The host refused something.
+    #[error("memory.bin cannot be read: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+fn listed(all: &[Mismatch]) -> String {
+    all.iter().map(|one| format!("\n  {one}")).collect()
+}
+
+/// How a snapshot is restored.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// What happened to the guest's clocks.
+    pub clock: ClockChoice,
+    /// Memory is read before the guest goes on.
+    pub prefault: bool,
+    /// What changes is tracked, so that this snapshot can be the base of another.
+    pub track: bool,
+    /// KVM may only interpret guest code.
+    pub force: bool,
+}
+
+/// A snapshot that was read and found good, as far as that can be said without a host.
+pub struct Source {
+    state: State,
+    spec: MachineSpec,
+    model: CpuModel,
+    cpu: state::State,
+    image: Image,
+}
+
+impl Source {
+    /// Reads and checks the snapshot at `path`, with what is to be different in the machine.
+    pub fn open(path: &Path, overrides: &Overrides) -> Result<Self, RestoreError> {
+        let reader = Reader::open(path)?;
+        let mut state: State = super::format::parse(&reader.state()?)?;
+        if let Err(error) = reader.belongs_to_caller() {
+            tracing::debug!(%error, "paths of the snapshot are not followed");
+            overrides.check_trust(&state.machine)?;
+        }
+        overrides.apply(&mut state.machine)?;
+        let spec = state.machine.to_spec()?;
+        if state.vcpus.len() != usize::from(spec.cpus) {
+            return Err(RestoreError::Vcpus {
+                found: state.vcpus.len(),
+                expected: spec.cpus,
+            });
+        }
+        let (model, cpu) = state.cpu()?;
+        let expected = Expected {
+            id: state.id(),
+            layout: ram_layout(&spec)?,
+            digest: Some(state.digest()?),
+        };
+        let image = Image::open(&reader, Some(&expected), Bases::Follow)?;
+        check_files(&state.machine)?;
+        Ok(Self {
+            state,
+            spec,
+            model,
+            cpu,
+            image,
+        })
+    }
+
+    /// What the machine is built from.
+    pub fn spec(&self) -> &MachineSpec {
+        &self.spec
+    }
+
+    /// Builds the machine around `backends`, and puts everything into its state. It waits for its start.
+    pub fn restore(
+        self,
+        backends: Backends,
+        output: Option<&Output>,
+        options: Options,
+    ) -> Result<Arc<Machine>, RestoreError> {
+        let host = Host::open(options.force)?;
+        let mut lacking = self.model.check_host(host.cpu());
+        lacking.extend(self.cpu.check_host(host.cpu()));
+        if !lacking.is_empty() {
+            return Err(RestoreError::Host(lacking));
+        }
+        let ram = self.memory(options.prefault)?;
+        let id = self.image.id();
+        let mut hardware = Hardware::create(
+            host,
+            self.spec,
+            self.model,
+            Arc::clone(&ram),
+            backends,
+            output,
+        )?;
+        {
+            let _batch = hardware.msi_batch();
+            devices::restore(
+                &hardware.pci,
+                &hardware.functions,
+                &self.state.pci,
+                &self.state.functions,
+                &self.state.owners,
+            )?;
+        }
+        let (serial, waiting) = self.state.serial.plain()?;
+        hardware.serial.restore(&serial)?;
+        hardware.input = waiting;
+        hardware.restored = true;
+        if options.track {
+            hardware.pages.start(Some(id))?;
+        }
+        // Written through a view, so that the next snapshot has it.
+        hardware.renew_generation()?;
+        state::restore(
+            hardware.vm.fd(),
+            &hardware.vcpus,
+            &hardware.model,
+            &self.cpu,
+            options.clock,
+        )?;
+        Ok(hardware.finish()?)
+    }
+
+    /// Guest memory as the snapshot has it.
+    fn memory(&self, prefault: bool) -> Result<Arc<GuestRam>, RestoreError> {
+        let (file, offsets) = self.image.lowest()?;
+        let ranges = layout::ram_ranges(self.spec.memory);
+        let ram = GuestRam::with_backing(&ranges, Backing::File { file, offsets })?;
+        self.image
+            .overlay(&RamPages::new(&ram)?, &mut |_| {
+                std::ops::ControlFlow::Continue(())
+            })?;
+        if prefault {
+            ram.prefault(|_| {})?;
+        }
+        Ok(ram)
+    }
+}
+
+/// The RAM of a machine as the memory of a snapshot has it.
+fn ram_layout(spec: &MachineSpec) -> Result<RamLayout, migration::layout::LayoutError> {
+    let ranges = layout::ram_ranges(spec.memory);
+    RamLayout::new(ranges.iter().map(|range| (range.start.0, range.len as u64)))
+}
