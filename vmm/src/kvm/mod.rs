@@ -9,6 +9,7 @@
 //! | [`msi`] | interrupt routes and irqfds behind the vectors of PCI functions |
 //! | [`msrs`] | which model-specific registers are state |
 //! | [`speed`] | whether this KVM runs guest code or only interprets it |
+//! | [`state`] | everything KVM keeps of a VM, saved and restored |
 
 pub mod cpu;
 pub mod cpuid;
@@ -17,6 +18,7 @@ pub mod model;
 pub mod msi;
 pub mod msrs;
 pub mod speed;
+pub mod state;
 
 use std::io;
 use std::os::unix::fs::MetadataExt;

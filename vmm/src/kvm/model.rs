@@ -15,9 +15,9 @@ use std::collections::BTreeMap;
 use std::ffi::c_ulong;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_ADJUST_CLOCK, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SREGS2,
-    KVM_CAP_X86_SMM, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES,
-    KVM_PMU_CAP_DISABLE, Msrs, kvm_enable_cap, kvm_msr_entry,
+    CpuId, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SREGS2, KVM_CAP_X86_SMM,
+    KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, Msrs,
+    kvm_enable_cap, kvm_msr_entry,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -41,8 +41,6 @@ pub struct Capabilities {
     pub triple_fault_event: bool,
     /// System management mode.
     pub smm: bool,
-    /// The clock knows the time of day.
-    pub clock_realtime: bool,
     /// Performance counters can be taken away from a VM.
     pub pmu_disable: bool,
     /// Guests can have another TSC frequency than the host.
@@ -59,7 +57,6 @@ impl Capabilities {
             exception_payload: value(KVM_CAP_EXCEPTION_PAYLOAD) > 0,
             triple_fault_event: value(KVM_CAP_X86_TRIPLE_FAULT_EVENT) > 0,
             smm: value(KVM_CAP_X86_SMM) > 0,
-            clock_realtime: has_bit(KVM_CAP_ADJUST_CLOCK, KVM_CLOCK_REALTIME),
             pmu_disable: has_bit(KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE),
             tsc_scaling: vm.check_extension(Cap::TscControl),
         }

@@ -27,7 +27,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 pub use control::{Control, ControlError, RunState};
 
 use crate::exit::Outcome;
-use crate::kvm::cpu;
+use crate::kvm::{cpu, state};
 
 /// Stack of a vCPU thread: exits are shallow.
 const STACK: usize = 256 << 10;
@@ -101,8 +101,8 @@ impl Vcpu {
                     self.apply(effect);
                 }
                 Exit::Interrupted => {
-                    if control.state() == RunState::Paused {
-                        self.tell_pause();
+                    if control.state() == RunState::Paused && self.wiring.tells_pause {
+                        state::tell_pause(&self.fd, self.id.into());
                     }
                     control.park_while_paused(usize::from(self.id), &mut self.fd);
                 }
@@ -119,21 +119,6 @@ impl Vcpu {
                         "KVM could not go on running vCPU {id}: {what}{registers}"
                     )));
                 }
-            }
-        }
-    }
-
-    /// Has KVM mark the guest's clock, so that the guest's watchdog does not take the pause for a processor that hangs.
-    fn tell_pause(&self) {
-        if !self.wiring.tells_pause {
-            return;
-        }
-        match self.fd.kvmclock_ctrl() {
-            Ok(()) => {}
-            // The guest does not use that clock, or not yet.
-            Err(error) if error.errno() == libc::EINVAL => {}
-            Err(error) => {
-                tracing::warn!(%error, vcpu = self.id, "the guest is not told of the pause")
             }
         }
     }
