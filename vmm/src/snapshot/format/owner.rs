@@ -171,7 +171,8 @@ impl Owner {
         for (index, session) in self.sessions.iter().enumerate() {
             let before = self.sessions.iter().take(index);
             if before.into_iter().any(|other| other.party == session.party) {
-                let reason = format!("{:?} has a session before this one", session.party);
+                let party = session.party.plain().name();
+                let reason = format!("the {party} has a session before this one");
                 let error = Err(Invalid::new(reason)).field("party");
                 return error.entry(index).field("sessions");
             }
@@ -517,6 +518,15 @@ pub(super) mod tests {
         }
     }
 
+    #[test]
+    fn nothing_of_the_engine_is_state() {
+        let mut state = sample();
+        state.sessions[0].party = gate::Party::Engine;
+        let owner = Owner::of("pf0", &state);
+        state.sessions.remove(0);
+        assert_eq!(owner.plain(), Ok(state));
+    }
+
     /// The recording of the sample.
     fn recording(owner: &mut Owner) -> &mut Recording {
         owner.sessions[1].members[0].recording.as_mut().unwrap()
@@ -532,7 +542,7 @@ pub(super) mod tests {
         let cases: [(fn(&mut Owner), &str); 9] = [
             (
                 |o| o.sessions[1].party = Party::Monitor,
-                "sessions[1].party: Monitor has a session before this one",
+                "sessions[1].party: the monitor has a session before this one",
             ),
             (
                 |o| o.sessions[0].members[1].id = 1,

@@ -2,7 +2,7 @@
 
 use pci::msix::state::MsixState;
 use pci::msix::{Control, Entry};
-use pci::state::{self, FunctionState, PciState};
+use pci::state::{self, PciState, Place};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -77,53 +77,49 @@ impl Pci {
         }
     }
 
-    /// The state, which the bus looks at once more.
+    /// The state.
     ///
     /// # Errors
     ///
-    /// The first value that no function has.
+    /// What no function has, or a function that does not follow those before it.
     pub fn plain(&self) -> Result<PciState, Invalid> {
         let functions = convert_all(&self.functions, Registers::plain).field("functions")?;
+        let places: Vec<_> = functions.iter().map(|function| function.place).collect();
+        check_ascending(&places).field("functions")?;
         Ok(PciState { functions })
     }
 }
 
 impl Registers {
-    fn of(state: &FunctionState) -> Self {
+    fn of(state: &state::FunctionState) -> Self {
+        let state::FunctionState {
+            place,
+            name,
+            registers: state::Registers { config, msix },
+        } = state;
         Self {
-            place: state.place.to_string(),
-            name: state.name.clone(),
-            config: Bytes::of(&state.registers.config),
-            msix: state.registers.msix.as_ref().map(Msix::of),
+            place: place.to_string(),
+            name: name.clone(),
+            config: Bytes::of(config),
+            msix: msix.as_ref().map(Msix::of),
         }
     }
 
-    fn plain(&self) -> Result<FunctionState, Invalid> {
-        let place = self.place.parse().map_err(Invalid::new).field("place")?;
-        let msix = self.msix.as_ref().map(Msix::plain).transpose();
-        Ok(FunctionState {
-            place,
+    fn plain(&self) -> Result<state::FunctionState, Invalid> {
+        let place = self.place.parse::<Place>().map_err(Invalid::new);
+        Ok(state::FunctionState {
+            place: place.field("place")?,
             name: self.name.clone(),
             registers: state::Registers {
                 config: self.config.plain().field("config")?,
-                msix: msix.field("msix")?,
+                msix: self
+                    .msix
+                    .as_ref()
+                    .map(Msix::plain)
+                    .transpose()
+                    .field("msix")?,
             },
         })
-    }
-
-    /// Looks at all of it.
-    ///
-    /// # Errors
-    ///
-    /// The first value that no function has.
-    pub fn check(&self) -> Result<(), Invalid> {
-        self.config.plain().field("config")?;
-        self.msix
-            .as_ref()
-            .map(Msix::plain)
-            .transpose()
-            .field("msix")?;
-        Ok(())
     }
 }
 
@@ -198,25 +194,32 @@ pub(super) mod tests {
     use super::*;
 
     /// A bridge, and a function behind it.
-    pub fn sample() -> Pci {
+    pub fn sample() -> PciState {
         let mut config = vec![0; 256];
         config[..4].copy_from_slice(&[0xf4, 0x1a, 0x41, 0x10]);
-        let bridge = Registers {
-            place: "02.0".to_owned(),
+        let bridge = state::FunctionState {
+            place: "02.0".parse().unwrap(),
             name: "port0".to_owned(),
-            config: Bytes::of(&config),
-            msix: None,
+            registers: state::Registers { config, msix: None },
         };
-        let function = Registers {
-            place: "02.0/00.1".to_owned(),
+        let function = state::FunctionState {
+            place: "02.0/00.1".parse().unwrap(),
             name: "pf0-vf1".to_owned(),
-            config: Bytes::of(&[0; 4096]),
-            msix: Some(Msix::of(&msix())),
+            registers: state::Registers {
+                config: vec![0; 4096],
+                msix: Some(msix()),
+            },
         };
-        Pci {
-            version: Version::default(),
+        PciState {
             functions: vec![bridge, function],
         }
+    }
+
+    #[test]
+    fn the_state_is_the_same_after_json() {
+        let text = serde_json::to_string(&Pci::of(&sample())).unwrap();
+        let read: Pci = serde_json::from_str(&text).unwrap();
+        assert_eq!(read.plain(), Ok(sample()));
     }
 
     fn msix() -> MsixState {
@@ -238,36 +241,45 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn msix_is_the_same_after_json() {
-        let text = serde_json::to_string(&Msix::of(&msix())).unwrap();
-        let read: Msix = serde_json::from_str(&text).unwrap();
-        assert_eq!(read.plain(), Ok(msix()));
-    }
-
-    #[test]
     fn values_out_of_range_are_named() {
-        let cases: [(fn(&mut Msix), &str); 4] = [
+        let cases: [(fn(&mut Pci), &str); 7] = [
             (
-                |m| m.entries[1].address = Hex(2),
-                "entries[1].address: 0x2 is no multiple of 4",
+                |p| p.functions[0].place = "2.0".to_owned(),
+                "functions[0].place: a place on the PCI bus looks like 02.0, or 02.0/00.1 behind a port",
             ),
             (
-                |m| m.pending = vec![0, 2],
-                "pending[1]: there is no vector 2 in a table of 2",
+                |p| p.functions.swap(0, 1),
+                "functions[1]: 02.0 follows 02.0/00.1; the list ascends",
             ),
             (
-                |m| m.pending = vec![1, 0],
-                "pending[1]: 0 follows 1; the list ascends",
+                |p| p.functions[0].config.length = 4097,
+                "functions[0].config.length: 4097 is more than 4096",
             ),
             (
-                |m| m.entries = vec![m.entries[0]; 2049],
-                "entries: 2049 entries are more than 2048",
+                |p| table(p).entries[1].address = Hex(2),
+                "functions[1].msix.entries[1].address: 0x2 is no multiple of 4",
+            ),
+            (
+                |p| table(p).pending = vec![0, 2],
+                "functions[1].msix.pending[1]: there is no vector 2 in a table of 2",
+            ),
+            (
+                |p| table(p).pending = vec![1, 0],
+                "functions[1].msix.pending[1]: 0 follows 1; the list ascends",
+            ),
+            (
+                |p| table(p).entries = vec![table(p).entries[0]; 2049],
+                "functions[1].msix.entries: 2049 entries are more than 2048",
             ),
         ];
         for (change, expected) in cases {
-            let mut msix = Msix::of(&msix());
-            change(&mut msix);
-            assert_eq!(msix.plain().unwrap_err().to_string(), expected);
+            let mut pci = Pci::of(&sample());
+            change(&mut pci);
+            assert_eq!(pci.plain().unwrap_err().to_string(), expected);
         }
+    }
+
+    fn table(pci: &mut Pci) -> &mut Msix {
+        pci.functions[1].msix.as_mut().unwrap()
     }
 }

@@ -81,8 +81,7 @@ impl Document for Sections {
     const VERSIONS: RangeInclusive<u64> = 1..=NEWEST as u64;
 
     fn validate(&self) -> Result<(), Invalid> {
-        let functions = convert_all(&self.pci.functions, super::pci::Registers::check);
-        functions.field("functions").field("pci")?;
+        self.pci.plain().field("pci")?;
         convert_all(&self.functions, |function| {
             function.context_bytes()?;
             function.transient()
@@ -97,11 +96,10 @@ impl Document for Sections {
 #[cfg(test)]
 pub(super) mod tests {
     use devices::state::{FunctionState, QueueState, RegisterState, Shape};
-    use vm_superio::serial::SerialState;
 
     use super::super::context::{Context, Field, Raw};
     use super::super::hex::{Hex, HexBytes};
-    use super::super::{function, owner, parse, pci, write};
+    use super::super::{function, owner, parse, pci, serial, write};
     use super::*;
 
     /// Something of everything.
@@ -154,13 +152,13 @@ pub(super) mod tests {
         Sections {
             format: FormatName,
             version: Version::default(),
-            pci: pci::tests::sample(),
+            pci: Pci::of(&pci::tests::sample()),
             functions: vec![
                 Function::of("console0", context, &function::tests::sample()),
                 Function::of("disk0", Context::default(), &Default::default()),
             ],
             owners: vec![Owner::of("pf0", &owner::tests::sample())],
-            serial: Serial::of(&SerialState::default(), b"ls\n"),
+            serial: Serial::of(&serial::tests::sample(), b"ls\n"),
         }
     }
 

@@ -8,6 +8,8 @@ use super::hex::HexBytes;
 use super::version::Version;
 use crate::serial::SerialState;
 
+/// Bytes of the receive FIFO.
+const FIFO: usize = 64;
 /// The most input that waits for the port, in bytes.
 const MAX_WAITING: usize = 1 << 20;
 
@@ -21,7 +23,7 @@ pub struct Serial {
     pub divisor: u16,
     /// Interrupt enable register.
     pub interrupt_enable: u8,
-    /// Interrupt identification register.
+    /// Interrupt identification register, without the two bits that say that there is a FIFO.
     pub interrupt_identification: u8,
     /// Line control register.
     pub line_control: u8,
@@ -66,11 +68,8 @@ impl Serial {
     ///
     /// More input than there can be.
     pub fn plain(&self) -> Result<(SerialState, Vec<u8>), Invalid> {
-        let waiting = &self.waiting.0;
-        if waiting.len() > MAX_WAITING {
-            let reason = format!("{} bytes are more than {MAX_WAITING}", waiting.len());
-            return Err(Invalid::new(reason)).field("waiting");
-        }
+        at_most(&self.receive_fifo, FIFO).field("receive_fifo")?;
+        at_most(&self.waiting, MAX_WAITING).field("waiting")?;
         let state = SerialState {
             divisor: self.divisor,
             interrupt_enable: self.interrupt_enable,
@@ -80,38 +79,56 @@ impl Serial {
             scratch: self.scratch,
             input: self.receive_fifo.0.clone(),
         };
-        Ok((state, waiting.clone()))
+        Ok((state, self.waiting.0.clone()))
     }
 }
 
+fn at_most(bytes: &HexBytes, most: usize) -> Result<(), Invalid> {
+    if bytes.0.len() > most {
+        let reason = format!("{} bytes are more than {most}", bytes.0.len());
+        return Err(Invalid::new(reason));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn state() -> SerialState {
+    pub fn sample() -> SerialState {
         SerialState {
-            divisor: 0x201,
-            interrupt_enable: 3,
+            divisor: 0x0c,
+            interrupt_enable: 5,
             interrupt_identification: 4,
-            line_control: 5,
-            modem_control: 7,
+            line_control: 3,
+            modem_control: 11,
             scratch: 9,
-            input: vec![b'l', b's'],
+            input: b"ls".to_vec(),
         }
     }
 
     #[test]
     fn the_port_is_the_same_after_json() {
-        let text = serde_json::to_string(&Serial::of(&state(), b"\n")).unwrap();
+        let text = serde_json::to_string(&Serial::of(&sample(), b"\n")).unwrap();
         let read: Serial = serde_json::from_str(&text).unwrap();
-        assert_eq!(read.plain(), Ok((state(), b"\n".to_vec())));
+        assert_eq!(read.plain(), Ok((sample(), b"\n".to_vec())));
     }
 
     #[test]
-    fn no_more_input_than_is_read_ahead_is_taken() {
-        let serial = |waiting| Serial::of(&state(), &vec![0; waiting]).plain();
-        assert!(serial(1 << 20).is_ok());
-        let error = serial((1 << 20) + 1).unwrap_err().to_string();
-        assert_eq!(error, "waiting: 1048577 bytes are more than 1048576");
+    fn no_more_input_than_fits_is_taken() {
+        let refusal = |fifo, waiting| {
+            let mut serial = Serial::of(&sample(), &vec![0; waiting]);
+            serial.receive_fifo = HexBytes(vec![0; fifo]);
+            serial
+                .plain()
+                .map(|_| ())
+                .map_err(|error| error.to_string())
+        };
+        assert_eq!(refusal(64, 1 << 20), Ok(()));
+        let message = |text: &str| Err(text.to_owned());
+        let expected = message("receive_fifo: 65 bytes are more than 64");
+        assert_eq!(refusal(65, 0), expected);
+        let expected = message("waiting: 1048577 bytes are more than 1048576");
+        assert_eq!(refusal(0, (1 << 20) + 1), expected);
     }
 }
