@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod console;
 pub mod doctor;
+pub mod errors;
 pub mod exit;
 pub mod kvm;
 pub mod layout;

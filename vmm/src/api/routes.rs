@@ -21,6 +21,7 @@ use super::snapshots::SnapshotAnswer;
 use super::{Device, Event, Info, OPENAPI, Shutdown, State, Status};
 use crate::config::doors;
 use crate::config::object::Object;
+use crate::errors::chain;
 use crate::exit::Outcome;
 use crate::machine::{self, Machine, TransitionError};
 use crate::snapshot::report::Request;
@@ -188,8 +189,8 @@ async fn snapshot(Extract(context): Extract<Context>, body: Bytes) -> Response {
     });
     match saved {
         Ok(Ok(report)) => Json(SnapshotAnswer { state, report }).into_response(),
-        Ok(Err(error)) if error.is_conflict() => failure(StatusCode::CONFLICT, error),
-        Ok(Err(error)) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
+        Ok(Err(error)) if error.is_conflict() => failure(StatusCode::CONFLICT, chain(&error)),
+        Ok(Err(error)) => failure(StatusCode::INTERNAL_SERVER_ERROR, chain(&error)),
         Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
     }
 }

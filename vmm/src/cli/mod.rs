@@ -15,6 +15,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::api::socket;
 use crate::console::terminal;
+use crate::errors::chain;
 use crate::{doctor, exit, signals};
 
 #[derive(Debug, Parser)]
@@ -108,20 +109,6 @@ fn clean_up_on_panic() {
         socket::remove_bound();
         previous(info);
     }));
-}
-
-/// An error and its sources on one line; a source its error already repeats is left out.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text = format!("{text}: {next}");
-        }
-        source = error.source();
-    }
-    text
 }
 
 /// Logs go to standard error; `TERN_LOG` chooses, as in `TERN_LOG=debug` or `TERN_LOG=vmm=trace`.

@@ -11,6 +11,7 @@ use devices::bus::{Bus, BusError};
 use devices::gate::Reasons;
 use devices::memory::{GuestRam, MemoryError, View};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
+use pci::msi::{MsiBatch, MsiController};
 use pci::root::{AssignError, PciRoot};
 use pci::topology::{LayoutError, PciLayout};
 use vm_memory::{Bytes, GuestAddress};
@@ -19,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Machine;
 use super::functions::{Backends, FunctionError, Functions};
 use super::lease::Leases;
+use super::pages::PageSource;
 use crate::acpi::{self, AcpiError};
 use crate::boot::load::{LoadError, Prepared};
 use crate::boot::long_mode;
@@ -47,6 +49,9 @@ pub enum BuildError {
     /// Kernel, initial RAM disk or command line.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// Guest memory cannot be described. A mistake of the program.
+    #[error(transparent)]
+    Pages(#[from] migration::layout::LayoutError),
     /// Something the host does not have or allow.
     #[error(transparent)]
     Host(#[from] HostError),
@@ -115,6 +120,8 @@ pub struct Hardware {
     pub(crate) restored: bool,
     pub(crate) pci: Arc<PciRoot>,
     pub(crate) functions: Functions,
+    pub(crate) pages: Arc<PageSource>,
+    msi: KvmMsi,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     layout_changed: Arc<dyn Fn() + Send + Sync>,
@@ -147,6 +154,7 @@ impl Hardware {
             cpu::configure(vcpu, &model, id)?;
         }
 
+        let pages = PageSource::new(vm.slots())?;
         let control = Arc::new(Control::new(vcpus.len())?);
         let (ports, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         chipset::attach(&ports, &control)?;
@@ -195,10 +203,22 @@ impl Hardware {
             restored: false,
             pci,
             functions,
+            pages,
+            msi,
             ports,
             mmio,
             layout_changed,
         })
+    }
+
+    /// Interrupt routes are set up together when the result is dropped.
+    pub(crate) fn msi_batch(&self) -> MsiBatch<'_> {
+        self.msi.batch()
+    }
+
+    /// Gives the machine a VM generation ID that no other has. The guest is told when it goes on.
+    pub(crate) fn renew_generation(&self) -> Result<(), BuildError> {
+        Ok(VmGeneration::random()?.write(&self.ram.view()?)?)
     }
 
     /// Puts a kernel, and what firmware would have left for it, into memory, and the first vCPU at its entry.
@@ -213,7 +233,7 @@ impl Hardware {
         })?;
         memory.write_slice(&tables, GuestAddress(layout::ACPI.start))?;
         memory.write_slice(&chipset::RESET_STUB, GuestAddress(layout::RESET_VECTOR))?;
-        VmGeneration::random()?.write(&memory)?;
+        self.renew_generation()?;
         if let Some(first) = self.vcpus.first() {
             cpu::enter(first, entry)?;
         }
@@ -247,6 +267,7 @@ impl Hardware {
             restored: AtomicBool::new(self.restored),
             pci: self.pci,
             functions: self.functions,
+            pages: self.pages,
             layout_changed: self.layout_changed,
             threads: Mutex::new(threads),
             ram: self.ram,

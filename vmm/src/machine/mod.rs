@@ -6,6 +6,7 @@
 //! | [`hardware`] | a machine before anything of a guest is in it |
 //! | [`lease`] | who may change what a machine does: one at a time |
 //! | [`owner`] | SR-IOV owners and their members |
+//! | [`pages`] | which pages of guest memory were written, by vCPUs or by devices |
 //! | [`run`] | the main loop: console, signals, the end of the guest |
 //!
 //! ```text
@@ -18,6 +19,7 @@ pub mod functions;
 pub mod hardware;
 pub mod lease;
 pub mod owner;
+pub mod pages;
 pub mod run;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,6 +42,7 @@ use crate::vcpu::{Control, ControlError, RunState};
 use functions::Functions;
 pub use hardware::{BuildError, Hardware, Host};
 use lease::{Busy, Lease, Leases, Purpose};
+use pages::PageSource;
 
 /// How long a pause waits for what devices have in flight, all of them together.
 pub const DRAIN: Duration = Duration::from_secs(10);
@@ -105,6 +108,8 @@ pub struct Machine {
     restored: AtomicBool,
     pci: Arc<PciRoot>,
     functions: Functions,
+    /// The pages of its memory that were written.
+    pages: Arc<PageSource>,
     /// Registers the doorbells that should exist, and removes those that should not.
     layout_changed: Arc<dyn Fn() + Send + Sync>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -132,6 +137,16 @@ impl Machine {
     /// KVM's part of it.
     pub(crate) fn vm(&self) -> &Vm {
         &self.vm
+    }
+
+    /// The pages of its memory that were written, as far as that is tracked.
+    pub(crate) fn pages(&self) -> &Arc<PageSource> {
+        &self.pages
+    }
+
+    /// True while vCPUs run guest code.
+    pub(crate) fn is_running(&self) -> bool {
+        self.control.state() == RunState::Running
     }
 
     /// Its memory.

@@ -7,9 +7,13 @@
 //! | [`members`] | the engine that moves members of a group by administration commands |
 //! | [`overrides`] | files, taps and consoles that are other ones after a restore |
 //! | [`report`] | what a snapshot is asked for, how far it is, what it came to |
+//! | [`restore`] | going on from a snapshot |
+//! | [`save`] | taking one |
 
 pub mod devices;
 pub mod format;
 pub mod members;
 pub mod overrides;
 pub mod report;
+pub mod restore;
+pub mod save;

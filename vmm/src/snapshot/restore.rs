@@ -123,7 +123,7 @@ impl Source {
         }
         let (model, cpu) = state.cpu()?;
         let expected = Expected {
-            id: state.id(),
+            id: state.id()?,
             layout: ram_layout(&spec)?,
             digest: Some(state.digest()?),
         };
@@ -166,6 +166,10 @@ impl Source {
             backends,
             output,
         )?;
+        if options.track {
+            // First: what follows is written to memory already.
+            hardware.pages.start(Some(id))?;
+        }
         {
             let _batch = hardware.msi_batch();
             devices::restore(
@@ -180,10 +184,6 @@ impl Source {
         hardware.serial.restore(&serial)?;
         hardware.input = waiting;
         hardware.restored = true;
-        if options.track {
-            hardware.pages.start(Some(id))?;
-        }
-        // Written through a view, so that the next snapshot has it.
         hardware.renew_generation()?;
         state::restore(
             hardware.vm.fd(),

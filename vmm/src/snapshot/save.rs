@@ -15,22 +15,24 @@
 use std::io;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use migration::{Existing, Guest, GuestPages, MemoryWriter, PageSet, RamLayout, SnapshotId, Writer};
+use migration::{Existing, Guest, GuestPages, MemoryWriter, PageSet, RamLayout, SnapshotId, WriteError,
+    Writer,
+};
 
 use super::devices::{SaveError, save_functions, save_owners, save_pci};
 use super::format::FormatError;
-use super::format::hex::HexBytes;
 use super::format::machine::Machine as MachineJson;
 use super::format::serial::Serial;
-use super::format::state::{Created, Memory, State};
+use super::format::state::{Parts, State};
 use super::report::{Bytes, Meter, Pause, Phase, Report, Request, Then};
+use crate::errors::chain;
 use crate::exit::Outcome;
 use crate::kvm::state::{self, StateError};
 use crate::machine::lease::Purpose;
 use crate::machine::pages::{RamPages, SourceError};
-use crate::machine::{self, Machine, TransitionError};
+use crate::machine::{Machine, TransitionError};
 
 /// Memory is written once more while the guest runs if it has changed more than this: so much is written in a pause that
 /// nobody notices.
@@ -89,7 +91,16 @@ impl SnapshotError {
     /// True if the same request may succeed at another time.
     pub fn is_conflict(&self) -> bool {
         matches!(self, Self::Transition(_) | Self::Base { .. })
-            || matches!(self, Self::Write(error) if error.is_about_the_name())
+            || matches!(
+                self,
+                Self::Write(
+                    WriteError::Exists(_)
+                        | WriteError::NotASnapshot { .. }
+                        | WriteError::Name(_)
+                        | WriteError::ReplacesBase(_)
+                        | WriteError::TooDeep(_)
+                )
+            )
     }
 }
 
@@ -136,8 +147,7 @@ pub fn save(machine: &Machine, request: &Request) -> Result<Report, SnapshotErro
 
     meter.0.begin(Phase::Memory);
     let mut passes = 0;
-    while machine.state() == machine::State::Saving
-        && machine.is_running()
+    while machine.is_running()
         && passes < PASSES
         && next.count() * migration::PAGE_SIZE > SMALL
     {
@@ -175,20 +185,17 @@ pub fn save(machine: &Machine, request: &Request) -> Result<Report, SnapshotErro
     let memory = memory.finish()?;
     meter.0.begin(Phase::Sync);
     sync_disks(&specification)?;
-    let document = State::new(
+    let document = State::of(Parts {
         id,
-        Created::now(SystemTime::now()),
-        specification,
-        Memory {
-            digest: HexBytes(memory.digest().0.to_vec()),
-        },
-        machine.model(),
-        &cpu,
+        digest: memory.digest(),
+        machine: specification,
+        model: machine.model(),
+        cpu: &cpu,
         pci,
         functions,
         owners,
-        Serial::of(&serial, &waiting),
-    );
+        serial: Serial::of(&serial, &waiting),
+    });
     let text = super::format::write(&document)?;
     bytes.state = text.len() as u64;
     let committed = writer.commit(&text, memory)?;
@@ -217,7 +224,7 @@ fn check_base(base: &std::path::Path, tracked: Option<SnapshotId>) -> Result<(),
     })?;
     let header = migration::Reader::open(base)
         .and_then(|reader| reader.header())
-        .map_err(|error| refused(super::chain(&error)))?;
+        .map_err(|error| refused(chain(&error)))?;
     if header.id == tracked {
         return Ok(());
     }

@@ -36,6 +36,7 @@ pub mod pci;
 pub mod schema;
 pub mod sections;
 pub mod serial;
+pub mod state;
 pub mod version;
 
 pub use document::{FormatError, parse, write};
