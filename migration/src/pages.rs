@@ -1,6 +1,7 @@
 //! Sets of pages of guest RAM.
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::layout::{PAGE_SIZE, RamLayout};
 
@@ -215,6 +216,12 @@ impl PageSet {
         })
     }
 
+    /// The first pages of the set among `from..end` that are neighbours.
+    pub fn run_within(&self, from: u64, end: u64) -> Option<Range<u64>> {
+        let first = self.next(from, true).filter(|first| *first < end)?;
+        Some(first..self.next(first, false).map_or(end, |stop| stop.min(end)))
+    }
+
     /// The first page from `from` on that is in the set, or is not.
     fn next(&self, from: u64, wanted: bool) -> Option<u64> {
         let flip = if wanted { 0 } else { u64::MAX };
@@ -393,6 +400,11 @@ mod tests {
             prop_assert_eq!(pages_of(&set), &a | &run);
             set.remove_run(first, count);
             prop_assert_eq!(pages_of(&set), &a - &run);
+            let within = set.run_within(first, first + count);
+            let next = a.iter().find(|page| !run.contains(page) && **page >= first + count);
+            prop_assert!(within.is_none(), "{within:?}");
+            let found = set.run_within(first, u64::MAX);
+            prop_assert_eq!(found.map(|run| run.start), next.copied());
             set.insert_run(first, u64::MAX);
             let rest: BTreeSet<_> = (first..layout.pages()).collect();
             prop_assert_eq!(pages_of(&set), &(&a - &run) | &rest);
