@@ -8,6 +8,7 @@
 //! | [`model`] | the processor a guest was promised, and whether a host can keep the promise |
 //! | [`msi`] | interrupt routes and irqfds behind the vectors of PCI functions |
 //! | [`msrs`] | which model-specific registers are state |
+//! | [`slots`] | guest memory, and the log of what vCPUs write to it |
 //! | [`speed`] | whether this KVM runs guest code or only interprets it |
 //! | [`state`] | everything KVM keeps of a VM, saved and restored |
 
@@ -17,6 +18,7 @@ pub mod doorbells;
 pub mod model;
 pub mod msi;
 pub mod msrs;
+pub mod slots;
 pub mod speed;
 pub mod state;
 
@@ -25,11 +27,11 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use devices::memory::GuestRam;
-use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
+use slots::Slots;
 
 /// The version of the interface every KVM since Linux 2.6.22 has.
 pub const API_VERSION: i32 = 12;
@@ -165,8 +167,7 @@ fn cure(mode: u32, gid: u32, names: &str, member: bool) -> String {
 pub struct Vm {
     kvm: Kvm,
     fd: Arc<VmFd>,
-    /// The memory KVM maps; it must outlive the VM.
-    _ram: Arc<GuestRam>,
+    slots: Arc<Slots>,
 }
 
 impl Vm {
@@ -179,30 +180,14 @@ impl Vm {
             .map_err(failed("set the TSS address"))?;
         fd.create_irq_chip()
             .map_err(failed("create the interrupt controllers"))?;
-        let vm = Self {
-            kvm,
-            fd: Arc::new(fd),
-            _ram: Arc::clone(ram),
-        };
-        vm.map_memory(ram)?;
-        Ok(vm)
+        let fd = Arc::new(fd);
+        let slots = Arc::new(Slots::register(&fd, ram)?);
+        Ok(Self { kvm, fd, slots })
     }
 
-    #[allow(unsafe_code)]
-    fn map_memory(&self, ram: &GuestRam) -> Result<(), KvmError> {
-        for (slot, (range, host)) in (0u32..).zip(ram.host_addresses()) {
-            let region = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: range.start.0,
-                memory_size: range.len as u64,
-                userspace_addr: host as u64,
-            };
-            // SAFETY: the region is a live mapping of `range.len` bytes, and `self` keeps its owner alive.
-            unsafe { self.fd.set_user_memory_region(region) }
-                .map_err(failed("map guest memory"))?;
-        }
-        Ok(())
+    /// Its memory.
+    pub fn slots(&self) -> &Arc<Slots> {
+        &self.slots
     }
 
     /// The VM's descriptor.
