@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::process::Process;
 use crate::console::Target;
@@ -16,8 +16,18 @@ Examples:
   tern restore --api-socket vm.sock --disk disk0=copy-of-root.img before-upgrade
   tern restore --paused --api-socket a.sock --net net0=tap=tap7 template
 
-A guest's clocks go on where they stopped, unless --clock host is given: then they jump to the present, as if the guest
-had slept. Memory is read from the snapshot as the guest touches it, so that DIR must stay as it is while the guest runs.";
+To a guest it looks as if it had slept: its time of day is right, and timers that ran out meanwhile are due. With --clock
+saved its clocks go on where they stopped. Memory is read from the snapshot as the guest touches it, so that DIR must stay
+as it is while the guest runs.";
+
+/// See [`ClockChoice`].
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Clock {
+    /// Jump to the present, as if the guest had slept
+    Host,
+    /// Go on where they stopped, as if no time had passed
+    Saved,
+}
 
 /// Continue a guest from a snapshot.
 #[derive(Debug, Args)]
@@ -52,9 +62,9 @@ pub struct Restore {
     #[arg(long, value_name = "TARGET")]
     virtio_console: Option<Target>,
 
-    /// Clocks of the guest: saved, as if no time had passed; host, as if the guest had slept until now
-    #[arg(long, value_name = "CLOCK", default_value = "saved")]
-    clock: ClockChoice,
+    /// Clocks of the guest
+    #[arg(long, value_name = "CLOCK", default_value = "host")]
+    clock: Clock,
 
     /// Read all of memory before the guest goes on
     #[arg(long)]
@@ -81,7 +91,10 @@ impl Restore {
         };
         let source = Source::open(&self.directory, &overrides)?;
         let options = Options {
-            clock: self.clock,
+            clock: match self.clock {
+                Clock::Host => ClockChoice::Host,
+                Clock::Saved => ClockChoice::Saved,
+            },
             prefault: self.prefault,
             track: self.track,
             force: self.force,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use devices::memory::{Backing, GuestRam, MemoryError};
 use migration::{Bases, Expected, Image, RamLayout, ReadError, Reader};
 
-use super::devices::{self, DeviceError};
+use super::devices::{self as bus, DeviceError};
 use super::format::FormatError;
 use super::format::error::Invalid;
 use super::format::machine::MachineError;
@@ -16,7 +16,8 @@ use super::overrides::{OverrideError, Overrides, check_files};
 use crate::config::MachineSpec;
 use crate::console::output::Output;
 use crate::kvm::model::{CpuModel, Mismatch};
-use crate::kvm::state::{self, ClockChoice, StateError};
+use crate::kvm::state::{self, StateError};
+pub use crate::kvm::state::ClockChoice;
 use crate::layout;
 use crate::machine::functions::Backends;
 use crate::machine::pages::{RamPages, SourceError};
@@ -172,7 +173,7 @@ impl Source {
         }
         {
             let _batch = hardware.msi_batch();
-            devices::restore(
+            bus::restore(
                 &hardware.pci,
                 &hardware.functions,
                 &self.state.pci,

@@ -55,7 +55,7 @@ pub enum SnapshotError {
     Layout(#[from] migration::layout::LayoutError),
     /// The directory or its files.
     #[error(transparent)]
-    Write(#[from] migration::WriteError),
+    Write(#[from] WriteError),
     /// The state of a device.
     #[error(transparent)]
     Device(#[from] SaveError),
