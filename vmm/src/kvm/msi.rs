@@ -252,16 +252,18 @@ impl Shared {
 
     /// KVM has these routes: the events of their lines may cause interrupts.
     fn connect(&self, wanted: &[Wanted]) -> Result<(), KvmError> {
-        wanted.iter().fold(Ok(()), |result, Wanted { line, .. }| {
+        let mut result = Ok(());
+        for Wanted { line, .. } in wanted {
             if !line.connected.load(Ordering::Acquire) {
                 if let Err(error) = self.host.connect(&line.event, line.gsi) {
-                    return result.and(Err(error));
+                    result = result.and(Err(error));
+                    continue;
                 }
                 line.connected.store(true, Ordering::Release);
             }
             line.current.store(true, Ordering::Release);
-            result
-        })
+        }
+        result
     }
 }
 
