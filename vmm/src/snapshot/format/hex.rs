@@ -96,17 +96,23 @@ impl Serialize for HexBytes {
     }
 }
 
-impl<'de> Deserialize<'de> for HexBytes {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = Cow::<str>::deserialize(deserializer)?;
-        let refused = || D::Error::custom("bytes are written as two hexadecimal digits each");
+impl HexBytes {
+    /// Reads bytes as in `00ff`, of any case.
+    pub fn parse(text: &str) -> Option<Self> {
         let (pairs, []) = text.as_bytes().as_chunks::<2>() else {
-            return Err(refused());
+            return None;
         };
         let digit = |byte: u8| char::from(byte).to_digit(16);
         let byte = |pair: &[u8; 2]| Some((digit(pair[0])? << 4 | digit(pair[1])?) as u8);
-        let bytes = pairs.iter().map(byte).collect::<Option<Vec<_>>>();
-        bytes.map(Self).ok_or_else(refused)
+        pairs.iter().map(byte).collect::<Option<Vec<_>>>().map(Self)
+    }
+}
+
+impl<'de> Deserialize<'de> for HexBytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Cow::<str>::deserialize(deserializer)?;
+        Self::parse(&text)
+            .ok_or_else(|| D::Error::custom("bytes are written as two hexadecimal digits each"))
     }
 }
 

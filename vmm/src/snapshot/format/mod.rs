@@ -11,6 +11,7 @@
 //! | [`error`] | errors that name a place in the JSON |
 //! | [`version`] | versions of sections |
 //! | [`document`] | a whole document: limits, from bytes to types and back |
+//! | [`diff`] | what differs between two documents |
 //! | [`layout`] | text that a person can read |
 //! | [`schema`] | the JSON Schema of a document |
 //! | [`sections`] | the following sections as a document |
@@ -24,6 +25,7 @@
 
 pub mod config_space;
 pub mod context;
+pub mod diff;
 pub mod document;
 pub mod error;
 pub mod function;
