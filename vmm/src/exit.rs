@@ -20,6 +20,9 @@ pub const STOPPED: u8 = 6;
 /// The guest powered itself off, but some of its console output was lost: a full disk, or a reader that went away.
 pub const OUTPUT_LOST: u8 = 7;
 
+/// `tern inspect A B` found that the two differ. No run ends like this.
+pub const DIFFERENT: u8 = 10;
+
 /// The table of exit statuses, as `tern run --help` prints it.
 pub const TABLE: &str = "\
 Exit status:
@@ -130,10 +133,10 @@ mod tests {
             Outcome::OutputLost(String::new()),
         ];
         let mut all: Vec<u8> = outcomes.iter().map(Outcome::status).collect();
-        all.extend([SETUP, USAGE]);
+        all.extend([SETUP, USAGE, DIFFERENT]);
         all.sort_unstable();
         all.dedup();
-        assert_eq!(all, [0, 1, 2, 3, 4, 5, 6, 7, 143]);
+        assert_eq!(all, [0, 1, 2, 3, 4, 5, 6, 7, 10, 143]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod control;
 mod info;
+mod inspect;
 mod process;
 mod restore;
 pub mod run;
@@ -49,6 +50,8 @@ enum Command {
     /// Send administration commands to an SR-IOV owner of a running guest, or stop, save, restore and watch one of its
     /// virtual functions with them
     Admin(admin::Admin),
+    /// Show what is in a snapshot, or what differs between two
+    Inspect(inspect::Inspect),
     /// Say whether this host can run guests, and if not, why and what to do
     Doctor(Doctor),
 }
@@ -88,6 +91,7 @@ pub fn main() -> ExitCode {
         Command::Restore(command) => command.run(),
         Command::Shutdown(command) => command.run(),
         Command::Admin(command) => command.run(),
+        Command::Inspect(command) => command.run(),
         Command::Doctor(command) => command.run(),
     };
     terminal::restore();

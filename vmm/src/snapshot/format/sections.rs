@@ -94,7 +94,7 @@ impl Document for Sections {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use devices::state::{FunctionState, QueueState, RegisterState, Shape};
 
     use super::super::context::{Context, Field, Raw};
