@@ -169,6 +169,13 @@ impl CpuModel {
         }
     }
 
+    /// The same model, with the list of registers that are read for the next snapshot on `host`. For one that was saved.
+    #[must_use]
+    pub fn on(mut self, host: &HostCpu) -> Self {
+        self.msrs = msrs::saved(&host.msrs, self.performance_counters);
+        self
+    }
+
     /// The processor's vendor.
     pub fn vendor(&self) -> String {
         cpuid::vendor(&self.leaves)

@@ -31,10 +31,12 @@ const ALSO: [RangeInclusive<u32>; 7] = [
 ];
 
 /// State that does not exist in our guests, or that has another place.
-const NOT: [RangeInclusive<u32>; 7] = [
+const NOT: [RangeInclusive<u32>; 8] = [
     IA32_TSC..=IA32_TSC,
     // The old numbers of KVM's clock: other names of what is at 0x4b564d00.
     0x11..=0x12,
+    // IA32_PERF_CAPABILITIES: PDCM is not shown.
+    0x345..=0x345,
     // VMX capabilities, SVM: no nested virtualization.
     0x480..=0x491,
     0xc000_0104..=0xc000_0104,
@@ -47,12 +49,11 @@ const NOT: [RangeInclusive<u32>; 7] = [
 ];
 
 /// Performance counters.
-const COUNTERS: [RangeInclusive<u32>; 12] = [
+const COUNTERS: [RangeInclusive<u32>; 11] = [
     0xc1..=0xc8,
     0x186..=0x18d,
     0x309..=0x30f,
     0x329..=0x329,
-    0x345..=0x345,
     0x38d..=0x390,
     0x3f1..=0x3f2,
     0x4c1..=0x4c8,
@@ -71,6 +72,11 @@ pub fn is_counter(index: u32) -> bool {
     is_in(&COUNTERS, index)
 }
 
+/// False for registers that have another place in a state, and for those that no guest has.
+pub fn is_state(index: u32) -> bool {
+    !is_in(&NOT, index)
+}
+
 /// True for registers that are left out of a state while they are zero.
 pub fn is_omitted_if_zero(index: u32) -> bool {
     MACHINE_CHECK.contains(&index)
@@ -81,7 +87,7 @@ pub fn saved(listed: &[u32], counters: bool) -> Vec<u32> {
     let mut all: Vec<u32> = listed.to_vec();
     all.extend(ALSO.iter().cloned().flatten());
     all.extend(MACHINE_CHECK);
-    all.retain(|index| !is_in(&NOT, *index) && (counters || !is_counter(*index)));
+    all.retain(|index| is_state(*index) && (counters || !is_counter(*index)));
     all.sort_unstable();
     all.dedup();
     all

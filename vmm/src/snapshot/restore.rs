@@ -16,8 +16,8 @@ use super::overrides::{OverrideError, Overrides, check_files};
 use crate::config::MachineSpec;
 use crate::console::output::Output;
 use crate::kvm::model::{CpuModel, Mismatch};
-use crate::kvm::state::{self, StateError};
 pub use crate::kvm::state::ClockChoice;
+use crate::kvm::state::{self, StateError};
 use crate::layout;
 use crate::machine::functions::Backends;
 use crate::machine::pages::{RamPages, SourceError};
@@ -201,10 +201,9 @@ impl Source {
         let (file, offsets) = self.image.lowest()?;
         let ranges = layout::ram_ranges(self.spec.memory);
         let ram = GuestRam::with_backing(&ranges, Backing::File { file, offsets })?;
-        self.image
-            .overlay(&RamPages::new(&ram)?, &mut |_| {
-                std::ops::ControlFlow::Continue(())
-            })?;
+        self.image.overlay(&RamPages::new(&ram)?, &mut |_| {
+            std::ops::ControlFlow::Continue(())
+        })?;
         if prefault {
             ram.prefault(|_| {})?;
         }

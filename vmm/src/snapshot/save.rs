@@ -17,8 +17,8 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use migration::{Existing, Guest, GuestPages, MemoryWriter, PageSet, RamLayout, SnapshotId, WriteError,
-    Writer,
+use migration::{
+    Existing, Guest, GuestPages, MemoryWriter, PageSet, RamLayout, SnapshotId, WriteError, Writer,
 };
 
 use super::devices::{SaveError, save_functions, save_owners, save_pci};
@@ -147,10 +147,7 @@ pub fn save(machine: &Machine, request: &Request) -> Result<Report, SnapshotErro
 
     meter.0.begin(Phase::Memory);
     let mut passes = 0;
-    while machine.is_running()
-        && passes < PASSES
-        && next.count() * migration::PAGE_SIZE > SMALL
-    {
+    while machine.is_running() && passes < PASSES && next.count() * migration::PAGE_SIZE > SMALL {
         bytes.written_running += memory.write(&next, Guest::Running)?;
         next = attempt.take()?;
         passes += 1;

@@ -26,7 +26,7 @@ use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
 pub use clock::{ClockChoice, ClockState};
 pub use irqchip::IrqchipState;
-pub use vcpu::VcpuState;
+pub use vcpu::{MpState, VcpuState};
 
 use super::model::{Capabilities, CpuModel, HostCpu, Mismatch, XSAVE_SIZE};
 use super::{KvmError, msrs};

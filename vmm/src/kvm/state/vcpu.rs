@@ -19,6 +19,8 @@
 use std::io;
 
 use kvm_bindings::{
+    KVM_MP_STATE_AP_RESET_HOLD, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
     KVM_VCPUEVENT_VALID_PAYLOAD, KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Msrs, kvm_debugregs,
     kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs2, kvm_vcpu_events, kvm_xcr,
     kvm_xcrs,
@@ -35,11 +37,50 @@ pub const LAPIC_SIZE: usize = 1024;
 /// Registers KVM takes in one call.
 const MSRS_AT_ONCE: usize = 256;
 
+/// What a vCPU does when it is let.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MpState {
+    /// It executes instructions.
+    Runnable,
+    /// It waits for INIT, having never had one.
+    Uninitialized,
+    /// It waits for a start-up interrupt.
+    InitReceived,
+    /// It waits for an interrupt.
+    Halted,
+    /// It has had a start-up interrupt and is about to execute.
+    SipiReceived,
+    /// It waits for INIT after a reset by firmware.
+    ApResetHold,
+}
+
+impl MpState {
+    /// All, with KVM's numbers.
+    const ALL: [(Self, u32); 6] = [
+        (Self::Runnable, KVM_MP_STATE_RUNNABLE),
+        (Self::Uninitialized, KVM_MP_STATE_UNINITIALIZED),
+        (Self::InitReceived, KVM_MP_STATE_INIT_RECEIVED),
+        (Self::Halted, KVM_MP_STATE_HALTED),
+        (Self::SipiReceived, KVM_MP_STATE_SIPI_RECEIVED),
+        (Self::ApResetHold, KVM_MP_STATE_AP_RESET_HOLD),
+    ];
+
+    fn from_kvm(number: u32) -> Option<Self> {
+        let found = Self::ALL.iter().find(|(_, n)| *n == number);
+        found.map(|(state, _)| *state)
+    }
+
+    fn to_kvm(self) -> u32 {
+        let found = Self::ALL.iter().find(|(state, _)| *state == self);
+        found.map_or(KVM_MP_STATE_RUNNABLE, |(_, number)| *number)
+    }
+}
+
 /// The state of one vCPU.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VcpuState {
-    /// `KVM_MP_STATE_…`
-    pub mp_state: u32,
+    /// What it does.
+    pub mp_state: MpState,
     /// General registers.
     pub regs: kvm_regs,
     /// Special registers.
@@ -113,6 +154,11 @@ impl VcpuState {
         };
         let tsc = TscReading::take(vcpu, id)?;
         let mp_state = vcpu.get_mp_state().map_err(failed("mp_state"))?.mp_state;
+        let mp_state = MpState::from_kvm(mp_state).ok_or_else(|| StateError::Read {
+            vcpu: id,
+            what: "an mp_state that is known here",
+            source: io::Error::other(format!("it is {mp_state}")),
+        })?;
         let events = vcpu.get_vcpu_events().map_err(failed("events"))?;
         let regs = vcpu.get_regs().map_err(failed("registers"))?;
         let sregs = ioctl::get_sregs(vcpu, access.capabilities.sregs2)
@@ -163,14 +209,14 @@ impl VcpuState {
         // Ids are below 256, since an APIC has no more.
         model.set_features(vcpu, id as u8)?;
         let frequency = |error: kvm_ioctls::Error| StateError::Refused {
-            path: "cpu.tsc_khz".to_owned(),
+            path: "cpu_model.tsc_khz".to_owned(),
             source: error.into(),
         };
         if vcpu.get_tsc_khz().map_err(frequency)? != model.tsc_khz {
             vcpu.set_tsc_khz(model.tsc_khz).map_err(frequency)?;
         }
         let mp_state = kvm_mp_state {
-            mp_state: self.mp_state,
+            mp_state: self.mp_state.to_kvm(),
         };
         vcpu.set_mp_state(mp_state).map_err(refused("mp_state"))?;
         ioctl::set_sregs(vcpu, &self.sregs, access.capabilities.sregs2)

@@ -21,6 +21,9 @@ pub trait Number: Copy + Into<u128> + TryFrom<u128> {
     const DIGITS: usize;
 }
 
+impl Number for u8 {
+    const DIGITS: usize = 2;
+}
 impl Number for u16 {
     const DIGITS: usize = 4;
 }

@@ -23,13 +23,16 @@
 //! | [`config_space`] | a configuration space in lines |
 //! | [`serial`] | the serial port |
 
+pub mod clock;
 pub mod config_space;
 pub mod context;
+pub mod cpu;
 pub mod diff;
 pub mod document;
 pub mod error;
 pub mod function;
 pub mod hex;
+pub mod irqchip;
 pub mod layout;
 pub mod machine;
 pub mod owner;

@@ -178,7 +178,7 @@ impl State {
         let state = state::State {
             irqchip: self.irqchip.plain().field("irqchip")?,
             clock: self.clock.plain().field("clock")?,
-            vcpus: convert_all(&self.vcpus, Vcpu::plain).field("vcpus")?,
+            vcpus: convert_all(&self.vcpus, |vcpu| vcpu.plain(model.xsave_size)).field("vcpus")?,
         };
         Ok((model, state))
     }
