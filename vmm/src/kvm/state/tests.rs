@@ -169,6 +169,23 @@ fn scramble(machine: &Machine) {
     irqchip.restore(&machine.vm).unwrap();
 }
 
+/// What is read of the JSON of a model and a state.
+fn through_json(model: &CpuModel, state: &State, host: &HostCpu) -> (CpuModel, State) {
+    use crate::snapshot::format::{clock, cpu, irqchip};
+    fn again<T: serde::Serialize + serde::de::DeserializeOwned>(value: T) -> T {
+        serde_json::from_str(&serde_json::to_string(&value).unwrap()).unwrap()
+    }
+    let read = again(cpu::CpuModel::of(model)).plain().unwrap().on(host);
+    assert_eq!(&read, model);
+    let vcpu = |v| again(cpu::Vcpu::of(v)).plain(read.xsave_size).unwrap();
+    let state = State {
+        irqchip: again(irqchip::Irqchip::of(&state.irqchip)).plain().unwrap(),
+        clock: again(clock::Clock::of(&state.clock)).plain().unwrap(),
+        vcpus: state.vcpus.iter().map(vcpu).collect(),
+    };
+    (read, state)
+}
+
 /// Without what advances by itself; says by how much the counters had.
 fn at_rest(mut state: State) -> (State, Vec<u64>) {
     let counters = state.vcpus.iter().map(|v| v.tsc).collect();
@@ -202,8 +219,11 @@ fn every_register_class_is_what_it_was_in_a_second_vm() {
     let saved = first.save(&model);
     assert_eq!(saved.check_host(&host), []);
 
+    let (model, read) = through_json(&model, &saved, &host);
+    assert_eq!(model.check_host(&host), []);
+    assert!(read == saved, "{}", first_difference(&read, &saved));
     let second = Machine::new(&kvm, &model, 2);
-    second.restore(&model, &saved, ClockChoice::Saved).unwrap();
+    second.restore(&model, &read, ClockChoice::Saved).unwrap();
     let again = second.save(&model);
     let third = Machine::new(&kvm, &model, 2);
     third.restore(&model, &again, ClockChoice::Host).unwrap();

@@ -8,6 +8,9 @@
 //! |---|---|
 //! | [`hex`] | numbers and bytes in hexadecimal |
 //! | [`machine`] | the specification of a machine |
+//! | [`cpu`] | the processor the guest sees, and its vCPUs |
+//! | [`irqchip`] | the interrupt controllers that vCPUs share |
+//! | [`clock`] | the guest's clock |
 //! | [`error`] | errors that name a place in the JSON |
 //! | [`version`] | versions of sections |
 //! | [`document`] | a whole document: limits, from bytes to types and back |

@@ -209,7 +209,7 @@ pub(in super::super) mod tests {
                 "cpuid[3]: leaf 0x7 is answered twice",
             ),
             (
-                refusal(|m| drop(m.cpuid.remove(1))),
+                refusal(|m| m.cpuid[1].leaf = Hex(2)),
                 "cpuid: leaf 0x1 is missing",
             ),
             (
