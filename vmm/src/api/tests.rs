@@ -4,7 +4,9 @@ use devices::net::{MacAddress, PortInfo, Stats};
 use serde_json::Value;
 
 use super::routes::PATHS;
+use super::snapshots::SnapshotAnswer;
 use super::*;
+use crate::snapshot::report::{Bytes, Pause, Phase, Report, Request, Then};
 
 fn document() -> Value {
     serde_json::from_str(OPENAPI).unwrap()
@@ -63,6 +65,11 @@ fn the_schemas_are_those_of_the_answers() {
         cmdline: "c".to_owned(),
         devices: vec![device.clone()],
         owners: vec![owner()],
+        progress: Some(Progress {
+            phase: Phase::Memory,
+            done: 1,
+            total: 2,
+        }),
     };
     let status = Status {
         state: State::Paused,
@@ -70,8 +77,10 @@ fn the_schemas_are_those_of_the_answers() {
     let failure = Failure {
         error: "e".to_owned(),
     };
+    let mut always = keys(&info);
+    always.remove("progress");
+    assert_eq!(properties("Info"), (keys(&info), always));
     for (name, keys) in [
-        ("Info", keys(&info)),
         ("Device", keys(&device)),
         ("Status", keys(&status)),
         ("Failure", keys(&failure)),
@@ -85,6 +94,34 @@ fn the_schemas_are_those_of_the_answers() {
     };
     let always = BTreeSet::from(["state".to_owned()]);
     assert_eq!(properties("Event"), (keys(&event), always));
+    let request = Request {
+        directory: "/s".into(),
+        base: Some("/b".into()),
+        track: false,
+        replace: false,
+        then: Then::Resume,
+    };
+    let always = BTreeSet::from(["directory".to_owned()]);
+    assert_eq!(properties("SnapshotRequest"), (keys(&request), always));
+    let report = Report {
+        directory: "/s".into(),
+        id: String::new(),
+        bytes: Bytes::default(),
+        pause_us: Pause::default(),
+        total_us: 0,
+    };
+    let answer = SnapshotAnswer {
+        state: State::Running,
+        report: report.clone(),
+    };
+    for (name, keys) in [
+        ("Snapshot", keys(&answer)),
+        ("SnapshotBytes", keys(&report.bytes)),
+        ("SnapshotPause", keys(&report.pause_us)),
+        ("Progress", keys(&info.progress)),
+    ] {
+        assert_eq!(properties(name), (keys.clone(), keys), "{name}");
+    }
     let shutdown = Shutdown {
         force_after_ms: Some(1),
     };

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::exit;
 use crate::snapshot::format::diff::{self, Difference, What};
 use crate::snapshot::format::document::MAX_LEN;
-use crate::snapshot::format::sections::Root;
+use crate::snapshot::format::state::State;
 use crate::snapshot::format::{self};
 
 /// File of a snapshot with its state.
@@ -121,7 +121,7 @@ impl Snapshot {
         let path = directory.join(STATE);
         let bytes = read(&path)?;
         let place = || path.display().to_string();
-        format::parse::<Root>(&bytes).with_context(place)?;
+        format::parse::<State>(&bytes).with_context(place)?;
         let state = serde_json::from_slice(&bytes).with_context(place)?;
         Ok(Self {
             state,

@@ -3,11 +3,11 @@
 use std::io::{Seek, SeekFrom as From, Write};
 
 use super::*;
-use crate::snapshot::format::sections::tests::sample;
+use crate::snapshot::format::state::tests::sample;
 use crate::snapshot::format::write;
 
 /// A snapshot on disk, of a state that was changed.
-fn snapshot(change: impl FnOnce(&mut Root)) -> tempfile::TempDir {
+fn snapshot(change: impl FnOnce(&mut State)) -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     let mut root = sample();
     change(&mut root);

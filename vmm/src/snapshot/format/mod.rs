@@ -17,7 +17,6 @@
 //! | [`diff`] | what differs between two documents |
 //! | [`layout`] | text that a person can read |
 //! | [`schema`] | the JSON Schema of a document |
-//! | [`sections`] | the following sections as a document |
 //! | [`context`] | the device context of a function |
 //! | [`function`] | a virtio function |
 //! | [`owner`] | an SR-IOV owner: the sessions of its drivers |
@@ -25,6 +24,7 @@
 //! | [`pci`] | registers on the PCI bus |
 //! | [`config_space`] | a configuration space in lines |
 //! | [`serial`] | the serial port |
+//! | [`state`] | the document as a whole |
 
 pub mod clock;
 pub mod config_space;
@@ -42,7 +42,6 @@ pub mod owner;
 pub mod parameters;
 pub mod pci;
 pub mod schema;
-pub mod sections;
 pub mod serial;
 pub mod state;
 pub mod version;

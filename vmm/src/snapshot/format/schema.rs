@@ -24,20 +24,20 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::snapshot::format::sections::{Root, tests::sample};
+    use crate::snapshot::format::state::{State, tests::sample};
     use crate::snapshot::format::write;
 
     /// Set by `cargo xtask schema`: write the schema instead of comparing it.
     const WRITE: &str = "TERN_WRITE_SCHEMA";
 
     fn schema() -> Value {
-        serde_json::from_slice(&text_of::<Root>().unwrap()).unwrap()
+        serde_json::from_slice(&text_of::<State>().unwrap()).unwrap()
     }
 
     #[test]
     fn the_schema_in_the_tree_is_that_of_the_types() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/snapshot.schema.json");
-        let text = String::from_utf8(text_of::<Root>().unwrap()).unwrap();
+        let text = String::from_utf8(text_of::<State>().unwrap()).unwrap();
         if std::env::var_os(WRITE).is_some() {
             std::fs::write(&path, text).unwrap();
             return;
@@ -113,7 +113,7 @@ mod tests {
             }
             let text = bad.to_string();
             assert!(
-                crate::snapshot::format::parse::<Root>(text.as_bytes()).is_err(),
+                crate::snapshot::format::parse::<State>(text.as_bytes()).is_err(),
                 "{pointer}"
             );
             assert!(

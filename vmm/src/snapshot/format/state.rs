@@ -1,11 +1,13 @@
 //! `state.json` as a whole.
 
+use std::borrow::Cow;
 use std::ops::RangeInclusive;
 use std::time::SystemTime;
 
 use migration::{SnapshotId, memory::Digest};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::{Error as _, Unexpected};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::clock::Clock;
 use super::cpu::{CpuModel, Vcpu};
@@ -17,10 +19,49 @@ use super::irqchip::Irqchip;
 use super::machine::Machine;
 use super::owner::Owner;
 use super::pci::Pci;
-use super::sections::{FORMAT, FormatName, NEWEST};
 use super::serial::Serial;
 use super::version::Version;
 use crate::kvm::{model, state};
+
+/// Name of the format.
+pub const FORMAT: &str = "tern-snapshot";
+/// Newest version of the format.
+pub const NEWEST: u32 = 1;
+
+/// The member `format` of a document: always [`FORMAT`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FormatName;
+
+impl Serialize for FormatName {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(FORMAT)
+    }
+}
+
+impl<'de> Deserialize<'de> for FormatName {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Cow::<str>::deserialize(deserializer)?;
+        if text == FORMAT {
+            Ok(Self)
+        } else {
+            Err(D::Error::invalid_value(Unexpected::Str(&text), &FORMAT))
+        }
+    }
+}
+
+impl JsonSchema for FormatName {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "FormatName".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "const": FORMAT })
+    }
+}
 
 /// State of a whole VM, but for its memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -187,4 +228,144 @@ impl State {
 fn exactly<const N: usize>(bytes: &HexBytes) -> Result<[u8; N], Invalid> {
     let found = bytes.0.as_slice().try_into();
     found.map_err(|_| Invalid::new(format!("has {} bytes instead of {N}", bytes.0.len())))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use devices::state::{FunctionState, QueueState, RegisterState, Shape};
+
+    use super::super::context::{Context, Field, Raw};
+    use super::super::hex::{Hex, HexBytes};
+    use super::super::{clock, cpu, function, irqchip, owner, parse, pci, serial, write};
+    use super::*;
+    use crate::config::Config;
+
+    /// Something of everything.
+    pub fn sample() -> State {
+        let shape = Shape {
+            queue_sizes: vec![8],
+            config_len: 3,
+            queue_status: true,
+        };
+        let state = FunctionState {
+            offered: 1 << 100 | 3,
+            accepted: 1,
+            registers: RegisterState {
+                num_queues: 1,
+                status: 0xf,
+                ..RegisterState::default()
+            },
+            queues: vec![QueueState {
+                size: 8,
+                vector: 1,
+                descriptor_area: 0x1000,
+                driver_area: 0x2000,
+                device_area: 0x1_0000_3000,
+                enabled: true,
+                stopped: true,
+                next_available: 9,
+                next_used: 7,
+                restarts: true,
+                owned: vec![3, 1],
+            }],
+            config: vec![1, 2, 3],
+        };
+        let mut context = Context::of_state(&state, &shape);
+        context.0.extend([
+            Field::Raw(Raw {
+                kind: Hex(0x1234),
+                reserved: Some(Hex(1)),
+                value: HexBytes(vec![0xaa]),
+            }),
+            serde_json::from_str(
+                r#"{"type": "VQ_PACKED_RUNTIME", "queue": 0, "enabled": true, "available": {"descriptor": 1, "wrap": true},
+                    "used": {"descriptor": 0, "wrap": false}}"#,
+            )
+            .unwrap(),
+            serde_json::from_str(
+                r#"{"type": "VQ_PACKED_DEV_OWN_DESC", "queue": 0, "chains": [{"id": 1, "descriptors": 2}]}"#,
+            )
+            .unwrap(),
+        ]);
+        let model = cpu::model::tests::sample();
+        let vcpu = cpu::vcpu::tests::sample();
+        let spec = Config {
+            kernel: Some("/k".into()),
+            disks: vec!["path=/d".parse().unwrap()],
+            nets: vec!["switch=lan".parse().unwrap()],
+            pfs: vec!["net,vfs=2".parse().unwrap()],
+            ..Config::default()
+        };
+        let mut state = State::of(Parts {
+            id: SnapshotId([7; 16]),
+            digest: Digest([9; 32]),
+            machine: Machine::of(&spec.resolve().unwrap()),
+            cpu: &state::State {
+                irqchip: irqchip::tests::sample(),
+                clock: clock::tests::sample(),
+                vcpus: vec![vcpu],
+            },
+            model: &model,
+            pci: Pci::of(&pci::tests::sample()),
+            functions: vec![
+                Function::of("console0", context, &function::tests::sample()),
+                Function::of("disk0", Context::default(), &Default::default()),
+            ],
+            owners: vec![Owner::of("pf0", &owner::tests::sample())],
+            serial: Serial::of(&serial::tests::sample(), b"ls\n"),
+        });
+        // The same each time.
+        state.created.at = "2026-11-28T15:00:00Z".to_owned();
+        state
+    }
+
+    #[test]
+    fn the_document_is_the_same_after_json() {
+        let text = write(&sample()).unwrap();
+        assert_eq!(
+            parse(&text),
+            Ok(sample()),
+            "{}",
+            String::from_utf8_lossy(&text)
+        );
+    }
+
+    #[test]
+    fn values_out_of_range_have_their_whole_path() {
+        let cases: [(fn(&mut State), &str); 5] = [
+            (
+                |s| s.pci.functions[0].config.length = 5000,
+                "pci.functions[0].config.length: 5000 is more than 4096",
+            ),
+            (
+                |s| s.pci.functions[1].msix.as_mut().unwrap().entries[1].address = Hex(1),
+                "pci.functions[1].msix.entries[1].address: 0x1 is no multiple of 4",
+            ),
+            (
+                |s| {
+                    s.functions[1].context.0 = vec![Field::Raw(Raw {
+                        kind: Hex(0),
+                        reserved: Some(Hex(u64::MAX)),
+                        value: HexBytes::default(),
+                    })]
+                },
+                "functions[1].context[0].reserved: 0xffffffffffffffff is more than 0xffffffffffff, the most in 6 bytes",
+            ),
+            (
+                |s| s.owners[0].sessions[0].members.reverse(),
+                "owners[0].sessions[0].members[1]: 1 follows 7; the list ascends",
+            ),
+            (
+                |s| s.serial.receive_fifo = HexBytes(vec![0; 65]),
+                "serial.receive_fifo: 65 bytes are more than 64",
+            ),
+        ];
+        for (change, expected) in cases {
+            let mut sections = sample();
+            change(&mut sections);
+            let text = serde_json::to_vec(&sections).unwrap();
+            assert_eq!(parse::<State>(&text).unwrap_err().to_string(), expected);
+            assert_eq!(write(&sections).unwrap_err().to_string(), expected);
+        }
+    }
 }
