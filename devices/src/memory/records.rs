@@ -341,12 +341,15 @@ fn shift_of(page_size: u64) -> Option<u32> {
     (page_size.is_power_of_two() && supported).then_some(shift)
 }
 
+/// Page numbers.
+type Pages = Range<u64>;
+
 /// `ranges` in pages, and those together with the `old` ones, ascending.
 fn join(
-    old: &[Range<u64>],
+    old: &[Pages],
     ranges: &[PageRange],
     shift: u32,
-) -> Result<(Vec<Range<u64>>, Vec<Range<u64>>), RecordError> {
+) -> Result<(Vec<Pages>, Vec<Pages>), RecordError> {
     if ranges.is_empty() {
         return Err(RecordError::NoRanges);
     }
