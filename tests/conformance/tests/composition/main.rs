@@ -2,13 +2,16 @@
 //!
 //! A sequence of [`Step`](model::Step)s is what the guest, its owner driver, the monitor and the device do. The
 //! [`Model`](model::Model) says what follows from each; the [`World`](world::World) does the same to a real owner with
-//! two members, as seen from a guest, and compares. `PROPTEST_CASES` asks for more sequences than the usual ones.
+//! two members, as seen from a guest, and compares. At times all of it is saved and put into another machine, where it goes
+//! on; what is saved there is the same. `PROPTEST_CASES` asks for more sequences than the usual ones.
 
 // Helpers of tests, which clippy does not know for tests.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod disk;
 mod model;
+mod singles;
+mod snapshot;
 mod step;
 mod world;
 

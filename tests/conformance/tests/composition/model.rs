@@ -189,6 +189,18 @@ impl Model {
         }
     }
 
+    /// False if a backend keeps what it holds for as long as the test says.
+    pub fn can_stand_still(&self) -> bool {
+        !self.resetting
+            && (self.is_drained() || self.setup.kind != Kind::Loopback { recall: false })
+    }
+
+    /// All stands still for a moment: what has not begun is the function's, and what has comes back.
+    pub fn stand_still(&mut self) {
+        self.recall();
+        self.release(usize::MAX);
+    }
+
     pub fn set_hold(&mut self, hold: bool) {
         self.hold = hold;
         if self.setup.kind == Kind::Disk && !hold {

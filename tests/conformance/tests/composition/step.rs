@@ -52,6 +52,8 @@ pub enum Step {
     SaveRestore(By, usize),
     /// The same, but it goes on as the other virtual function.
     Move(By, usize),
+    /// The VM is saved and goes on in another machine. Contexts travel in chunks of this length.
+    Snapshot(usize),
 }
 
 pub fn step() -> impl Strategy<Value = Step> {
@@ -81,5 +83,6 @@ pub fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Renew).boxed(),
         2 => (by(), chunk()).prop_map(|(by, chunk)| Step::SaveRestore(by, chunk)).boxed(),
         2 => (by(), chunk()).prop_map(|(by, chunk)| Step::Move(by, chunk)).boxed(),
+        4 => chunk().prop_map(Step::Snapshot).boxed(),
     ]
 }

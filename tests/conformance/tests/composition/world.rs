@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use conformance::enable_msix;
 use devices::admin::{Drain, GroupType, Member, Options, Owner, OwnerDriver, Rest, Status};
 use devices::block::{Block, BlockConfig};
-use devices::gate::{Party, Reasons};
+use devices::context::encode as encode_context;
+use devices::gate::{Party, Patience, Reasons};
 use devices::virtio::{Doors, Suspend, VirtioDevice, VirtioFunction};
 use driver::access::{Dma, DmaExt, FunctionExt, Register};
 use driver::host::{Controls, HostDma, HostFunction, Loopback, Machine, Shape, VirtualFunction};
@@ -20,6 +21,7 @@ use proptest::prelude::*;
 
 use crate::disk::{Disk, SECTOR};
 use crate::model::{ACTIVE, CONFIG_LEN, Effects, FREEZE, Id, Model, Moved, QUEUES, initial_config};
+use crate::snapshot::Snapshot;
 use crate::step::{By, Step};
 
 pub const SUSPEND: u8 = 16;
@@ -29,6 +31,8 @@ const STOP_FEATURE: u64 = 1 << 44;
 const MODE_SET: u16 = 0x08;
 const CONTEXT_READ: u16 = 0x0a;
 const CONTEXT_WRITE: u16 = 0x0b;
+const CONTEXT_DISCARD: u16 = 0x0d;
+const RECORDS_START: u16 = 0x10;
 
 /// How long what a disk's thread does may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -98,6 +102,7 @@ macro_rules! same {
         }
     }};
 }
+pub(crate) use same;
 
 /// Addresses of a request's buffers.
 #[derive(Clone, Copy, Debug)]
@@ -116,9 +121,9 @@ struct Queue {
 }
 
 /// One member, and its device.
-struct Seat {
-    function: Arc<VirtioFunction>,
-    place: VirtualFunction,
+pub struct Seat {
+    pub function: Arc<VirtioFunction>,
+    pub place: VirtualFunction,
     controls: Option<Controls>,
 }
 
@@ -131,12 +136,23 @@ struct AdminQueue {
     answer: u64,
 }
 
+/// What a snapshot leaves behind, and what is made anew for it.
+pub struct Hardware {
+    pub owner: Arc<Owner>,
+    pub owner_function: Arc<VirtioFunction>,
+    pub pf: HostFunction,
+    pub seats: [Seat; 2],
+}
+
 pub struct World {
     setup: Setup,
     machine: Machine,
     owner: Arc<Owner>,
+    owner_function: Arc<VirtioFunction>,
     pf: HostFunction,
     seats: [Seat; 2],
+    /// Vectors of this step, from machines that are no more.
+    signalled: BTreeSet<u16>,
     disk: Arc<Disk>,
     admin: AdminQueue,
     monitor: OwnerDriver,
@@ -151,10 +167,9 @@ pub struct World {
     slow_resets: u32,
 }
 
-impl World {
-    pub fn new(setup: Setup) -> Self {
-        let machine = Machine::new().unwrap();
-        let disk = Arc::new(Disk::new());
+impl Hardware {
+    /// An owner and its two members, which exist, in an empty `machine`.
+    pub fn new(machine: &Machine, setup: Setup, disk: &Arc<Disk>) -> Self {
         let doors = Doors {
             suspend: match setup.suspend {
                 Suspending::None => None,
@@ -166,7 +181,7 @@ impl World {
         };
         let view = || machine.dma().ram().view().unwrap();
         let members = [1, 2].map(|number| {
-            let (device, controls) = device(setup.kind, &disk);
+            let (device, controls) = device(setup.kind, disk);
             let function =
                 VirtioFunction::with_doors(format!("vf{number}"), device, view(), doors).unwrap();
             (function, controls)
@@ -180,18 +195,19 @@ impl World {
             .iter()
             .map(|(function, _)| Arc::clone(function) as _);
         let owner = Owner::new(group.collect(), options).unwrap();
-        let (device, _) = device(setup.kind, &disk);
-        let pf = VirtioFunction::new_owner("pf", device, view(), Arc::clone(&owner)).unwrap();
+        let (device, _) = device(setup.kind, disk);
+        let owner_function =
+            VirtioFunction::new_owner("pf", device, view(), Arc::clone(&owner)).unwrap();
         let functions = members.iter().map(|(function, _)| Arc::clone(function));
         let shown = OwnerPci::new(
-            Arc::clone(&pf),
+            Arc::clone(&owner_function),
             functions.collect(),
             machine.msi(),
             owner::Options::default(),
         );
         let port = machine.root().add_root_port(shown.unwrap()).unwrap();
         machine.power_on().unwrap();
-        machine.serve(&pf).unwrap();
+        machine.serve(&owner_function).unwrap();
         for (function, _) in &members {
             machine.serve(function).unwrap();
         }
@@ -199,7 +215,6 @@ impl World {
         let pf = machine.function(Address { bus, devfn: 0 });
         change_command(&pf, command::MEMORY | command::BUS_MASTER, 0);
         enable_members(&pf, true);
-
         let mut number = 0;
         let seats = members.map(|(function, controls)| {
             number += 1;
@@ -209,6 +224,31 @@ impl World {
                 controls,
             }
         });
+        Self {
+            owner,
+            owner_function,
+            pf,
+            seats,
+        }
+    }
+
+    /// All functions, the owner's first.
+    pub fn functions(&self) -> [&Arc<VirtioFunction>; 3] {
+        let [first, second] = &self.seats;
+        [&self.owner_function, &first.function, &second.function]
+    }
+}
+
+impl World {
+    pub fn new(setup: Setup) -> Self {
+        let machine = Machine::new().unwrap();
+        let disk = Arc::new(Disk::new());
+        let Hardware {
+            owner,
+            owner_function,
+            pf,
+            seats,
+        } = Hardware::new(&machine, setup, &disk);
         let transport = Transport::new(seats[0].place.clone()).unwrap();
         let dma = machine.dma();
         let start = dma.allocate(16, 16).unwrap();
@@ -234,9 +274,11 @@ impl World {
         let mut world = Self {
             setup,
             owner,
+            owner_function,
             pf,
             seats,
             disk,
+            signalled: BTreeSet::new(),
             admin,
             monitor,
             at: 0,
@@ -416,6 +458,7 @@ impl World {
             }
             Step::SaveRestore(by, chunk) => self.save_restore(by, chunk)?,
             Step::Move(by, chunk) => self.change_place(by, chunk)?,
+            Step::Snapshot(chunk) if self.model.can_stand_still() => self.snapshot(chunk)?,
             _ => {}
         }
         Ok(())
@@ -684,6 +727,119 @@ impl World {
         self.set_mode_at(by, from, ACTIVE)
     }
 
+    // Snapshots ----------------------------------------------------------------------------------------------------
+
+    /// Everything stands still, is saved, put into another machine with the same memory, and goes on there. What is saved of
+    /// that machine is the same, and nothing of it was written to memory.
+    fn snapshot(&mut self, chunk: usize) -> Check {
+        let other = 1 - self.at;
+        let half = self.read_half(other)?;
+        self.stop_all()?;
+        let old = Hardware {
+            owner: Arc::clone(&self.owner),
+            owner_function: Arc::clone(&self.owner_function),
+            pf: self.pf.clone(),
+            seats: std::array::from_fn(|at| Seat {
+                function: Arc::clone(&self.seats[at].function),
+                place: self.seats[at].place.clone(),
+                controls: None,
+            }),
+        };
+        let saved = Snapshot::save(&old, &self.monitor)?;
+        let memory = self.memory();
+        let dma = self.machine.dma().clone();
+        self.signalled.extend(self.machine.msi().take_vectors());
+
+        let machine = Machine::with_memory(dma).unwrap();
+        let new = Hardware::new(&machine, self.setup, &self.disk);
+        for function in new.functions() {
+            function.close(Reasons::PAUSED);
+        }
+        for seat in &new.seats {
+            enable_msix(&Transport::new(seat.place.clone()).unwrap());
+        }
+        let mut monitor = OwnerDriver::new(Arc::clone(&new.owner));
+        monitor.set_patience(Duration::ZERO);
+        saved.restore(&new, &mut monitor, chunk)?;
+        let again = Snapshot::save(&new, &monitor)?;
+        same!(again, saved, "what is saved again");
+        same!(self.memory() == memory, true, "memory is as it was");
+
+        self.machine = machine;
+        self.monitor = monitor;
+        self.owner = new.owner;
+        self.owner_function = new.owner_function;
+        self.pf = new.pf;
+        self.seats = new.seats;
+        self.admin.transport = Transport::new(self.pf.clone()).unwrap();
+        self.transport = Transport::new(self.seat().place.clone()).unwrap();
+        self.set_hold(self.model.hold);
+        // It waits in the backend, not in the device.
+        if let (Some(config), Some(controls)) = (&self.model.new_config, &self.seat().controls) {
+            controls.change_config(config.clone());
+        }
+        // The device learns of it while it has to be still.
+        self.machine.settle();
+        self.owner_function.reopen(Reasons::PAUSED);
+        for at in [0, 1] {
+            self.pause(at, self.model.paused && at == self.at);
+        }
+        self.read_rest(other, &half)
+    }
+
+    /// All functions stop, as for a pause of the VM.
+    fn stop_all(&mut self) -> Check {
+        let functions = [
+            &self.owner_function,
+            &self.seats[0].function,
+            &self.seats[1].function,
+        ];
+        for function in functions {
+            function.close(Reasons::PAUSED);
+        }
+        for function in functions {
+            function.recall();
+        }
+        let begun = self.setup.kind == Kind::Disk && !self.model.is_drained();
+        self.model.stand_still();
+        if begun && self.model.hold {
+            self.disk.release(1);
+        }
+        let deadline = Instant::now() + PATIENCE;
+        for function in functions {
+            while !function.stop(Reasons::PAUSED, Patience::prompt(Duration::ZERO)) {
+                self.machine.settle();
+                if Instant::now() > deadline {
+                    return Err(format!("{} does not stand still", function.name()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The monitor begins to record the member that is driven, and to read the context of the other one. What it read.
+    fn read_half(&mut self, other: usize) -> Result<Vec<u8>, String> {
+        let words = [0x1000u64, 1, 0, 0x1000].map(u64::to_le_bytes);
+        // It may record already.
+        let _ = self.by(By::Monitor, RECORDS_START, self.at, words.as_flattened(), 0);
+        let discarded = self.by(By::Monitor, CONTEXT_DISCARD, other, &[], 0);
+        same!(discarded, Ok(Vec::new()), "DEV_CTX_DISCARD");
+        let half = self.by(By::Monitor, CONTEXT_READ, other, &[], 100);
+        half.map_err(|status| format!("DEV_CTX_READ: {status}"))
+    }
+
+    /// It goes on with that.
+    fn read_rest(&mut self, other: usize, half: &[u8]) -> Check {
+        let function = &self.seats[other].function;
+        let whole = encode_context(&function.save(), &function.shape());
+        let rest = self.by(By::Monitor, CONTEXT_READ, other, &[], 1 << 20);
+        let read = rest.map(|rest| [half.to_vec(), rest].concat());
+        same!(read, Ok(whole), "the context that was read in two machines");
+        let discarded = self.by(By::Monitor, CONTEXT_DISCARD, other, &[], 0);
+        same!(discarded, Ok(Vec::new()), "DEV_CTX_DISCARD");
+        Ok(())
+    }
+
     // Comparing ----------------------------------------------------------------------------------------------------
 
     /// Lets everyone work, and compares with the model. The function was `closed` before the step, and memory `before`
@@ -696,7 +852,8 @@ impl World {
         if let Some(answer) = answer {
             same!(answer, Ok(Vec::new()), "the guest's DEV_MODE_SET");
         }
-        let vectors: BTreeSet<u16> = self.machine.msi().take_vectors().into_iter().collect();
+        let mut vectors = std::mem::take(&mut self.signalled);
+        vectors.extend(self.machine.msi().take_vectors());
         let used = effects.completed.iter().map(|(queue, _)| 1 + *queue as u16);
         let again = effects.signalled.iter().map(|queue| 1 + *queue as u16);
         let expected: BTreeSet<_> = used

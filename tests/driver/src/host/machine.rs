@@ -88,6 +88,11 @@ pub struct Machine(Arc<Inner>);
 impl Machine {
     /// A machine with an empty root bus.
     pub fn new() -> Result<Self, HostError> {
+        Self::with_memory(HostDma::new(0, RAM)?)
+    }
+
+    /// The same, whose memory is `dma`, perhaps that of another machine which is no more.
+    pub fn with_memory(dma: HostDma) -> Result<Self, HostError> {
         let root = PciRoot::new(PciLayout {
             ecam: ECAM,
             mmio32: MMIO32,
@@ -101,7 +106,7 @@ impl Machine {
         Ok(Self(Arc::new(Inner {
             bus,
             root,
-            dma: HostDma::new(0, RAM)?,
+            dma,
             msi: MockMsi::default(),
             pumps: Mutex::default(),
             doorbells: Mutex::default(),
