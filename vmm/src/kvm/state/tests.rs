@@ -20,7 +20,8 @@ struct Machine {
 }
 
 impl Machine {
-    #[allow(unsafe_code)]
+    // Nobody asks which of its pages are dirty.
+    #[allow(unsafe_code, clippy::disallowed_methods)]
     fn new(kvm: &Kvm, model: &CpuModel, cpus: u64) -> Self {
         let ram: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).unwrap();
         let vm = kvm.create_vm().unwrap();

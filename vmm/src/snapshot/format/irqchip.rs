@@ -216,7 +216,7 @@ pub(super) mod tests {
             ..Default::default()
         };
         for (pin, entry) in (0u64..).zip(&mut ioapic.redirtbl) {
-            entry.bits = pin << 56 | 0x1_0030 + pin;
+            entry.bits = pin << 56 | (0x1_0030 + pin);
         }
         IrqchipState {
             master: pic(0x30),
