@@ -194,6 +194,9 @@ fn difference(difference: &Difference) -> Value {
     let path = &difference.path;
     match &difference.what {
         What::Changed(first, second) => json!({ "path": path, "first": first, "second": second }),
+        What::Order(first, second) => {
+            json!({ "path": path, "first_order": first, "second_order": second })
+        }
         What::First(value) => json!({ "path": path, "first": value }),
         What::Second(value) => json!({ "path": path, "second": value }),
         What::Bytes { runs, more } => {

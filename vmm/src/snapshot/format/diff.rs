@@ -37,6 +37,8 @@ pub struct Difference {
 pub enum What {
     /// It has two values.
     Changed(String, String),
+    /// Its entries have another order.
+    Order(String, String),
     /// It is in the first document alone.
     First(String),
     /// It is in the second document alone.
@@ -112,9 +114,10 @@ impl Comparison<'_> {
             (Value::Object(a), Value::Object(b)) => {
                 let names: BTreeSet<_> = a.keys().chain(b.keys()).collect();
                 for name in names {
+                    let short = shorten(name);
                     let path = match path {
-                        "" => name.clone(),
-                        path => format!("{path}.{name}"),
+                        "" => short,
+                        path => format!("{path}.{short}"),
                     };
                     self.maybe(&path, a.get(name), b.get(name));
                 }
@@ -140,17 +143,23 @@ impl Comparison<'_> {
     fn lists(&mut self, path: &str, first: &[Value], second: &[Value]) {
         let objects = |list: &[Value]| list.iter().all(Value::is_object);
         if let Some((a, b)) = keyed(first, second) {
+            // What is in both can stand in another order.
+            let (x, y) = (a.common(&b), b.common(&a));
+            if x != y {
+                let names = |names: Vec<&str>| shorten(&names.join(", "));
+                self.add(path, || What::Order(names(x), names(y)));
+            }
             // In the order of the first list; what the second has besides follows.
             for (name, value) in &a.order {
                 self.maybe(
-                    &format!("{path}[{name}]"),
+                    &format!("{path}[{}]", shorten(name)),
                     Some(value),
                     b.by_name.get(name).copied(),
                 );
             }
             for (name, value) in &b.order {
                 if !a.by_name.contains_key(name) {
-                    self.maybe(&format!("{path}[{name}]"), None, Some(value));
+                    self.maybe(&format!("{path}[{}]", shorten(name)), None, Some(value));
                 }
             }
         } else if first.len() == second.len() || objects(first) && objects(second) {
@@ -199,6 +208,16 @@ impl Comparison<'_> {
 struct Keyed<'a> {
     order: Vec<(String, &'a Value)>,
     by_name: BTreeMap<String, &'a Value>,
+}
+
+impl Keyed<'_> {
+    /// The names that `other` has too, in order.
+    fn common(&self, other: &Keyed<'_>) -> Vec<&str> {
+        let names = self.order.iter().map(|(name, _)| name.as_str());
+        names
+            .filter(|name| other.by_name.contains_key(*name))
+            .collect()
+    }
 }
 
 /// Both lists by names, if there is a way to name all entries of both.
@@ -287,6 +306,7 @@ impl fmt::Display for Difference {
         let path = &self.path;
         match &self.what {
             What::Changed(first, second) => write!(f, "{path}: {first} -> {second}"),
+            What::Order(first, second) => write!(f, "{path}: order {first} -> {second}"),
             What::First(value) => write!(f, "{path}: only in the first: {value}"),
             What::Second(value) => write!(f, "{path}: only in the second: {value}"),
             What::Bytes { runs, more } => {

@@ -47,6 +47,7 @@ fn objects_are_matched_by_what_names_them() {
     assert_eq!(
         lines(&first, &second),
         [
+            "functions: order disk0, net0 -> net0, disk0",
             "functions[net0].status: 2 -> 4",
             "functions[rng]: only in the second: {\"name\":\"rng\",\"status\":3}",
         ]
@@ -57,7 +58,7 @@ fn objects_are_matched_by_what_names_them() {
             &json!([msr("0x10", 1), msr("0x11", 1)]),
             &json!([msr("0x11", 2), msr("0x10", 1)])
         ),
-        ["[0x11].value: 1 -> 2"]
+        [": order 0x10, 0x11 -> 0x11, 0x10", "[0x11].value: 1 -> 2"]
     );
     let queue = |index: u8, size: u8| json!({ "type": "VQ_CFG", "queue": index, "size": size });
     let config = json!({ "type": "DEV_CFG", "config": "00" });
@@ -85,7 +86,7 @@ fn objects_are_matched_by_what_names_them() {
             &json!([{ "id": 1, "x": 1 }, { "id": 2, "name": "b" }]),
             &json!([{ "id": 2, "name": "c" }, { "id": 1, "x": 1 }]),
         ),
-        ["[id 2].name: b -> c"]
+        [": order id 1, id 2 -> id 2, id 1", "[id 2].name: b -> c"]
     );
 }
 
