@@ -17,6 +17,7 @@ mod queues;
 mod records;
 mod registers;
 mod sessions;
+mod snapshot;
 mod sriov;
 
 pub use admin::admin_commands;
@@ -27,6 +28,7 @@ pub use queues::{queue_device_side, queue_driver_side};
 pub use records::write_records;
 pub use registers::{pci_config, virtio_registers};
 pub use sessions::context_sessions;
+pub use snapshot::snapshot_state;
 pub use sriov::sriov_config;
 
 /// A target's name and its function.
@@ -43,6 +45,7 @@ pub const TARGETS: &[Target] = &[
     ("pci_config", pci_config),
     ("queue_device_side", queue_device_side),
     ("queue_driver_side", queue_driver_side),
+    ("snapshot_state", snapshot_state),
     ("sriov_config", sriov_config),
     ("virtio_registers", virtio_registers),
     ("write_records", write_records),
