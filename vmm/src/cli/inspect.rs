@@ -1,39 +1,36 @@
 //! `tern inspect`: what is in a snapshot, and what differs between two.
 
+mod memory;
 mod summary;
 
-use std::fs::{self, File};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::Args;
-use rustix::fs::SeekFrom;
+use migration::Reader;
+use migration::directory::STATE;
 use serde_json::{Value, json};
 
 use crate::exit;
 use crate::snapshot::format::diff::{self, Difference, What};
-use crate::snapshot::format::document::MAX_LEN;
+use crate::snapshot::format::document::Document;
 use crate::snapshot::format::state::State;
 use crate::snapshot::format::{self};
-
-/// File of a snapshot with its state.
-const STATE: &str = "state.json";
-/// File of a snapshot with the memory of the guest.
-const MEMORY: &str = "memory.bin";
+use memory::Memory;
 
 const EXAMPLES: &str = "\
 Examples:
   tern inspect before
+  tern inspect before --verify
   tern inspect before --json | jq '.state.functions[] | select(.name == \"disk0\").context'
   tern inspect before after
-  tern inspect before after --ignore id --ignore created
+  tern inspect before after --ignore id --ignore created --ignore memory
 
-Objects in lists are compared with those of the same name, place, index, or type and queue. Memory is not compared.
+Objects in lists are compared with those of the same name, place, index, or type and queue. Of memory, digests are compared.
 
 Exit status:
   0   the snapshot is well formed; of two, nothing differs
-  1   a snapshot cannot be read, or is malformed: the message names the field
+  1   a snapshot cannot be read, or is malformed: the message names the field or the file
   2   the command line is wrong
   10  two snapshots differ";
 
@@ -53,51 +50,45 @@ pub struct Inspect {
     #[arg(long)]
     json: bool,
 
+    /// Read all of the memory, that of bases included, and compare it with its digests
+    #[arg(long)]
+    verify: bool,
+
     /// Leave out the field at this path and all below it, as in `id` or `functions[disk0].context`; can be given again
     #[arg(long, value_name = "PATH", requires = "other")]
     ignore: Vec<String>,
 
-    /// Show at most so many lines of device contexts, or differences; 0 for all
+    /// Show at most so many fields of device contexts, or differences; 0 for all
     #[arg(long, value_name = "N", default_value_t = 200)]
     limit: usize,
 }
 
 /// A snapshot that is well formed.
 struct Snapshot {
+    path: PathBuf,
     state: Value,
-    memory: Option<Extents>,
-}
-
-/// Bytes of a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extents {
-    /// Its length.
-    pub bytes: u64,
-    /// Those that are not in holes.
-    pub data: u64,
+    memory: Memory,
 }
 
 impl Inspect {
     /// Shows the snapshot, or what differs.
     pub fn run(&self) -> anyhow::Result<u8> {
-        let limit = match self.limit {
-            0 => usize::MAX,
-            limit => limit,
-        };
-        let first = Snapshot::open(&self.directory)?;
+        self.run_as::<State>()
+    }
+
+    /// The same for states of type `T`.
+    fn run_as<T: Document>(&self) -> anyhow::Result<u8> {
+        let first = Snapshot::open::<T>(&self.directory, self.verify)?;
         let Some(other) = &self.other else {
             if self.json {
-                println!("{}", first.in_json(&self.directory));
+                println!("{}", first.in_json());
             } else {
-                print!(
-                    "{}",
-                    summary::describe(&self.directory, &first.state, first.memory, limit)
-                );
+                print!("{}", summary::describe(&first, self.limit()));
             }
             return Ok(0);
         };
-        let second = Snapshot::open(other)?;
-        let found = diff::compare(&first.state, &second.state, &self.ignore, limit);
+        let second = Snapshot::open::<T>(other, self.verify)?;
+        let found = diff::compare(&first.state, &second.state, &self.ignore, self.limit());
         if self.json {
             let differences: Vec<_> = found.shown.iter().map(difference).collect();
             println!(
@@ -114,80 +105,33 @@ impl Inspect {
         }
         Ok(if found.is_empty() { 0 } else { exit::DIFFERENT })
     }
+
+    fn limit(&self) -> usize {
+        match self.limit {
+            0 => usize::MAX,
+            limit => limit,
+        }
+    }
 }
 
 impl Snapshot {
-    fn open(directory: &Path) -> anyhow::Result<Self> {
-        let path = directory.join(STATE);
-        let bytes = read(&path)?;
-        let place = || path.display().to_string();
-        format::parse::<State>(&bytes).with_context(place)?;
+    fn open<T: Document>(path: &Path, verify: bool) -> anyhow::Result<Self> {
+        let reader = Reader::open(path)?;
+        let bytes = reader.state()?;
+        let place = || path.join(STATE).display().to_string();
+        format::parse::<T>(&bytes).with_context(place)?;
         let state = serde_json::from_slice(&bytes).with_context(place)?;
+        let memory = Memory::open(&reader, &state, verify)?;
         Ok(Self {
+            path: path.to_owned(),
             state,
-            memory: extents(&directory.join(MEMORY))?,
+            memory,
         })
     }
 
-    fn in_json(&self, directory: &Path) -> Value {
-        let memory = self.memory.map(
-            |memory| json!({ "bytes": memory.bytes, "data": memory.data, "holes": memory.holes() }),
-        );
-        json!({ "path": directory, "memory_file": memory, "state": self.state })
+    fn in_json(&self) -> Value {
+        json!({ "path": self.path, "memory": self.memory.in_json(), "state": self.state })
     }
-}
-
-/// A regular file, opened.
-fn open(path: &Path) -> anyhow::Result<File> {
-    let place = || path.display().to_string();
-    // Opening a FIFO would wait for a writer.
-    if !fs::metadata(path).with_context(place)?.is_file() {
-        bail!("{} is not a regular file", place());
-    }
-    File::open(path).with_context(place)
-}
-
-/// All bytes of a state, as far as any has so many.
-fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let most = MAX_LEN as u64 + 1;
-    let file = open(path)?.take(most);
-    let mut file = file;
-    file.read_to_end(&mut bytes)
-        .with_context(|| path.display().to_string())?;
-    Ok(bytes)
-}
-
-impl Extents {
-    /// Bytes in holes, which read as zero.
-    pub fn holes(self) -> u64 {
-        self.bytes - self.data
-    }
-}
-
-/// How much of a file is data; `None` if it is not there.
-fn extents(path: &Path) -> anyhow::Result<Option<Extents>> {
-    if !path.exists() {
-        return Ok(None);
-    }
-    let file = open(path)?;
-    let place = || path.display().to_string();
-    let bytes = file.metadata().with_context(place)?.len();
-    let (mut data, mut at) = (0, 0);
-    while at < bytes {
-        let start = match rustix::fs::seek(&file, SeekFrom::Data(at)) {
-            Ok(start) => start.min(bytes),
-            // No data from here on.
-            Err(rustix::io::Errno::NXIO) => break,
-            Err(error) => return Err(error).with_context(place),
-        };
-        let end = rustix::fs::seek(&file, SeekFrom::Hole(start)).with_context(place)?;
-        // It always goes on, whatever the file system says.
-        let end = end.clamp(start + 1, bytes.max(start + 1));
-        data += end.min(bytes) - start;
-        at = end;
-    }
-    Ok(Some(Extents { bytes, data }))
 }
 
 fn difference(difference: &Difference) -> Value {

@@ -1,12 +1,13 @@
 //! A snapshot for people.
 
 use std::fmt::Write;
-use std::path::Path;
 
+use migration::PAGE_SIZE;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Extents;
+use super::Snapshot;
+use super::memory::Memory;
 use crate::layout::format_memory_size;
 use crate::snapshot::format::context::Context;
 use crate::snapshot::format::diff::{KEYS, shorten};
@@ -14,10 +15,16 @@ use crate::snapshot::format::diff::{KEYS, shorten};
 /// Names of a list that are shown.
 const NAMES: usize = 12;
 
-/// A snapshot in lines; of device contexts no more than `limit`.
-pub fn describe(directory: &Path, state: &Value, memory: Option<Extents>, limit: usize) -> String {
+/// A snapshot in lines; of device contexts no more than `limit` fields.
+pub fn describe(snapshot: &Snapshot, limit: usize) -> String {
+    let state = &snapshot.state;
     let mut text = String::new();
-    line(&mut text, 0, "snapshot", &directory.display().to_string());
+    line(
+        &mut text,
+        0,
+        "snapshot",
+        &snapshot.path.display().to_string(),
+    );
     let format = scalar(&state["format"]).unwrap_or_default();
     let version = &state["version"];
     line(
@@ -26,26 +33,49 @@ pub fn describe(directory: &Path, state: &Value, memory: Option<Extents>, limit:
         "format",
         &format!("{format}, version {version}"),
     );
-    let members = || state.as_object().into_iter().flatten();
-    let rest = members().filter(|(name, _)| !["format", "version"].contains(&name.as_str()));
+    let members = state.as_object().into_iter().flatten();
+    let rest = members.filter(|(name, _)| !["format", "version"].contains(&name.as_str()));
     let (plain, sections): (Vec<_>, Vec<_>) = rest.partition(|(_, value)| scalar(value).is_some());
     for (name, value) in plain {
         line(&mut text, 0, name, &scalar(value).unwrap_or_default());
     }
-    let file = memory.map_or("missing".to_owned(), |memory| {
-        format!(
-            "{}: {} of data, {} in holes",
-            size(memory.bytes),
-            size(memory.data),
-            size(memory.holes())
-        )
-    });
-    line(&mut text, 0, "memory.bin", &file);
+    memory(&mut text, &snapshot.memory);
     for (name, value) in sections {
         section(&mut text, name, value);
     }
     contexts(&mut text, state, limit);
     text
+}
+
+/// The files of the memory.
+fn memory(text: &mut String, memory: &Memory) {
+    let verified = if memory.verified {
+        ", and is what was written"
+    } else {
+        ""
+    };
+    let ram = format!("{} of RAM{verified}", size(memory.bytes));
+    line(text, 0, "memory files", &ram);
+    for layer in &memory.layers {
+        let what = format!(
+            "{}: {} pages, {} of them data ({}); {} on disk, {} in holes",
+            layer.directory.display(),
+            layer.pages,
+            layer.data_pages,
+            size(layer.data_pages * PAGE_SIZE),
+            size(layer.extents.data),
+            size(layer.extents.holes()),
+        );
+        line(
+            text,
+            2,
+            &layer.id.chars().take(8).collect::<String>(),
+            &what,
+        );
+    }
+    if let Some(why) = &memory.missing {
+        line(text, 2, "base", &format!("not found: {why}"));
+    }
 }
 
 fn line(text: &mut String, indent: usize, name: &str, value: &str) {

@@ -1,22 +1,77 @@
 //! Snapshots that are looked at.
 
-use std::io::{Seek, SeekFrom as From, Write};
+use std::fs::{self, File};
+use std::ops::ControlFlow;
 
+use migration::directory::MEMORY;
+use migration::{Existing, Guest, GuestPages, PageSet, RamLayout, Writer};
+
+use super::memory::{Extents, extents};
 use super::*;
+use crate::snapshot::format::state::Sections;
 use crate::snapshot::format::state::tests::sample;
 use crate::snapshot::format::write;
 
-/// A snapshot on disk, of a state that was changed.
-fn snapshot(change: impl FnOnce(&mut State)) -> tempfile::TempDir {
-    let directory = tempfile::tempdir().unwrap();
+/// Pages of the guest.
+const PAGES: usize = 64;
+
+#[derive(Clone)]
+#[repr(align(4096))]
+struct Page([u8; 4096]);
+
+/// A guest of which page 5 has data.
+struct Ram {
+    layout: RamLayout,
+    pages: Vec<Page>,
+}
+
+impl Ram {
+    fn new() -> Self {
+        let mut pages = vec![Page([0; 4096]); PAGES];
+        pages[5] = Page([1; 4096]);
+        Self {
+            layout: RamLayout::new([(0, 4096 * PAGES as u64)]).unwrap(),
+            pages,
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+// SAFETY: the one range is `pages`, whole pages that live as long as this does; nobody writes to them.
+unsafe impl GuestPages for Ram {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn host_address(&self, _: usize) -> *mut u8 {
+        self.pages.as_ptr().cast::<u8>().cast_mut()
+    }
+}
+
+/// Writes a snapshot of a state that was changed.
+fn save(path: &Path, base: Option<&Path>, change: impl FnOnce(&mut Sections)) {
+    let ram = Ram::new();
     let mut root = sample();
     change(&mut root);
-    fs::write(directory.path().join(STATE), write(&root).unwrap()).unwrap();
-    let mut memory = File::create(directory.path().join(MEMORY)).unwrap();
-    memory.seek(From::Start(8 << 20)).unwrap();
-    memory.write_all(&[1; 1 << 20]).unwrap();
-    memory.set_len(16 << 20).unwrap();
-    directory
+    let progress = &mut |_| ControlFlow::Continue(());
+    let writer = Writer::create(path, Existing::Refuse).unwrap();
+    let mut memory = writer.memory(&ram.layout, base).unwrap();
+    let mut pages = PageSet::full(&ram.layout);
+    if base.is_some() {
+        pages = PageSet::empty(&ram.layout);
+        pages.insert(5);
+        pages.insert(6);
+    }
+    memory.pass(&ram, &pages, Guest::Paused, progress).unwrap();
+    let memory = memory.finish(progress).unwrap();
+    writer.commit(&write(&root).unwrap(), memory).unwrap();
+}
+
+fn snapshot(change: impl FnOnce(&mut Sections)) -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("saved");
+    save(&path, None, change);
+    (directory, path)
 }
 
 fn inspect(directory: &Path, other: Option<&Path>) -> Inspect {
@@ -24,27 +79,30 @@ fn inspect(directory: &Path, other: Option<&Path>) -> Inspect {
         directory: directory.to_owned(),
         other: other.map(Path::to_owned),
         json: false,
+        verify: false,
         ignore: Vec::new(),
         limit: 200,
     }
 }
 
+fn open(path: &Path, verify: bool) -> anyhow::Result<Snapshot> {
+    Snapshot::open::<Sections>(path, verify)
+}
+
 #[test]
 fn a_summary_shows_sections_and_contexts() {
-    let directory = snapshot(|_| ());
-    let snapshot = Snapshot::open(directory.path()).unwrap();
-    assert_eq!(
-        snapshot.memory.unwrap(),
-        Extents {
-            bytes: 16 << 20,
-            data: 1 << 20
-        }
+    let (_directory, path) = snapshot(|_| ());
+    let snapshot = open(&path, true).unwrap();
+    let text = summary::describe(&snapshot, 200);
+    let id = &snapshot.memory.layers[0].id;
+    let memory = format!(
+        "memory files     0.2M of RAM, and is what was written\n  {}       {}: 64 pages, 1 of them data (0.0M); ",
+        &id[..8],
+        path.display()
     );
-    let text = summary::describe(Path::new("dir"), &snapshot.state, snapshot.memory, 200);
     for line in [
-        "snapshot         dir\n",
         "format           tern-snapshot, version 1\n",
-        "memory.bin       16M: 1M of data, 15M in holes\n",
+        &memory,
         "functions        2 entries: console0, disk0\n",
         "  functions      2 entries: port0, pf0-vf1\n",
         "\nconsole0\n  DEV_FEATURES: 0x10000000000000000000000003\n",
@@ -53,19 +111,20 @@ fn a_summary_shows_sections_and_contexts() {
     ] {
         assert!(text.contains(line), "{text}{line}");
     }
-    let text = summary::describe(Path::new("dir"), &snapshot.state, None, 2);
-    assert!(text.contains("memory.bin       missing\n"), "{text}");
-    assert!(
-        text.ends_with("9 more fields of device contexts; --limit 0 shows all\n"),
-        "{text}"
-    );
+    let text = summary::describe(&snapshot, 2);
+    let left = "9 more fields of device contexts; --limit 0 shows all\n";
+    assert!(text.ends_with(left), "{text}");
+    let json = snapshot.in_json();
+    assert_eq!(json["memory"]["files"][0]["data_pages"], 1);
+    assert_eq!(json["memory"]["verified"], true);
+    assert_eq!(json["state"]["functions"][1]["name"], "disk0");
 }
 
 #[test]
 fn nothing_in_a_snapshot_moves_the_cursor() {
-    let directory = snapshot(|root| root.functions[1].name = "\u{1b}[2J\u{202e}\n".to_owned());
-    let snapshot = Snapshot::open(directory.path()).unwrap();
-    let text = summary::describe(Path::new("dir"), &snapshot.state, None, 200);
+    let name = "\u{1b}[2J\u{202e}\n";
+    let (_directory, path) = snapshot(|root| root.functions[1].name = name.to_owned());
+    let text = summary::describe(&open(&path, false).unwrap(), 200);
     assert!(
         text.contains("console0, \\u{1b}[2J\\u{202e}\\u{a}\n"),
         "{text}"
@@ -74,28 +133,82 @@ fn nothing_in_a_snapshot_moves_the_cursor() {
 }
 
 #[test]
+fn bases_are_shown_and_verified() {
+    let (directory, full) = snapshot(|_| ());
+    let path = directory.path().join("later");
+    save(&path, Some(&full), |_| ());
+    let snapshot = open(&path, true).unwrap();
+    let pages = snapshot
+        .memory
+        .layers
+        .iter()
+        .map(|l| (l.pages, l.data_pages));
+    assert_eq!(pages.collect::<Vec<_>>(), [(2, 1), (64, 1)]);
+
+    fs::rename(&full, directory.path().join("elsewhere")).unwrap();
+    assert!(open(&path, true).is_err());
+    let snapshot = open(&path, false).unwrap();
+    assert_eq!(snapshot.memory.layers.len(), 1);
+    let text = summary::describe(&snapshot, 200);
+    assert!(text.contains("\n  base           not found: "), "{text}");
+}
+
+#[test]
+fn memory_that_was_changed_or_is_of_another_snapshot_is_refused() {
+    let (_directory, path) = snapshot(|_| ());
+    let reader = Reader::open(&path).unwrap();
+    let id = reader.header().unwrap().id.to_string();
+    let digest = reader.header().unwrap().digest.to_string();
+    let own = json!({ "id": id.to_uppercase(), "memory": { "digest": digest } });
+    assert!(Memory::open(&reader, &own, false).is_ok());
+    for (state, expected) in [
+        (
+            json!({ "id": "00" }),
+            format!("id is 00 in the state, and {id} there"),
+        ),
+        (
+            json!({ "id": id, "memory": { "digest": "ff" } }),
+            format!("memory.digest is ff in the state, and {digest} there"),
+        ),
+    ] {
+        let message = Memory::open(&reader, &state, false)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.contains("is that of another snapshot: "),
+            "{message}"
+        );
+        assert!(message.ends_with(&expected), "{message}");
+    }
+    let memory = path.join(MEMORY);
+    let mut bytes = fs::read(&memory).unwrap();
+    bytes[7 * 4096] = 1;
+    fs::write(&memory, bytes).unwrap();
+    assert!(open(&path, false).is_ok());
+    assert!(open(&path, true).is_err());
+}
+
+#[test]
 fn the_exit_status_says_whether_two_differ() {
-    let (first, same) = (snapshot(|_| ()), snapshot(|_| ()));
-    let other = snapshot(|root| root.serial.scratch ^= 1);
-    assert_eq!(inspect(first.path(), None).run().unwrap(), 0);
-    assert_eq!(inspect(first.path(), Some(same.path())).run().unwrap(), 0);
-    let mut different = inspect(first.path(), Some(other.path()));
-    assert_eq!(different.run().unwrap(), exit::DIFFERENT);
+    let ((_a, first), (_b, same)) = (snapshot(|_| ()), snapshot(|_| ()));
+    let (_c, other) = snapshot(|root| root.serial.scratch ^= 1);
+    let status = |inspect: &Inspect| inspect.run_as::<Sections>().unwrap();
+    assert_eq!(status(&inspect(&first, None)), 0);
+    assert_eq!(status(&inspect(&first, Some(&same))), 0);
+    let mut different = inspect(&first, Some(&other));
+    assert_eq!(status(&different), exit::DIFFERENT);
     different.json = true;
-    assert_eq!(different.run().unwrap(), exit::DIFFERENT);
+    assert_eq!(status(&different), exit::DIFFERENT);
     different.limit = 0;
     different.ignore = vec!["serial.scratch".to_owned()];
-    assert_eq!(different.run().unwrap(), 0);
+    assert_eq!(status(&different), 0);
 }
 
 #[test]
 fn what_is_no_snapshot_is_refused_by_name() {
-    let refusal = |directory: &Path| {
-        let error = inspect(directory, None).run().unwrap_err();
-        format!("{error:#}")
-    };
-    let directory = snapshot(|_| ());
-    let state = directory.path().join(STATE);
+    let (directory, path) = snapshot(|_| ());
+    let refusal = || format!("{:#}", open(&path, false).err().unwrap());
+    let state = path.join(STATE);
     let text = fs::read_to_string(&state).unwrap();
     for (bytes, expected) in [
         (String::new(), "EOF while parsing"),
@@ -113,33 +226,26 @@ fn what_is_no_snapshot_is_refused_by_name() {
         ),
     ] {
         fs::write(&state, bytes).unwrap();
-        let message = refusal(directory.path());
+        let message = refusal();
         assert!(message.contains("state.json: "), "{message}");
         assert!(message.contains(expected), "{message}");
     }
     fs::remove_file(&state).unwrap();
-    assert!(refusal(directory.path()).contains("state.json"));
-    fs::create_dir(&state).unwrap();
-    assert!(refusal(directory.path()).contains("is not a regular file"));
+    assert!(refusal().contains("state.json"));
+    assert!(open(&directory.path().join("nothing"), false).is_err());
 }
 
 #[test]
 fn files_of_data_alone_and_of_holes_alone_are_counted() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("f");
-    assert_eq!(extents(&path).unwrap(), None);
     for (bytes, data) in [(0, 0), (1 << 20, 0)] {
         File::create(&path).unwrap().set_len(bytes).unwrap();
-        assert_eq!(extents(&path).unwrap(), Some(Extents { bytes, data }));
+        assert_eq!(extents(&path).unwrap(), Extents { bytes, data });
     }
     fs::write(&path, [1; 8192]).unwrap();
-    assert_eq!(
-        extents(&path).unwrap(),
-        Some(Extents {
-            bytes: 8192,
-            data: 8192
-        })
-    );
+    let data = 8192;
+    assert_eq!(extents(&path).unwrap(), Extents { bytes: 8192, data });
 }
 
 #[test]
