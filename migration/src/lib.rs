@@ -1,6 +1,6 @@
 //! Snapshots of a VM on disk: the directory, guest memory in it, and what changed since another one.
 //!
-//! This crate knows no KVM, no PCI and no device: `vmm` gives it memory to read and bytes to carry. The crate's README
+//! This crate knows no KVM, no PCI and no device: `vmm` gives it memory to read and bytes to carry. The README
 //! has the layout byte by byte and what stops which threat.
 //!
 //! | module | what it does |
@@ -59,3 +59,8 @@ pub struct Progress {
 
 /// Told about progress every few MiB; with `Break` the work ends with an error that says so.
 pub type OnProgress<'a> = &'a mut dyn FnMut(Progress) -> ControlFlow<()>;
+
+/// Compiles the usage example of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -380,7 +380,7 @@ mod tests {
                     prop_assert_eq!(bit, page < pages && a.contains(&(first + page)));
                 }
                 // What is beyond the range is ignored.
-                if let Some(last) = words.last_mut().filter(|_| pages % 64 != 0) {
+                if let Some(last) = words.last_mut().filter(|_| !pages.is_multiple_of(64)) {
                     *last |= u64::MAX << (pages % 64);
                 }
                 words.push(u64::MAX);
@@ -425,7 +425,7 @@ mod tests {
                 Err(BadPageSet::Length { .. })
             ));
             bytes.pop();
-            if pages % 8 != 0 {
+            if !pages.is_multiple_of(8) {
                 *bytes.last_mut().unwrap() = 0xff;
                 let outcome = PageSet::from_bytes(&layout, &bytes);
                 assert_eq!(outcome, Err(BadPageSet::Beyond));

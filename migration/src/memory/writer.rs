@@ -26,7 +26,7 @@ const STEP: u64 = 1 << 20;
 /// Bytes after which the file system is told to begin with them.
 const WRITEBACK: u64 = 32 << 20;
 /// Zeroes written at once where the file system cannot make holes.
-const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// What the guest does during a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
