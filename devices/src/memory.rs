@@ -12,6 +12,7 @@ mod backing;
 mod dirty;
 mod lent;
 mod mapping;
+mod occupied;
 pub mod records;
 
 pub use backing::Backing;
@@ -103,6 +104,7 @@ pub struct GuestRam {
     ranges: Arc<[RamRange]>,
     mappings: Vec<Mapping>,
     dirty: DirtyPages,
+    page_map: occupied::PageMap,
     /// Dropped after the mappings of it, and with it the lock on a file.
     backing: Backing,
 }
@@ -142,6 +144,7 @@ impl GuestRam {
             ranges: ranges.into(),
             mappings,
             dirty: DirtyPages::new(ranges),
+            page_map: Default::default(),
             backing,
         }))
     }
@@ -205,20 +208,29 @@ impl GuestRam {
         }
     }
 
-    /// The next piece of range number `index`, from byte `from` of it on, in which anything but zeroes may be.
+    /// The next piece of range number `index`, from byte `from` of it on, in which anything but zeroes may be. It may end
+    /// before that ends: ask again.
     ///
-    /// Whoever looks for contents should look there only: to read a page of a memfd that has none yet makes one.
+    /// Whoever looks for contents should look there only: to read a page of a memfd that has none yet makes one, and to
+    /// read a hole of a file fills the page cache with zeroes.
     pub fn occupied(&self, index: usize, from: usize) -> Option<Range<usize>> {
         let len = self.ranges.get(index)?.len;
+        let start = self.mappings.get(index)?.as_ptr();
         if from >= len {
             return None;
         }
         match &self.backing {
             Backing::Memfd(fd) => {
-                let start = self.ranges.iter().take(index).map(|r| r.len as u64).sum();
-                backing::data(fd, start, from, len)
+                let offset = self.ranges.iter().take(index).map(|r| r.len as u64).sum();
+                occupied::data(fd, offset, from, len)
             }
-            Backing::Anonymous | Backing::File { .. } => Some(from..len),
+            Backing::Anonymous => self.page_map.own(start, from, len),
+            Backing::File { file, offsets } => {
+                let data = occupied::data(file, *offsets.get(index)?, from, len);
+                // What the guest wrote where the file has nothing.
+                let hole = data.as_ref().map_or(len, |data| data.start);
+                self.page_map.own(start, from, hole).or(data)
+            }
         }
     }
 
@@ -226,7 +238,7 @@ impl GuestRam {
     ///
     /// For a memfd this is the only way to get them that does not depend on the host's policy. It takes pages that were
     /// touched; the other ones stay as they are, as all do where the kernel cannot (before Linux 6.1) or there is no
-    /// memory for it. Takes some 100 µs for each 2 MiB, during which the guest waits if it touches them.
+    /// memory for it. Each 2 MiB are copied, and the guest waits if it touches them meanwhile.
     pub fn collapse(&self, start: GuestAddress, len: u64) -> usize {
         let end = start.0.saturating_add(len);
         let pieces = self.ranges.iter().zip(&self.mappings);

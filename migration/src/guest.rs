@@ -29,7 +29,8 @@ pub unsafe trait GuestPages: Sync {
     /// The next piece of range number `range`, from byte `from` of it on, in which anything but zeroes may be. What
     /// is outside of such pieces is taken to be zero and not looked at.
     ///
-    /// Looking at memory that was never touched can be expensive: implement it if there is a cheaper way to know.
+    /// Looking at memory that was never touched can be expensive: implement it if there is a cheaper way to know. A piece
+    /// may end before that ends.
     fn occupied(&self, range: usize, from: u64) -> Option<Range<u64>> {
         let len = self.layout().ranges().get(range)?.len;
         (from < len).then_some(from..len)

@@ -2,11 +2,10 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{FlockOperation, MemfdFlags, SealFlags, flock, memfd_create};
-use rustix::fs::{SeekFrom, fcntl_add_seals, fcntl_get_seals, ftruncate, seek};
+use rustix::fs::{fcntl_add_seals, fcntl_get_seals, ftruncate};
 use rustix::io::Errno;
 
 use super::mapping::Source;
@@ -148,22 +147,4 @@ fn lock(file: &File) -> Result<(), MemoryError> {
             Ok(())
         }
     }
-}
-
-/// The next piece of the bytes `start..start + len` of a memfd, from `start + from` on, that has pages. Relative to
-/// `start`.
-pub(super) fn data(fd: &OwnedFd, start: u64, from: usize, len: usize) -> Option<Range<usize>> {
-    let end = start + len as u64;
-    let seek = |whence| match seek(fd, whence) {
-        Ok(at) => Some(at.min(end)),
-        Err(Errno::NXIO) => None,
-        // Whoever does not know must take it for data.
-        Err(_) => Some(start + from as u64),
-    };
-    let first = seek(SeekFrom::Data(start + from as u64)).filter(|first| *first < end)?;
-    let last = match seek(SeekFrom::Hole(first)) {
-        Some(last) if last > first => last,
-        _ => end,
-    };
-    Some((first - start) as usize..(last - start) as usize)
 }

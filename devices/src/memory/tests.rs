@@ -423,3 +423,73 @@ fn what_a_device_may_write_is_marked_when_it_is_given_up() {
     drop(slice);
     assert_eq!(ram.dirty_pages().take(), [[0b11], [0]]);
 }
+
+/// All pages in which something may be, by their number in the range.
+fn occupied(ram: &GuestRam, index: usize) -> Vec<usize> {
+    let mut pages = Vec::new();
+    let mut at = 0;
+    while let Some(piece) = ram.occupied(index, at) {
+        assert!(at <= piece.start && piece.start < piece.end);
+        pages.extend(piece.start / PAGE_SIZE..piece.end.div_ceil(PAGE_SIZE));
+        at = piece.end;
+    }
+    pages
+}
+
+#[test]
+fn anonymous_memory_is_occupied_where_it_was_touched() {
+    let ram = two_ranges();
+    let view = ram.view().unwrap();
+    assert_eq!((occupied(&ram, 0), occupied(&ram, 1)), (vec![], vec![]));
+    for page in [0u64, 2, 3] {
+        view.write_obj(1u8, GuestAddress(page * 4096 + 5)).unwrap();
+    }
+    view.write_obj(1u8, GuestAddress(0x1_0000_1000)).unwrap();
+    assert_eq!(
+        (occupied(&ram, 0), occupied(&ram, 1)),
+        (vec![0, 2, 3], vec![1])
+    );
+    assert_eq!(
+        ram.occupied(0, PAGE_SIZE + 1),
+        Some(2 * PAGE_SIZE..4 * PAGE_SIZE)
+    );
+    assert_eq!(
+        ram.occupied(0, 2 * PAGE_SIZE + 1),
+        Some(2 * PAGE_SIZE + 1..4 * PAGE_SIZE)
+    );
+}
+
+#[test]
+fn a_private_mapping_is_occupied_where_the_file_is_or_the_guest_wrote() {
+    let page = PAGE_SIZE as u64;
+    let kept = tempfile::tempfile().unwrap();
+    kept.set_len(5000 * page).unwrap();
+    for at in [1, 4005] {
+        kept.write_all_at(&[1], at * page).unwrap();
+    }
+    let range = RamRange {
+        start: GuestAddress(0),
+        len: 4990 * PAGE_SIZE,
+    };
+    let backing = Backing::File {
+        file: kept,
+        offsets: vec![page],
+    };
+    let ram = GuestRam::with_backing(&[range], backing).unwrap();
+    let view = ram.view().unwrap();
+    // Where the file system has blocks larger than a page, more of it is data.
+    let before = occupied(&ram, 0);
+    assert!(before.contains(&0) && before.contains(&4004), "{before:?}");
+    assert!(before.len() < 100, "{before:?}");
+    // To read a hole changes nothing.
+    assert_eq!(view.read_obj::<u8>(GuestAddress(3000 * page)).unwrap(), 0);
+    assert_eq!(occupied(&ram, 0), before);
+    let mut after = before;
+    for at in [2000, 2001, 4004, 4989] {
+        view.write_obj(0u8, GuestAddress(at as u64 * page)).unwrap();
+        after.push(at);
+    }
+    after.sort_unstable();
+    after.dedup();
+    assert_eq!(occupied(&ram, 0), after);
+}

@@ -170,12 +170,17 @@ impl MemoryWriter {
         let total = report.pages * PAGE_SIZE;
         let mut done = 0;
         let mut begun = 0;
+        // A piece of RAM that is occupied, and of which range.
+        let mut known = (usize::MAX, 0..0);
         for run in pages.runs() {
             let mut at = run.offset;
             let end = run.offset + run.bytes();
             while at < end {
                 let page = run.first + (at - run.offset) / PAGE_SIZE;
-                let piece = occupied(guest, run.range, at, end);
+                if known.0 != run.range || !known.1.contains(&at) {
+                    known = (run.range, occupied(guest, run.range, at).unwrap_or(0..0));
+                }
+                let piece = within(&known.1, at, end);
                 let (count, filled) = match piece {
                     // Zeroes up to the next piece, or all of them.
                     Some(piece) if piece.start > at => ((piece.start - at) / PAGE_SIZE, false),
@@ -343,15 +348,15 @@ impl MemoryWriter {
     }
 }
 
-/// The next piece of `at..end` in which anything but zeroes may be, in whole pages.
-fn occupied<G: GuestPages + ?Sized>(
-    guest: &G,
-    range: usize,
-    at: u64,
-    end: u64,
-) -> Option<Range<u64>> {
+/// The next piece from `at` on in which anything but zeroes may be, in whole pages.
+fn occupied<G: GuestPages + ?Sized>(guest: &G, range: usize, at: u64) -> Option<Range<u64>> {
     let piece = guest.occupied(range, at)?;
-    let start = (piece.start / PAGE_SIZE * PAGE_SIZE).max(at);
-    let stop = piece.end.checked_next_multiple_of(PAGE_SIZE)?.min(end);
-    (start < stop).then_some(start..stop)
+    let start = piece.start / PAGE_SIZE * PAGE_SIZE;
+    Some(start..piece.end.checked_next_multiple_of(PAGE_SIZE)?)
+}
+
+/// What of `piece` is in `at..end`.
+fn within(piece: &Range<u64>, at: u64, end: u64) -> Option<Range<u64>> {
+    let part = piece.start.max(at)..piece.end.min(end);
+    (!part.is_empty()).then_some(part)
 }
