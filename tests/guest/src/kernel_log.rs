@@ -68,6 +68,25 @@ impl Mark {
         }
         Ok(count)
     }
+
+    /// How many messages after this place contain this text, which is written in lower case.
+    pub fn count(&self, text: &str) -> Result<usize> {
+        let next = self.0.map_or(0, |last| last + 1);
+        let records = read()?;
+        let new = records.iter().filter(|record| record.sequence >= next);
+        Ok(new.filter(|record| record.contains(&[text])).count())
+    }
+
+    /// Fails if a message after this place contains one of these words, which are written in lower case.
+    pub fn check_without(&self, words: &[&str]) -> Result<()> {
+        let next = self.0.map_or(0, |last| last + 1);
+        for record in read()?.iter().filter(|record| record.sequence >= next) {
+            check(!record.contains(words), || {
+                format!("the kernel says: {}", record.text)
+            })?;
+        }
+        Ok(())
+    }
 }
 
 struct Record {
@@ -90,10 +109,14 @@ impl Record {
     }
 
     fn is_complaint(&self) -> bool {
+        let harmless = self.text.to_ascii_lowercase() == HARMLESS;
+        let warning = self.level <= WARNING && self.contains(&OURS) && !harmless;
+        self.contains(&BAD) || warning
+    }
+
+    fn contains(&self, words: &[&str]) -> bool {
         let text = self.text.to_ascii_lowercase();
-        let has = |words: &[&str]| words.iter().any(|word| text.contains(word));
-        let warning = self.level <= WARNING && has(&OURS) && text != HARMLESS;
-        has(&BAD) || warning
+        words.iter().any(|word| text.contains(word))
     }
 }
 

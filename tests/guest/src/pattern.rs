@@ -4,19 +4,25 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 /// Bytes per buffer, a multiple of every block size.
 pub const CHUNK: usize = 1 << 20;
-const PAGE: usize = 4096;
+/// Bytes per page.
+pub const PAGE: usize = 4096;
 
 /// A page with the alignment that O_DIRECT asks for.
 #[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(4096))]
 struct Page([u8; PAGE]);
 
-/// [`CHUNK`] bytes, aligned to a page.
+/// [`CHUNK`] bytes if nothing else is said, aligned to a page.
 pub struct Buffer(Vec<Page>);
 
 impl Buffer {
     pub fn new() -> Self {
-        Self(vec![Page::new_zeroed(); CHUNK / PAGE])
+        Self::of_pages(CHUNK / PAGE)
+    }
+
+    /// A smaller or a larger one.
+    pub fn of_pages(count: usize) -> Self {
+        Self(vec![Page::new_zeroed(); count])
     }
 
     pub fn bytes(&self) -> &[u8] {

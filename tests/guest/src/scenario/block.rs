@@ -140,6 +140,10 @@ impl Disk {
         Ok(self.flag("size")? * 512)
     }
 
+    pub fn is_writable(&self) -> Result<bool> {
+        Ok(self.flag("ro")? == 0)
+    }
+
     fn attribute(&self, name: &str) -> PathBuf {
         Path::new("/sys/block").join(&self.name).join(name)
     }
@@ -157,8 +161,8 @@ impl Disk {
     }
 
     /// Opens it for reading, and for writing unless it is read-only.
-    fn open(&self, flags: OFlags) -> Result<File> {
-        let writable = self.flag("ro")? == 0;
+    pub fn open(&self, flags: OFlags) -> Result<File> {
+        let writable = self.is_writable()?;
         let opened = File::options()
             .read(true)
             .write(writable)

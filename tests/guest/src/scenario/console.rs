@@ -19,18 +19,31 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Reads a line from the console and tells what it was.
 pub fn echo(_: &Request) -> Result<Found> {
-    say("type a line on the console");
-    let line = line_from(&mut BufReader::new(
-        File::open("/dev/console").context("/dev/console")?,
-    ))?;
+    let line = ask()?;
     say(format_args!("console line={line}"));
     Ok(Found::default().with("bytes", line.len()))
+}
+
+/// Asks for a line on the console, and waits for it.
+pub fn ask() -> Result<String> {
+    say("type a line on the console");
+    line_from(&mut BufReader::new(
+        File::open("/dev/console").context("/dev/console")?,
+    ))
 }
 
 /// Something that says whether a line has been typed on the console since.
 pub fn watch() -> Result<impl Fn() -> bool> {
     let mut console = BufReader::new(File::open("/dev/console").context("/dev/console")?);
     let thread = thread::spawn(move || line_from(&mut console));
+    Ok(move || thread.is_finished())
+}
+
+/// Something that says whether this line has been typed on the console since.
+pub fn watch_for(line: &'static str) -> Result<impl Fn() -> bool> {
+    let mut console = BufReader::new(File::open("/dev/console").context("/dev/console")?);
+    let thread =
+        thread::spawn(move || while line_from(&mut console).is_ok_and(|typed| typed != line) {});
     Ok(move || thread.is_finished())
 }
 

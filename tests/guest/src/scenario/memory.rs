@@ -1,6 +1,6 @@
 //! `memory-touch`: memory that keeps what is written to it, each page its own.
 
-use super::{Found, boot};
+use super::{Found, boot, console};
 use crate::cmdline::Request;
 use crate::{Failure, Result, check, pattern};
 
@@ -30,4 +30,28 @@ pub fn touch(request: &Request) -> Result<Found> {
     Ok(Found::default()
         .with("mib", mib)
         .with("pages", length / WORDS_PER_PAGE))
+}
+
+/// Fills `mib` MiB, waits for a line on the console, zeroes them, waits for another line, and looks whether they are zero.
+pub fn zero(request: &Request) -> Result<Found> {
+    let mib: u64 = request.number("mib", 16)?;
+    let length = usize::try_from(mib * MIB / 8).map_err(|_| Failure("too much".into()))?;
+    let mut words = vec![0u64; length];
+    for (index, word) in (0..).zip(&mut words) {
+        *word = pattern::word(SEED, index);
+    }
+    console::ask()?;
+    for (index, word) in (0..).zip(&mut words) {
+        let expected = pattern::word(SEED, index);
+        check(*word == expected, || {
+            format!("word {index} was {word:#x} instead of {expected:#x}")
+        })?;
+        *word = 0;
+    }
+    console::ask()?;
+    let other = words.iter().position(|word| *word != 0);
+    check(other.is_none(), || {
+        format!("word {} is not zero", other.unwrap_or_default())
+    })?;
+    Ok(Found::default().with("mib", mib))
 }

@@ -6,10 +6,12 @@ mod clock;
 mod console;
 mod demo;
 mod entropy;
+mod fork;
 mod memory;
 mod net;
 mod pci;
 mod sriov;
+mod steady;
 
 use std::fmt;
 use std::thread;
@@ -50,7 +52,7 @@ impl fmt::Display for Found {
 type Run = fn(&Request) -> Result<Found>;
 
 /// Name, parameters, what runs. The README says what each does.
-const SCENARIOS: [(&str, &[&str], Run); 33] = [
+const SCENARIOS: [(&str, &[&str], Run); 36] = [
     ("boot", &[], boot::run),
     ("pci", &[], pci::run),
     ("poweroff", &[], |_| power::end(RebootCommand::PowerOff)),
@@ -76,6 +78,8 @@ const SCENARIOS: [(&str, &[&str], Run); 33] = [
     ("hvc-echo", &["dev"], console::hvc_echo),
     ("shell", &[], console::shell),
     ("memory-touch", &["mib"], memory::touch),
+    ("memory-zero", &["mib"], memory::zero),
+    ("vm-fork", &[], fork::run),
     ("demo", &["disks", "networks"], demo::run),
     ("sriov-enable", &["pf", "n", "drivers"], sriov::enable),
     ("sriov-disable", &["pf"], sriov::disable),
@@ -86,7 +90,14 @@ const SCENARIOS: [(&str, &[&str], Run); 33] = [
     ("flr-io", &["pf", "n", "rounds"], sriov::flr_io),
     ("flr-pf", &["pf", "n", "rounds"], sriov::flr_pf),
     ("admin-user", &["pf", "n", "strict"], sriov::admin_user),
-    ("vf-stop", &["pf", "way"], sriov::vf_stop),
+    ("vf-stop", &["pf", "way", "hold"], sriov::vf_stop),
+    (
+        "steady",
+        &[
+            "mib", "disks", "nets", "vfs", "pfs", "lost", "stall", "seconds",
+        ],
+        steady::run,
+    ),
     ("dmesg-clean", &[], sriov::dmesg_clean),
 ];
 

@@ -131,9 +131,13 @@ struct Owner {
 }
 
 impl Owner {
-    /// The one that `pf=` names, by its index among them or by its address (`01.00.0`; colons separate parameters).
+    /// The one that `pf=` names.
     fn named(request: &Request) -> Result<Self> {
-        let wanted = request.text("pf", "0");
+        Self::called(request.text("pf", "0"))
+    }
+
+    /// The one of this index among them, or with this address (`01.00.0`; colons separate parameters).
+    fn called(wanted: &str) -> Result<Self> {
         let all = Self::all()?;
         let found = match wanted.parse::<usize>() {
             Ok(index) => all.get(index),
@@ -253,6 +257,28 @@ impl Owner {
             "virtfn0 is still there".into()
         })?;
         Ok(members.len())
+    }
+}
+
+/// What the stock driver makes of the virtual functions of one owner.
+#[derive(Default)]
+pub struct Members {
+    pub disks: Vec<String>,
+    pub interfaces: Vec<String>,
+}
+
+impl Members {
+    /// Those of the owner called `owner`, which has `n` if it had none.
+    pub fn ensure(owner: &str, n: u16) -> Result<Self> {
+        let mut found = Self::default();
+        for member in Owner::called(owner)?.ensure(Some(n))? {
+            match (member.disk(), member.interface()) {
+                (Ok(disk), _) => found.disks.push(disk),
+                (_, Ok(interface)) => found.interfaces.push(interface),
+                (Err(why), Err(_)) => return Err(why),
+            }
+        }
+        Ok(found)
     }
 }
 

@@ -1,6 +1,8 @@
 //! `vf-stop`: a virtual function under I/O by a driver in user space is stopped and goes on, in one of the ways there are,
 //! while its sibling under the stock driver reads all the time. With `way=freeze` the driver is also that of the owner: it
-//! freezes the virtual function, takes its context, resets it, and puts the context back.
+//! freezes the virtual function, takes its context, resets it, and puts the context back. With `hold=yes` the first stop
+//! lasts until a line is typed on the console; with `way=freeze` also the first context stays half read, and half written,
+//! until then.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,8 +17,8 @@ use driver::virtio::admin::{AdminQueue, Shape, command, group, opcode, outcome};
 use driver::virtio::block::request::OUT;
 use driver::virtio::{Buffer, NO_VECTOR, SplitQueue, Transport, common, feature, status};
 
-use super::super::Found;
 use super::super::block::Disk;
+use super::super::{Found, console};
 use super::{Function, Owner};
 use crate::cmdline::Request;
 use crate::kernel_log::Mark;
@@ -59,6 +61,11 @@ const PIECE: usize = 64;
 pub fn run(request: &Request) -> Result<Found> {
     let owner = Owner::named(request)?;
     let way = Way::named(request.text("way", "freeze"))?;
+    let hold = match request.text("hold", "no") {
+        "yes" => true,
+        "no" => false,
+        other => return Err(Failure(format!("hold={other} is neither yes nor no"))),
+    };
     let log = Mark::now()?;
     if let Way::Freeze = way {
         owner.function.unbind()?;
@@ -96,7 +103,7 @@ pub fn run(request: &Request) -> Result<Found> {
             }
             Ok::<_, Failure>(())
         });
-        let stops = rounds(first, &way, driver.as_mut(), &read);
+        let stops = rounds(first, &way, driver.as_mut(), &read, hold);
         stop.store(true, Relaxed);
         let reader = reader.join();
         reader
@@ -120,6 +127,7 @@ fn rounds(
     way: &Way,
     mut owner: Option<&mut OwnerDriver>,
     read: &AtomicU64,
+    hold: bool,
 ) -> Result<u32> {
     let mut load = Load::start(function, way.feature())?;
     let mut stops = 0;
@@ -129,11 +137,16 @@ fn rounds(
         way.stop(&load, owner.as_deref_mut())
             .context(doing("stopping")())?;
         load.expect_stillness().context(doing("stopped")())?;
+        let hold = hold && stops == 0;
+        if hold {
+            console::ask()?;
+            load.expect_stillness().context(doing("held")())?;
+        }
         let before = read.load(Relaxed);
         if let Some(owner) = owner.as_deref_mut() {
             // Its driver knows nothing of this.
             load.submit(BURST)?;
-            owner.replace(function).context(doing("moving")())?;
+            owner.replace(function, hold).context(doing("moving")())?;
             load.expect_stillness().context(doing("moved")())?;
         }
         super::wait("the sibling stands still", || read.load(Relaxed) > before)?;
@@ -448,10 +461,14 @@ impl OwnerDriver {
         })
     }
 
-    /// Reads the context of the member, which is frozen, resets it, and writes the context back.
-    fn replace(&mut self, member: &Function) -> Result<()> {
+    /// Reads the context of the member, which is frozen, resets it, and writes the context back. With `hold` each is done
+    /// by half until a line is typed on the console.
+    fn replace(&mut self, member: &Function, hold: bool) -> Result<()> {
         let mut context = Vec::new();
         loop {
+            if hold && context.len() == PIECE {
+                console::ask()?;
+            }
             let (len, part) = self.command(CONTEXT_READ, 1, &[])?;
             if len == 0 {
                 break;
@@ -468,7 +485,10 @@ impl OwnerDriver {
         check(transport.status() == 0, || {
             format!("device status is {:#x} after a reset", transport.status())
         })?;
-        for part in context.chunks(PIECE) {
+        for (number, part) in context.chunks(PIECE).enumerate() {
+            if hold && number == 1 {
+                console::ask()?;
+            }
             self.command(CONTEXT_WRITE, 1, part)?;
         }
         Ok(())
