@@ -13,10 +13,13 @@ mod api;
 mod block;
 mod boot;
 mod console;
+mod control;
+mod load;
 mod net;
 mod owners;
 mod refusals;
 mod sriov;
+mod steady;
 mod stops;
 mod vm;
 
@@ -33,6 +36,7 @@ fn main() -> std::process::ExitCode {
         api::trials(),
         owners::trials(),
         stops::trials(),
+        steady::trials(),
         refusals::trials(),
     ]
     .into_iter()
