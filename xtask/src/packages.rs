@@ -38,7 +38,7 @@ pub const FUZZ: Program = Program {
     package: "g++",
 };
 /// What the end-to-end tests use to look at tern from the outside.
-pub const END_TO_END: [Program; 2] = [
+pub const END_TO_END: [Program; 3] = [
     Program {
         name: "ip",
         package: "iproute2",
@@ -46,6 +46,10 @@ pub const END_TO_END: [Program; 2] = [
     Program {
         name: "curl",
         package: "curl",
+    },
+    Program {
+        name: "jq",
+        package: "jq",
     },
 ];
 

@@ -1,7 +1,7 @@
 //! A guest under the load of its scenario `steady`, with what that needs outside.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use tempfile::TempDir;
@@ -26,6 +26,8 @@ pub struct Load {
     cpus: u32,
     parameters: Vec<String>,
     options: Vec<String>,
+    scenario: Option<String>,
+    then: String,
 }
 
 impl Load {
@@ -37,6 +39,8 @@ impl Load {
             cpus,
             parameters: Vec::new(),
             options: Vec::new(),
+            scenario: None,
+            then: String::new(),
         })
     }
 
@@ -48,6 +52,11 @@ impl Load {
         let members = [format!("vfs={MEMBERS}"), "pfs=0+1".into()];
         load.parameters.extend(members);
         Ok(load)
+    }
+
+    /// An owner of disks with two members, offering these doors.
+    pub fn of_disks(cpus: u32, doors: &str) -> Result<Self> {
+        Self::new(cpus)?.owner_of_disks("pf0", doors)
     }
 
     /// Adds an owner of disks with two members.
@@ -89,6 +98,24 @@ impl Load {
         self
     }
 
+    /// Gives the scenario one more parameter.
+    pub fn parameter(mut self, parameter: &str) -> Self {
+        self.parameters.push(parameter.into());
+        self
+    }
+
+    /// Runs other scenarios instead of `steady`.
+    pub fn scenario(mut self, scenario: &str) -> Self {
+        self.scenario = Some(scenario.into());
+        self
+    }
+
+    /// Runs another scenario afterwards.
+    pub fn and_then(mut self, scenario: &str) -> Self {
+        self.then = format!(",{scenario}");
+        self
+    }
+
     /// Adds options of `tern run`.
     pub fn options<S: Into<String>>(mut self, options: impl IntoIterator<Item = S>) -> Self {
         self.options.extend(options.into_iter().map(Into::into));
@@ -106,10 +133,17 @@ impl Load {
         self.directory.path().join(name)
     }
 
+    /// The directory with its files.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// Its `tern run`, with a socket of this name.
     pub fn vm(&self, socket: &str) -> Vm {
         let steady = [&["steady".to_owned()], self.parameters.as_slice()].concat();
-        Vm::new(steady.join(":"))
+        let scenario = self.scenario.clone();
+        let scenario = scenario.unwrap_or_else(|| steady.join(":")) + &self.then;
+        Vm::new(scenario)
             .kernel(self.kernel.0, self.kernel.1)
             .args(["--cpus", &self.cpus.to_string()])
             .args(&self.options)

@@ -18,6 +18,7 @@ mod load;
 mod net;
 mod owners;
 mod refusals;
+mod snapshot;
 mod sriov;
 mod steady;
 mod stops;
@@ -37,6 +38,7 @@ fn main() -> std::process::ExitCode {
         owners::trials(),
         stops::trials(),
         steady::trials(),
+        snapshot::trials(),
         refusals::trials(),
     ]
     .into_iter()

@@ -1,0 +1,154 @@
+//! Guests under load that are moved from process to process, again and again, at moments nobody chose.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
+
+use super::move_over;
+use crate::load::{Guest, Load, TICK, expect_work};
+use crate::trial;
+
+/// How often, unless `TERN_ROUNDS` says it.
+const ROUNDS: u32 = 5;
+/// Frames that may wait in a switch or in a queue when a guest is saved, and are not part of what is saved.
+const LOST: u32 = 64;
+/// Longest time from one generation to the next.
+const APART: Duration = Duration::from_millis(3000);
+/// Longest time from the start to the first of the generations that are saved while the guest boots.
+const BOOT: Duration = Duration::from_millis(6000);
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("snapshot::rounds_under_load", || rounds(|load| load)),
+        trial("snapshot::rounds_under_load_with_linux_6_1", || {
+            rounds(Load::linux_6_1)
+        }),
+        trial("snapshot::rounds_while_booting", || booting(|load| load)),
+        trial("snapshot::rounds_while_linux_6_1_boots", || {
+            booting(Load::linux_6_1)
+        }),
+    ]
+}
+
+fn count() -> Result<u32> {
+    match std::env::var("TERN_ROUNDS") {
+        Ok(text) => text.parse().with_context(|| format!("TERN_ROUNDS={text}")),
+        Err(_) => Ok(ROUNDS),
+    }
+}
+
+/// Each generation is made from the one before.
+fn rounds(adjust: impl FnOnce(Load) -> Load) -> Result<()> {
+    let rounds = count()?;
+    let load = Load::with_everything(2)?.parameter(&format!("lost={}", rounds * LOST));
+    let load = adjust(load);
+    let mut chance = Chance::new();
+    let mut guest = load.run()?;
+    guest.ticks(2)?;
+    for round in 1..=rounds {
+        guest = step(guest, &load, round, chance.up_to(APART))?;
+        guest.ticks(2).with_context(|| chance.told(round))?;
+        // What the one before said, and what the one before that left.
+        ensure!(
+            !guest.vm.console().contains("FAIL"),
+            "{}",
+            guest.vm.console()
+        );
+    }
+    let outcome = guest.enough()?;
+    let kinds = [
+        "pages",
+        "looks",
+        "timers",
+        "spins",
+        "registers",
+        "blocks",
+        "sent",
+        "packets",
+    ];
+    expect_work(&outcome, &kinds)?;
+    ensure!(
+        outcome.number("steady", "disks")? == 3,
+        "{}",
+        outcome.stdout
+    );
+    ensure!(
+        outcome.number("steady", "pairs")? == 2,
+        "{}",
+        outcome.stdout
+    );
+    Ok(())
+}
+
+/// The first generations know neither drivers nor devices. Then the guest comes up as ever, and nothing of its kernel's log
+/// is about that.
+fn booting(adjust: impl FnOnce(Load) -> Load) -> Result<()> {
+    let rounds = count()?;
+    let lost = format!("lost={}", rounds * LOST);
+    let load = adjust(
+        Load::with_everything(2)?
+            .parameter(&lost)
+            .and_then("dmesg-clean"),
+    );
+    let mut chance = Chance::new();
+    let mut guest = load.run()?;
+    for round in 1..=rounds {
+        guest = step(guest, &load, round, chance.up_to(BOOT / rounds))?;
+    }
+    guest
+        .vm
+        .wait_for(TICK, 0)
+        .with_context(|| chance.told(rounds))?;
+    guest.ticks(2)?;
+    guest.enough().map(drop)
+}
+
+/// After a while, the guest in another process.
+fn step(guest: Guest, load: &Load, round: u32, pause: Duration) -> Result<Guest> {
+    std::thread::sleep(pause);
+    let directory = load.path(&format!("generation-{round}"));
+    let doing = || format!("generation {round}, after {pause:?}");
+    let next = move_over(guest, &directory, &[]).with_context(doing)?;
+    // Memory is read from it for as long as the guest lives; the one before is needed no more.
+    if let Some(before) = round.checked_sub(1).filter(|before| *before > 0) {
+        std::fs::remove_dir_all(load.path(&format!("generation-{before}")))?;
+    }
+    Ok(next)
+}
+
+/// Moments nobody chose, which are told when a test fails.
+struct Chance {
+    seed: u64,
+    state: u64,
+}
+
+impl Chance {
+    fn new() -> Self {
+        let seed = match std::env::var("TERN_SEED").map(|text| text.parse()) {
+            Ok(Ok(seed)) => seed,
+            _ => {
+                u64::from(std::process::id())
+                    ^ Instant::now().elapsed().as_nanos() as u64
+                    ^ std::time::UNIX_EPOCH
+                        .elapsed()
+                        .map_or(0, |now| now.as_nanos() as u64)
+            }
+        };
+        Self { seed, state: seed }
+    }
+
+    /// xorshift64*
+    fn up_to(&mut self, most: Duration) -> Duration {
+        self.state |= 1;
+        self.state ^= self.state >> 12;
+        self.state ^= self.state << 25;
+        self.state ^= self.state >> 27;
+        let number = self.state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32;
+        most.mul_f64(number as f64 / f64::from(u32::MAX))
+    }
+
+    fn told(&self, round: u32) -> String {
+        format!("round {round} with TERN_SEED={}", self.seed)
+    }
+}
