@@ -45,10 +45,11 @@ fn taking() -> Result<()> {
     File::create(&file)?;
     let other = at("other");
     fs::create_dir(&other)?;
-    let small = Small::mount(&at("small"))?;
-    let read_only = ReadOnly::mount(&at("read-only"))?;
+    // With room for a part of a snapshot.
+    let small = Mounted::new(&at("small"), "size=8M")?;
+    let read_only = Mounted::new(&at("read-only"), "ro")?;
     for (directory, options, parts) in [
-        (existing.clone(), &[][..], &["existing", "--replace"][..]),
+        (existing.clone(), &[][..], &["existing", "replaced"][..]),
         // Something that is no snapshot is not replaced by one.
         (existing.clone(), &["--replace"][..], &["existing"][..]),
         (fifo.clone(), &[][..], &["fifo"][..]),
@@ -86,36 +87,26 @@ fn command(words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A file system with room for a part of a snapshot.
-struct Small(PathBuf);
+/// A file system of its own, for as long as this lives.
+struct Mounted(PathBuf);
 
-impl Small {
-    fn mount(at: &Path) -> Result<Self> {
+impl Mounted {
+    fn new(at: &Path, options: &str) -> Result<Self> {
         fs::create_dir(at)?;
-        command(&["mount", "-t", "tmpfs", "-o", "size=8M", "small", text(at)?])?;
+        command(&[
+            "mount",
+            "-t",
+            "tmpfs",
+            "-o",
+            options,
+            "tern-test",
+            text(at)?,
+        ])?;
         Ok(Self(at.to_owned()))
     }
 }
 
-impl Drop for Small {
-    fn drop(&mut self) {
-        // What stays mounted ends with the machine.
-        let _ = command(&["umount", &self.0.to_string_lossy()]);
-    }
-}
-
-/// A file system that cannot be written to.
-struct ReadOnly(PathBuf);
-
-impl ReadOnly {
-    fn mount(at: &Path) -> Result<Self> {
-        fs::create_dir(at)?;
-        command(&["mount", "-t", "tmpfs", "-o", "ro", "read-only", text(at)?])?;
-        Ok(Self(at.to_owned()))
-    }
-}
-
-impl Drop for ReadOnly {
+impl Drop for Mounted {
     fn drop(&mut self) {
         // What stays mounted ends with the machine.
         let _ = command(&["umount", &self.0.to_string_lossy()]);
@@ -125,8 +116,8 @@ impl Drop for ReadOnly {
 /// While one is taken there is no other, and no pause.
 fn at_a_time() -> Result<()> {
     let load = Load::new(1)?
-        .options(["--memory", "1G"])
-        .parameter("mib=512");
+        .options(["--memory", "512M"])
+        .parameter("mib=256");
     let mut guest = load.run()?;
     guest.ticks(3)?;
     let (first, second) = (load.path("first"), load.path("second"));
@@ -135,7 +126,7 @@ fn at_a_time() -> Result<()> {
     await_saving(&guest)?;
     guest
         .control
-        .refuse("snapshot", &[text(&second)?], &["snapshot", "first"])?;
+        .refuse("snapshot", &[text(&second)?], &["snapshot"])?;
     guest.control.refuse("pause", &[], &["snapshot"])?;
     let (code, answer) = guest.control.curl("PUT", "/api/v1/pause", None)?;
     ensure!(code == 409, "{code} {answer}");
@@ -180,9 +171,10 @@ fn restoring_tampered() -> Result<()> {
         (".memory.surprise = 1", &["surprise"]),
         ("del(.vcpus)", &["vcpus"]),
         (".vcpus = \"none\"", &["vcpus"]),
+        (".id |= (explode | reverse | implode)", &["memory.bin"]),
         (
-            ".memory.id = \"00000000-0000-0000-0000-000000000000\"",
-            &["memory"],
+            ".memory.digest |= (explode | reverse | implode)",
+            &["memory.bin"],
         ),
     ]
     .into_iter()
@@ -281,15 +273,23 @@ fn disks() -> Result<()> {
 
     // What has been written since is not what the guest knows.
     fs::rename(&moved, &disk)?;
-    refuses(&load, &directory, &["disk0", "changed", "--force"], &[])?;
+    refuses(
+        &load,
+        &directory,
+        &["disk0", "written to since", "--disk"],
+        &[],
+    )?;
     refuses(
         &load,
         &directory,
         &["disk7", "disk0"],
         &["--disk", "disk7=/dev/null"],
     )?;
+    // A disk of another size is none that the guest knows, whoever says so.
     File::options().write(true).open(&disk)?.set_len(1 << 20)?;
-    refuses(&load, &directory, &["disk0"], &["--force"])?;
+    refuses(&load, &directory, &["disk0", "1048576 bytes"], &[])?;
+    let named = format!("disk0={}", disk.display());
+    refuses(&load, &directory, &["disk0"], &["--disk", &named])?;
     // Files that others could have put there lead nowhere.
     fs::set_permissions(&directory, fs::Permissions::from_mode(0o777))?;
     refuses(&load, &directory, &["disk0", "--disk"], &[])
