@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use vmm::snapshot::format::context::Context;
 use vmm::snapshot::format::diff;
 use vmm::snapshot::format::document::Document;
-use vmm::snapshot::format::sections::{Root, Sections};
+use vmm::snapshot::format::state::State;
 use vmm::snapshot::format::{parse, write};
 
 use crate::input::Input;
@@ -19,15 +19,15 @@ const WHOLE: &str = include_str!("../corpus/snapshot_state/whole.json");
 /// Whoever made `state.json` wrote anything, or changed some of a good one. It is refused by name, or can be written and
 /// read again. Bytes that are framed as a device context come back from JSON.
 pub fn snapshot_state(data: &[u8]) {
-    document::<Root>(data);
-    document::<Sections>(data);
+    document::<State>(data);
+    document::<State>(data);
     let mut input = Input::new(data);
     let mut value: Value = serde_json::from_str(WHOLE).expect("a good one");
     let good = value.clone();
     for _ in 0..input.pick(4) {
         change(&mut value, &mut input);
     }
-    document::<Sections>(value.to_string().as_bytes());
+    document::<State>(value.to_string().as_bytes());
     let found = diff::compare(&good, &value, &[], 8);
     assert_eq!(found.is_empty(), good == value);
     for difference in &found.shown {

@@ -8,7 +8,7 @@ use migration::{Existing, Guest, GuestPages, PageSet, RamLayout, Writer};
 
 use super::memory::{Extents, extents};
 use super::*;
-use crate::snapshot::format::state::Sections;
+use crate::snapshot::format::state::State;
 use crate::snapshot::format::state::tests::sample;
 use crate::snapshot::format::write;
 
@@ -49,7 +49,7 @@ unsafe impl GuestPages for Ram {
 }
 
 /// Writes a snapshot of a state that was changed.
-fn save(path: &Path, base: Option<&Path>, change: impl FnOnce(&mut Sections)) {
+fn save(path: &Path, base: Option<&Path>, change: impl FnOnce(&mut State)) {
     let ram = Ram::new();
     let mut root = sample();
     change(&mut root);
@@ -67,7 +67,7 @@ fn save(path: &Path, base: Option<&Path>, change: impl FnOnce(&mut Sections)) {
     writer.commit(&write(&root).unwrap(), memory).unwrap();
 }
 
-fn snapshot(change: impl FnOnce(&mut Sections)) -> (tempfile::TempDir, PathBuf) {
+fn snapshot(change: impl FnOnce(&mut State)) -> (tempfile::TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("saved");
     save(&path, None, change);
@@ -86,7 +86,7 @@ fn inspect(directory: &Path, other: Option<&Path>) -> Inspect {
 }
 
 fn open(path: &Path, verify: bool) -> anyhow::Result<Snapshot> {
-    Snapshot::open::<Sections>(path, verify)
+    Snapshot::open::<State>(path, verify)
 }
 
 #[test]
@@ -192,7 +192,7 @@ fn memory_that_was_changed_or_is_of_another_snapshot_is_refused() {
 fn the_exit_status_says_whether_two_differ() {
     let ((_a, first), (_b, same)) = (snapshot(|_| ()), snapshot(|_| ()));
     let (_c, other) = snapshot(|root| root.serial.scratch ^= 1);
-    let status = |inspect: &Inspect| inspect.run_as::<Sections>().unwrap();
+    let status = |inspect: &Inspect| inspect.run_as::<State>().unwrap();
     assert_eq!(status(&inspect(&first, None)), 0);
     assert_eq!(status(&inspect(&first, Some(&same))), 0);
     let mut different = inspect(&first, Some(&other));

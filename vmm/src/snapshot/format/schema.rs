@@ -24,14 +24,14 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::snapshot::format::sections::{State, Sections, tests::sample};
+    use crate::snapshot::format::state::{State, tests::sample};
     use crate::snapshot::format::write;
 
     /// Set by `cargo xtask schema`: write the schema instead of comparing it.
     const WRITE: &str = "TERN_WRITE_SCHEMA";
 
     fn schema() -> Value {
-        serde_json::from_slice(&text_of::<Sections>().unwrap()).unwrap()
+        serde_json::from_slice(&text_of::<State>().unwrap()).unwrap()
     }
 
     #[test]
@@ -113,7 +113,7 @@ mod tests {
             }
             let text = bad.to_string();
             assert!(
-                crate::snapshot::format::parse::<Sections>(text.as_bytes()).is_err(),
+                crate::snapshot::format::parse::<State>(text.as_bytes()).is_err(),
                 "{pointer}"
             );
             assert!(
