@@ -780,14 +780,14 @@ impl Backend for Gated {
         SECTORS * 512
     }
 
-    fn read(&self, offset: u64, _buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+    fn read(&self, offset: u64, _buffers: &[GuestWrite<'_>]) -> io::Result<()> {
         self.reads.lock().unwrap().push(offset / 512);
         // An error means that the test lets all of them go.
         let _ = self.gate.lock().unwrap().recv();
         Ok(())
     }
 
-    fn write(&self, _offset: u64, _buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+    fn write(&self, _offset: u64, _buffers: &[GuestRead<'_>]) -> io::Result<()> {
         Ok(())
     }
 
