@@ -52,10 +52,15 @@ pub struct Slots {
 impl Slots {
     /// Gives `ram` to the VM, and lets the log be cleared page by page where KVM can do it.
     pub fn register(fd: &Arc<VmFd>, ram: &Arc<GuestRam>) -> Result<Self, KvmError> {
+        Self::with(fd, ram, manual_protect(fd))
+    }
+
+    /// With the bits of `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` that are on.
+    fn with(fd: &Arc<VmFd>, ram: &Arc<GuestRam>, manual: u32) -> Result<Self, KvmError> {
         let slots = Self {
             fd: Arc::clone(fd),
             ram: Arc::clone(ram),
-            manual: manual_protect(fd),
+            manual,
             logging: Mutex::new(false),
         };
         slots.set_all(0, "map guest memory")?;
@@ -240,14 +245,26 @@ pub(crate) mod tests {
 
     impl Scribbler {
         /// With two ranges of RAM: 70 pages from 0 on and 128 pages from 0x80000 on. None where there is no KVM.
-        pub fn new(backing: devices::memory::Backing) -> Option<Self> {
+        ///
+        /// Its log is cleared page by page if KVM can do that and `manual` says so.
+        pub fn new(backing: devices::memory::Backing, manual: bool) -> Option<Self> {
             let kvm = crate::kvm::open().ok()?;
             let ranges = [(0, 70 * P), (0x8_0000, 128 * P)].map(|(start, len)| RamRange {
                 start: GuestAddress(start),
                 len,
             });
             let ram = GuestRam::with_backing(&ranges, backing).unwrap();
-            let vm = Vm::new(kvm, &ram).unwrap();
+            let vm = if manual {
+                Vm::new(kvm, &ram).unwrap()
+            } else {
+                let fd = Arc::new(kvm.create_vm().unwrap());
+                let layout = (crate::layout::KVM_IDENTITY_MAP, crate::layout::KVM_TSS);
+                fd.set_identity_map_address(layout.0).unwrap();
+                fd.set_tss_address(layout.1 as usize).unwrap();
+                fd.create_irq_chip().unwrap();
+                let slots = Arc::new(Slots::with(&fd, &ram, 0).unwrap());
+                Vm { kvm, fd, slots }
+            };
             let vcpu = vm.create_vcpu(0).unwrap();
             let view = ram.view().unwrap();
             let mut sregs = vcpu.get_sregs().unwrap();
@@ -304,15 +321,21 @@ pub(crate) mod tests {
         }
     }
 
-    fn scribbler() -> Option<Scribbler> {
-        Scribbler::new(devices::memory::Backing::Anonymous)
+    fn scribbler(manual: bool) -> Option<Scribbler> {
+        Scribbler::new(devices::memory::Backing::Anonymous, manual)
     }
 
     #[test]
     fn the_log_has_what_the_guest_writes_and_nothing_else() {
-        let Some(mut guest) = scribbler() else {
-            return;
-        };
+        scribbler(true).into_iter().for_each(log_writes);
+    }
+
+    #[test]
+    fn a_log_that_is_cleared_by_reading_has_the_same() {
+        scribbler(false).into_iter().for_each(log_writes);
+    }
+
+    fn log_writes(mut guest: Scribbler) {
         let slots = Arc::clone(guest.vm.slots());
         guest.write(&[0x3000]);
         assert!(slots.get(0).is_err(), "the log is off");
@@ -343,7 +366,7 @@ pub(crate) mod tests {
 
     #[test]
     fn pages_that_are_not_cleared_stay_in_the_log() {
-        let Some(mut guest) = scribbler() else {
+        let Some(mut guest) = scribbler(true) else {
             return;
         };
         let slots = Arc::clone(guest.vm.slots());
@@ -363,7 +386,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_slot_that_does_not_exist_is_an_error() {
-        let Some(guest) = scribbler() else {
+        let Some(guest) = scribbler(true) else {
             return;
         };
         assert!(guest.vm.slots().get(2).is_err());

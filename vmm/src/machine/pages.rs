@@ -259,76 +259,76 @@ mod tests {
             .collect()
     }
 
-    fn source() -> Option<(Scribbler, Arc<PageSource>)> {
-        let guest = Scribbler::new(Backing::Anonymous)?;
-        let source = PageSource::new(guest.vm.slots()).unwrap();
-        Some((guest, source))
+    /// Guests whose log is cleared page by page, and by reading it. None where there is no KVM.
+    fn sources() -> impl Iterator<Item = (Scribbler, Arc<PageSource>)> {
+        [true, false].into_iter().filter_map(|manual| {
+            let guest = Scribbler::new(Backing::Anonymous, manual)?;
+            let source = PageSource::new(guest.vm.slots()).unwrap();
+            Some((guest, source))
+        })
     }
 
     #[test]
     fn what_guest_and_monitor_wrote_is_taken_together() {
-        let Some((mut guest, source)) = source() else {
-            return;
-        };
-        assert!(matches!(source.attempt(), Err(SourceError::Stopped)));
-        guest.write(&[0x3000]);
-        source.start(None).unwrap();
-        let mut attempt = source.attempt().unwrap();
-        assert_eq!(attempt.take().unwrap(), PageSet::full(source.layout()));
-        assert!(attempt.take().unwrap().is_empty());
-        guest.write(&[0x4000, 0x8_2000]);
-        let view = guest.ram.view().unwrap();
-        view.write_obj(1u8, GuestAddress(0x8_5000)).unwrap();
-        assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 4, 72, 75]);
-        assert!(attempt.take().unwrap().is_empty());
+        for (mut guest, source) in sources() {
+            assert!(matches!(source.attempt(), Err(SourceError::Stopped)));
+            guest.write(&[0x3000]);
+            source.start(None).unwrap();
+            let mut attempt = source.attempt().unwrap();
+            assert_eq!(attempt.take().unwrap(), PageSet::full(source.layout()));
+            assert!(attempt.take().unwrap().is_empty());
+            guest.write(&[0x4000, 0x8_2000]);
+            let view = guest.ram.view().unwrap();
+            view.write_obj(1u8, GuestAddress(0x8_5000)).unwrap();
+            assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 4, 72, 75]);
+            assert!(attempt.take().unwrap().is_empty());
+        }
     }
 
     #[test]
     fn an_attempt_that_fails_puts_everything_back() {
-        let Some((mut guest, source)) = source() else {
-            return;
-        };
-        source.start(Some(ID)).unwrap();
-        assert_eq!(source.since(), Some(ID));
-        let mut attempt = source.attempt().unwrap();
-        assert!(attempt.take().unwrap().is_empty(), "nothing since then");
-        guest.write(&[0x4000]);
-        assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 4]);
-        guest.write(&[0x5000]);
-        assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 5]);
-        assert!(matches!(source.attempt(), Err(SourceError::Busy)));
-        guest.write(&[0x6000]);
-        drop(attempt);
-        let mut attempt = source.attempt().unwrap();
-        assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 4, 5, 6]);
-        let back = attempt.taken().clone();
-        attempt.put_back(&back);
-        assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 4, 5, 6]);
-        let other = SnapshotId([8; 16]);
-        attempt.succeed(other);
-        assert_eq!(source.since(), Some(other));
-        guest.write(&[0x7000]);
-        let mut attempt = source.attempt().unwrap();
-        assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 7]);
+        for (mut guest, source) in sources() {
+            source.start(Some(ID)).unwrap();
+            assert_eq!(source.since(), Some(ID));
+            let mut attempt = source.attempt().unwrap();
+            assert!(attempt.take().unwrap().is_empty(), "nothing since then");
+            guest.write(&[0x4000]);
+            assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 4]);
+            guest.write(&[0x5000]);
+            assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 5]);
+            assert!(matches!(source.attempt(), Err(SourceError::Busy)));
+            guest.write(&[0x6000]);
+            drop(attempt);
+            let mut attempt = source.attempt().unwrap();
+            assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 4, 5, 6]);
+            let back = attempt.taken().clone();
+            attempt.put_back(&back);
+            assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 4, 5, 6]);
+            let other = SnapshotId([8; 16]);
+            attempt.succeed(other);
+            assert_eq!(source.since(), Some(other));
+            guest.write(&[0x7000]);
+            let mut attempt = source.attempt().unwrap();
+            assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 7]);
+        }
     }
 
     #[test]
     fn stopping_forgets_and_starting_again_begins_anew() {
-        let Some((mut guest, source)) = source() else {
-            return;
-        };
-        source.start(Some(ID)).unwrap();
-        let mut attempt = source.attempt().unwrap();
-        source.stop().unwrap();
-        assert!(matches!(attempt.take(), Err(SourceError::Stopped)));
-        assert!(!source.is_recording() && source.since().is_none());
-        drop(attempt);
-        guest.write(&[0x4000]);
-        source.start(Some(ID)).unwrap();
-        let mut attempt = source.attempt().unwrap();
-        assert!(attempt.take().unwrap().is_empty());
-        guest.write(&[0x5000]);
-        assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 5]);
+        for (mut guest, source) in sources() {
+            source.start(Some(ID)).unwrap();
+            let mut attempt = source.attempt().unwrap();
+            source.stop().unwrap();
+            assert!(matches!(attempt.take(), Err(SourceError::Stopped)));
+            assert!(!source.is_recording() && source.since().is_none());
+            drop(attempt);
+            guest.write(&[0x4000]);
+            source.start(Some(ID)).unwrap();
+            let mut attempt = source.attempt().unwrap();
+            assert!(attempt.take().unwrap().is_empty());
+            guest.write(&[0x5000]);
+            assert_eq!(numbers(&attempt.take().unwrap()), [CODE, 5]);
+        }
     }
 
     /// Three generations of a guest that writes on: the chain has what its memory was at each.
@@ -338,7 +338,7 @@ mod tests {
         use std::ops::ControlFlow;
 
         for backing in [Backing::Anonymous, Backing::memfd(198 * 4096).unwrap()] {
-            let Some(mut guest) = Scribbler::new(backing) else {
+            let Some(mut guest) = Scribbler::new(backing, true) else {
                 return;
             };
             let source = PageSource::new(guest.vm.slots()).unwrap();
