@@ -251,6 +251,10 @@ impl Machine {
     ) -> Result<Quiesced<'a>, TransitionError> {
         let ran = self.control.state() == RunState::Running;
         self.control.pause(LEAVE)?;
+        if !ran {
+            // Devices are at rest already.
+            return Ok(Quiesced { machine: self, ran });
+        }
         // Whoever was about to press the power button has done so, or finds the guest paused.
         drop(self.lock_input());
         self.serial.pause();

@@ -171,10 +171,8 @@ pub fn save(machine: &Machine, request: &Request) -> Result<Report, SnapshotErro
     // As they are at this moment: a guest that goes on changes its disks.
     let specification = MachineJson::of(machine.spec());
     pause.memory = clock.lap();
-    match request.then {
-        Then::Resume => drop(quiesced),
-        Then::Pause | Then::Stop => quiesced.keep(),
-    }
+    // If anything fails from here on, the guest goes on in any case.
+    let held = (request.then != Then::Resume).then_some(quiesced);
     pause.total = micros(paused.elapsed());
 
     meter.0.begin(Phase::Digest);
@@ -198,6 +196,9 @@ pub fn save(machine: &Machine, request: &Request) -> Result<Report, SnapshotErro
     let committed = writer.commit(&text, memory)?;
     attempt.succeed(id);
     tracking.end(request.track)?;
+    if let Some(quiesced) = held {
+        quiesced.keep();
+    }
     if request.then == Then::Stop {
         machine.finish(Outcome::Stopped("a snapshot that was to end it"));
     }
