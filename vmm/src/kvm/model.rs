@@ -113,6 +113,11 @@ impl HostCpu {
         })
     }
 
+    /// Numbers of the registers that are state of a guest with `model` on this host.
+    pub fn saved_msrs(&self, model: &CpuModel) -> Vec<u32> {
+        msrs::saved(&self.msrs, model.performance_counters)
+    }
+
     /// Number of physical address bits.
     pub fn physical_address_bits(&self) -> u32 {
         cpuid::physical_address_bits(&self.leaves)
@@ -150,8 +155,6 @@ pub struct CpuModel {
     pub tsc_khz: u32,
     /// The guest may find performance counters: the host it was started on could not take them away.
     pub performance_counters: bool,
-    /// Numbers of the registers that are read for a snapshot. The host's affair: not part of one.
-    pub msrs: Vec<u32>,
 }
 
 impl CpuModel {
@@ -165,15 +168,7 @@ impl CpuModel {
             xsave_size: host.xsave_size,
             tsc_khz: host.tsc_khz,
             performance_counters,
-            msrs: msrs::saved(&host.msrs, performance_counters),
         }
-    }
-
-    /// The same model, with the list of registers that are read for the next snapshot on `host`. For one that was saved.
-    #[must_use]
-    pub fn on(mut self, host: &HostCpu) -> Self {
-        self.msrs = msrs::saved(&host.msrs, self.performance_counters);
-        self
     }
 
     /// The processor's vendor.
@@ -248,7 +243,7 @@ mod tests {
         assert_eq!(model.vendor().len(), 12);
         assert_ne!(model.xcr0() & 3, 0);
         assert!(host.tsc_khz > 0);
-        assert!(!model.msrs.is_empty());
+        assert!(!host.saved_msrs(&model).is_empty());
     }
 
     #[test]

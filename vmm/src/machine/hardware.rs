@@ -106,6 +106,8 @@ impl Host {
 /// See the [module documentation](self).
 pub struct Hardware {
     pub(crate) model: CpuModel,
+    /// Model-specific registers that are state of its vCPUs.
+    msrs: Vec<u32>,
     pub(crate) spec: MachineSpec,
     pub(crate) vm: Vm,
     pub(crate) ram: Arc<GuestRam>,
@@ -144,6 +146,7 @@ impl Hardware {
             host.kvm.get_max_vcpus(),
             host.cpu.physical_address_bits(),
         )?;
+        let msrs = host.cpu.saved_msrs(&model);
         let vm = Vm::new(host.kvm, &ram)?;
         model.prepare_vm(vm.fd())?;
         let mut vcpus = Vec::with_capacity(usize::from(spec.cpus));
@@ -191,6 +194,7 @@ impl Hardware {
         });
         Ok(Self {
             model,
+            msrs,
             spec,
             vm,
             ram,
@@ -255,6 +259,7 @@ impl Hardware {
         }
         Ok(Arc::new(Machine {
             model: self.model,
+            msrs: self.msrs,
             spec: self.spec,
             leases: Leases::default(),
             meter: Meter::default(),

@@ -91,6 +91,8 @@ struct Start {
 /// A machine. See the [module documentation](self).
 pub struct Machine {
     model: CpuModel,
+    /// Model-specific registers that are state of its vCPUs.
+    msrs: Vec<u32>,
     spec: MachineSpec,
     leases: Leases,
     /// How far the snapshot is that is being taken.
@@ -163,6 +165,11 @@ impl Machine {
     /// The processor its guest sees.
     pub fn model(&self) -> &CpuModel {
         &self.model
+    }
+
+    /// Model-specific registers that are state of its vCPUs.
+    pub(crate) fn msrs(&self) -> &[u32] {
+        &self.msrs
     }
 
     /// Its PCI root complex.

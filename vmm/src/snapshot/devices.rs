@@ -102,8 +102,11 @@ pub enum DeviceError {
     },
 }
 
-/// The functions that exist, with the numbers of those that are members.
-fn existing(functions: &Functions) -> Vec<(&Arc<VirtioFunction>, Option<(&Group, u16)>)> {
+/// A function that exists; of a member, its group and its id there.
+type Existing<'a> = (&'a Arc<VirtioFunction>, Option<(&'a Group, u16)>);
+
+/// The functions that exist.
+fn existing(functions: &Functions) -> Vec<Existing<'_>> {
     let single = functions.single().iter().map(|f| (&f.virtio, None));
     let grouped = functions.groups().iter().flat_map(|group| {
         let own = group.pf.iter().map(|pf| (pf, None));

@@ -298,10 +298,9 @@ impl NetOverride {
             return Ok(());
         }
         let nets = (0..machine.nets.len()).map(|index| format!("net{index} (tap, switch)"));
-        let owners = machine.pfs.iter().enumerate().filter_map(|(index, pf)| {
-            matches!(pf.device, PfKind::Net { .. })
-                .then(|| format!("pf{index} (switch, uplink-tap)"))
-        });
+        let owners = machine.pfs.iter().enumerate();
+        let owners = owners.filter(|(_, pf)| matches!(pf.device, PfKind::Net { .. }));
+        let owners = owners.map(|(index, _)| format!("pf{index} (switch, uplink-tap)"));
         Err(OverrideError::Name {
             option: "--net",
             what: "interface with such an end",

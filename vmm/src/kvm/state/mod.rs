@@ -125,12 +125,13 @@ fn access(vm: &VmFd) -> Access {
     }
 }
 
-/// Reads the state of a paused machine whose vCPUs have threads.
+/// Reads the state of a paused machine whose vCPUs have threads. `msrs` are the registers that are state
+/// ([`HostCpu::saved_msrs`]).
 ///
 /// KVM writes to guest memory when a vCPU's descriptor is used: the last look for dirty pages comes after this.
-pub fn save(vm: &VmFd, control: &Control, model: &CpuModel) -> Result<State, StateError> {
+pub fn save(vm: &VmFd, control: &Control, msrs: &[u32]) -> Result<State, StateError> {
     let access = access(vm);
-    let indices = model.msrs.clone();
+    let indices = msrs.to_vec();
     save_with(vm, || {
         let read = control.on_all(move |id, vcpu| VcpuState::save(vcpu, id, &indices, &access))?;
         read.into_iter().collect()
@@ -138,11 +139,11 @@ pub fn save(vm: &VmFd, control: &Control, model: &CpuModel) -> Result<State, Sta
 }
 
 /// As [`save`], of vCPUs that have no thread.
-pub fn save_directly(vm: &VmFd, vcpus: &[VcpuFd], model: &CpuModel) -> Result<State, StateError> {
+pub fn save_directly(vm: &VmFd, vcpus: &[VcpuFd], msrs: &[u32]) -> Result<State, StateError> {
     let access = access(vm);
     save_with(vm, || {
         let all = vcpus.iter().enumerate();
-        all.map(|(id, vcpu)| VcpuState::save(vcpu, id, &model.msrs, &access))
+        all.map(|(id, vcpu)| VcpuState::save(vcpu, id, msrs, &access))
             .collect()
     })
 }

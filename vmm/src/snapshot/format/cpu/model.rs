@@ -94,8 +94,7 @@ impl CpuModel {
         }
     }
 
-    /// The model; the registers that are read for the next snapshot are still to be taken from the host
-    /// ([`kvm::CpuModel::on`]).
+    /// The model.
     ///
     /// # Errors
     ///
@@ -119,7 +118,6 @@ impl CpuModel {
             xsave_size: self.xsave_size,
             tsc_khz: self.tsc_khz,
             performance_counters: self.performance_counters,
-            msrs: Vec::new(),
         })
     }
 
@@ -174,7 +172,6 @@ pub(in super::super) mod tests {
             xsave_size: 4096,
             tsc_khz: 2_596_142,
             performance_counters: false,
-            msrs: Vec::new(),
         }
     }
 
