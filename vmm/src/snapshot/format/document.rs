@@ -24,9 +24,8 @@ use serde::de::DeserializeOwned;
 use super::error::Invalid;
 use super::layout::lay_out;
 
-/// Longest document, in bytes. The largest machine takes less than half of it: 254 vCPUs of 60 KiB each (11 KiB of XSAVE
-/// state with AMX, a local APIC, some 300 MSRs, all in hexadecimal), and 255 virtual functions of 30 KiB each (contexts
-/// with every descriptor in flight, configuration space, MSI-X).
+/// Longest document, in bytes. 254 vCPUs with AMX and 510 virtual functions whose descriptors are all in flight take less
+/// than half of it, a test says.
 pub const MAX_LEN: usize = 64 << 20;
 /// The most levels of objects and arrays.
 pub const MAX_DEPTH: usize = 32;

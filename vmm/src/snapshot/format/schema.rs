@@ -34,20 +34,36 @@ mod tests {
         serde_json::from_slice(&text_of::<State>().unwrap()).unwrap()
     }
 
-    #[test]
-    fn the_schema_in_the_tree_is_that_of_the_types() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/snapshot.schema.json");
-        let text = String::from_utf8(text_of::<State>().unwrap()).unwrap();
+    /// Whether a file of the tree has this text; writes it instead if that was asked for.
+    fn check(path: &str, text: &[u8]) {
+        let place = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path);
         if std::env::var_os(WRITE).is_some() {
-            std::fs::write(&path, text).unwrap();
+            std::fs::write(&place, text).unwrap();
             return;
         }
-        let tree = std::fs::read_to_string(&path).unwrap_or_default();
+        let text = str::from_utf8(text).unwrap();
+        let tree = std::fs::read_to_string(&place).unwrap_or_default();
         let same = tree.lines().zip(text.lines()).take_while(|(a, b)| a == b);
         let line = same.count() + 1;
         assert!(
             tree == text,
-            "resources/snapshot.schema.json is stale from line {line} on: run `cargo xtask schema`, and commit it"
+            "{path} is stale from line {line} on: run `cargo xtask schema`, and commit it"
+        );
+    }
+
+    #[test]
+    fn the_schema_in_the_tree_is_that_of_the_types() {
+        check(
+            "resources/snapshot.schema.json",
+            &text_of::<State>().unwrap(),
+        );
+    }
+
+    #[test]
+    fn fuzzing_begins_with_a_good_state() {
+        check(
+            "tests/fuzz/corpus/snapshot_state/whole.json",
+            &write(&sample()).unwrap(),
         );
     }
 

@@ -236,7 +236,7 @@ pub(crate) mod tests {
 
     use super::super::context::{Context, Field, Raw};
     use super::super::hex::{Hex, HexBytes};
-    use super::super::{clock, cpu, function, irqchip, owner, parse, pci, serial, write};
+    use super::super::{clock, cpu, document, function, irqchip, owner, parse, pci, serial, write};
     use super::*;
     use crate::config::Config;
 
@@ -292,8 +292,8 @@ pub(crate) mod tests {
         let spec = Config {
             kernel: Some("/k".into()),
             disks: vec!["path=/d".parse().unwrap()],
-            nets: vec!["switch=lan".parse().unwrap()],
-            pfs: vec!["net,vfs=2".parse().unwrap()],
+            nets: vec!["switch=lan,mac=52:54:00:12:34:56".parse().unwrap()],
+            pfs: vec!["net,vfs=2,mac=52:54:00:12:35:00".parse().unwrap()],
             ..Config::default()
         };
         let mut state = State::of(Parts {
@@ -314,7 +314,8 @@ pub(crate) mod tests {
             owners: vec![Owner::of("pf0", &owner::tests::sample())],
             serial: Serial::of(&serial::tests::sample(), b"ls\n"),
         });
-        // The same each time.
+        // The same each time, and everywhere.
+        state.created.by = "tern 0.1.0".to_owned();
         state.created.at = "2026-11-28T15:00:00Z".to_owned();
         state
     }
@@ -328,6 +329,73 @@ pub(crate) mod tests {
             "{}",
             String::from_utf8_lossy(&text)
         );
+    }
+
+    /// Bytes and values of the JSON of `value`, as in a document.
+    fn measure(value: &impl Serialize) -> (usize, u64) {
+        fn values(value: &serde_json::Value) -> u64 {
+            use serde_json::Value::{Array, Object};
+            1 + match value {
+                Array(entries) => entries.iter().map(values).sum(),
+                Object(members) => members.values().map(values).sum(),
+                _ => 0,
+            }
+        }
+        let compact = serde_json::to_vec(value).unwrap();
+        let text = super::super::layout::lay_out(&compact);
+        (text.len(), values(&serde_json::to_value(value).unwrap()))
+    }
+
+    #[test]
+    fn the_largest_machine_is_within_half_the_limits() {
+        let state = sample();
+        let mut vcpu = state.vcpus[0].clone();
+        // With the tile registers of AMX, and more registers than KVM lists on any processor.
+        vcpu.xsave.0.resize(11 << 10, 0xff);
+        let msr = vcpu.msrs[0];
+        vcpu.msrs.resize(400, msr);
+        // Three queues, every descriptor of which is in flight, and configuration space without a line of zeroes.
+        let queue = QueueState {
+            size: 256,
+            vector: 1,
+            descriptor_area: u64::MAX,
+            driver_area: u64::MAX,
+            device_area: u64::MAX,
+            enabled: true,
+            stopped: true,
+            next_available: u16::MAX,
+            next_used: u16::MAX,
+            restarts: true,
+            owned: vec![255; 256],
+        };
+        let function = FunctionState {
+            offered: u128::MAX,
+            accepted: u128::MAX,
+            registers: RegisterState::default(),
+            queues: vec![queue; 3],
+            config: vec![0xff; 64],
+        };
+        let shape = Shape {
+            queue_sizes: vec![256; 3],
+            config_len: 64,
+            queue_status: true,
+        };
+        let context = Context::of_state(&function, &shape);
+        let function = Function::of("pf0-vf255", context, &function::tests::sample());
+        let mut pci = pci::tests::sample();
+        pci.functions[1].registers.config = vec![0xff; 4096];
+        let registers = Pci::of(&pci).functions.remove(1);
+        let (mut bytes, mut count) = (0, 0);
+        for (times, (len, values)) in [
+            (254, measure(&vcpu)),
+            (2 * 255, measure(&function)),
+            (2 * 255, measure(&registers)),
+        ] {
+            bytes += times * len;
+            count += times as u64 * values;
+        }
+        let most = (document::MAX_LEN / 2, document::MAX_VALUES / 2);
+        assert!(bytes < most.0 && count < most.1, "{bytes} {count}");
     }
 
     #[test]
