@@ -177,7 +177,7 @@ impl Msix {
 impl MsixEntry {
     fn plain(&self) -> Result<Entry, Invalid> {
         let address = self.address.0;
-        if address % 4 != 0 {
+        if !address.is_multiple_of(4) {
             let reason = format!("{address:#x} is no multiple of 4");
             return Err(Invalid::new(reason)).field("address");
         }
