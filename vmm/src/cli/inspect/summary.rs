@@ -12,6 +12,10 @@ use crate::layout::format_memory_size;
 use crate::snapshot::format::context::Context;
 use crate::snapshot::format::diff::{KEYS, shorten};
 
+/// Columns of names.
+const COLUMN: usize = 24;
+/// Sections that are shown before all others.
+const FIRST: [&str; 3] = ["created", "machine", "memory"];
 /// Names of a list that are shown.
 const NAMES: usize = 12;
 
@@ -35,7 +39,10 @@ pub fn describe(snapshot: &Snapshot, limit: usize) -> String {
     );
     let members = state.as_object().into_iter().flatten();
     let rest = members.filter(|(name, _)| !["format", "version"].contains(&name.as_str()));
-    let (plain, sections): (Vec<_>, Vec<_>) = rest.partition(|(_, value)| scalar(value).is_some());
+    let (plain, mut sections): (Vec<_>, Vec<_>) =
+        rest.partition(|(_, value)| scalar(value).is_some());
+    let rank = |name: &str| FIRST.iter().position(|first| *first == name);
+    sections.sort_by_key(|(name, _)| rank(name).unwrap_or(FIRST.len()));
     for (name, value) in plain {
         line(&mut text, 0, name, &scalar(value).unwrap_or_default());
     }
@@ -80,7 +87,7 @@ fn memory(text: &mut String, memory: &Memory) {
 
 fn line(text: &mut String, indent: usize, name: &str, value: &str) {
     let (name, value) = (printable(name), printable(value));
-    let width = 16 - indent;
+    let width = COLUMN - indent;
     // Writing to a string does not fail.
     let _ = writeln!(text, "{:indent$}{name:<width$} {value}", "");
 }
@@ -101,7 +108,7 @@ fn section(text: &mut String, name: &str, value: &Value) {
         return;
     };
     let _ = writeln!(text, "{}", printable(name));
-    for (name, value) in members {
+    for (name, value) in members.iter().filter(|(name, _)| *name != "version") {
         line(text, 2, name, &summary(value));
     }
 }
@@ -147,7 +154,7 @@ fn contexts(text: &mut String, state: &Value, limit: usize) {
             continue;
         };
         let name = scalar(&function["name"]).unwrap_or_default();
-        if shown < limit {
+        if shown < limit && !context.0.is_empty() {
             let _ = writeln!(text, "\n{}", printable(&name));
         }
         for field in &context.0 {
@@ -168,9 +175,12 @@ fn contexts(text: &mut String, state: &Value, limit: usize) {
 }
 
 fn size(bytes: u64) -> String {
+    const KIB: u64 = 1 << 10;
     const MIB: u64 = 1 << 20;
-    if bytes.is_multiple_of(MIB) {
+    if bytes > 0 && bytes.is_multiple_of(MIB) {
         format_memory_size(bytes)
+    } else if bytes < MIB {
+        format!("{}K", bytes.div_ceil(KIB))
     } else {
         format!("{:.1}M", bytes as f64 / MIB as f64)
     }

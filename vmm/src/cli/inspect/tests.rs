@@ -101,15 +101,15 @@ fn a_summary_shows_sections_and_contexts() {
     let text = summary::describe(&snapshot, 200);
     let id = &snapshot.memory.layers[0].id;
     let memory = format!(
-        "memory files     0.2M of RAM, and is what was written\n  {}       {}: 64 pages, 1 of them data (0.0M); ",
+        "memory files             256K of RAM, and is what was written\n  {}               {}: 64 pages, 1 of them data (4K); ",
         &id[..8],
         path.display()
     );
     for line in [
-        "format           tern-snapshot, version 1\n",
+        "format                   tern-snapshot, version 1\n",
         &memory,
-        "functions        2 entries: console0, disk0\n",
-        "  functions      2 entries: port0, pf0-vf1\n",
+        "functions                2 entries: console0, disk0\n",
+        "  functions              2 entries: port0, pf0-vf1\n",
         "\nconsole0\n  DEV_FEATURES: 0x10000000000000000000000003\n",
         "  VQ_CFG of queue 0: size 8, vector 0x1, ",
         "  0x1234: [aa]\n",
@@ -155,7 +155,10 @@ fn bases_are_shown_and_verified() {
     let snapshot = open(&path, false).unwrap();
     assert_eq!(snapshot.memory.layers.len(), 1);
     let text = summary::describe(&snapshot, 200);
-    assert!(text.contains("\n  base           not found: "), "{text}");
+    assert!(
+        text.contains("\n  base                   not found: "),
+        "{text}"
+    );
 }
 
 #[test]
