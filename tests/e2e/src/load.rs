@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use tempfile::TempDir;
 
 use crate::block::MIB;
 use crate::control::Control;
-use crate::vm::{Outcome, Running, Vm};
+use crate::vm::{Outcome, PATIENCE, Running, Vm};
 
 /// MiB of each disk.
 const DISK: u64 = 4;
@@ -16,6 +17,8 @@ const DISK: u64 = 4;
 const MEMBERS: u16 = 2;
 /// What the guest says about once a second.
 pub const TICK: &str = "tern-guest: tick";
+/// How often a monitor is asked.
+const LOOK: Duration = Duration::from_millis(20);
 /// Says it to the guest.
 pub const ENOUGH: &[u8] = b"enough\n";
 
@@ -170,6 +173,17 @@ impl Guest {
             vm,
             control: Control { socket },
         }
+    }
+
+    /// Waits until the monitor has a guest that runs.
+    pub fn awake(&mut self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.control.state().is_ok_and(|state| state == "running") {
+            self.vm.expect_alive()?;
+            ensure!(Instant::now() < deadline, "the guest does not run");
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
     }
 
     /// Waits until the load of the guest gets on: from now on there are so many ticks.

@@ -183,6 +183,18 @@ impl Running {
         }
     }
 
+    /// Fails if the process has ended.
+    pub fn expect_alive(&mut self) -> Result<()> {
+        if let Some(status) = self.child.try_wait()? {
+            bail!(
+                "tern ended ({status})\n{}\n{}",
+                self.stdout.text(),
+                self.stderr.text()
+            );
+        }
+        Ok(())
+    }
+
     /// Everything the console showed so far.
     pub fn console(&self) -> String {
         self.stdout.text()

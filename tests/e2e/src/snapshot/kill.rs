@@ -59,10 +59,7 @@ fn killed() -> Result<()> {
             name.display()
         );
     }
-    expect_work(
-        &guest.enough().context("the one before")?,
-        &["pages", "looks"],
-    )?;
+    expect_work(&guest.enough().context("the one before")?, &["pages"])?;
     let mut guest = restore(&directory, &socket, &[])?;
     std::thread::sleep(Duration::from_millis(10));
     guest.ticks(1)?;

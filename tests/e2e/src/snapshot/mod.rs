@@ -79,11 +79,12 @@ fn restore(directory: &Path, socket: &Path, options: &[&str]) -> Result<Guest> {
 fn move_over(guest: Guest, directory: &Path, options: &[&str]) -> Result<Guest> {
     let socket = guest.control.socket.clone();
     save(&guest, directory, &["--stop"])?;
-    let console = guest.vm.console();
     let end = guest.vm.wait()?;
     end.expect_code(STOPPED)?;
-    ensure!(!console.contains("FAIL"), "{console}");
-    restore(directory, &socket, options)
+    ensure!(!end.stdout.contains("FAIL"), "{}", end.stdout);
+    let mut next = restore(directory, &socket, options)?;
+    next.awake().context("after its restore")?;
+    Ok(next)
 }
 
 /// Has `jq` evaluate this.

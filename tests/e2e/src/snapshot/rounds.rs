@@ -59,7 +59,6 @@ fn rounds(adjust: impl FnOnce(Load) -> Load) -> Result<()> {
     let outcome = guest.enough()?;
     let kinds = [
         "pages",
-        "looks",
         "timers",
         "spins",
         "registers",

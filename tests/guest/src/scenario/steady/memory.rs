@@ -63,14 +63,12 @@ fn keep(turns: &Turns, pages: usize) -> Result<()> {
     for page in 0..pages {
         buffer.write(page);
     }
-    loop {
+    while turns.goes_on() {
         (0..pages).try_for_each(|page| buffer.verify(page))?;
-        if !turns.goes_on() {
-            return Ok(());
-        }
         turns.add(1);
         thread::sleep(LOOK);
     }
+    (0..pages).try_for_each(|page| buffer.verify(page))
 }
 
 /// A buffer, and what each of its pages is to hold.
