@@ -1,9 +1,10 @@
 //! A monitor being measured: when its guest said something, and what memory it needs for itself.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -14,84 +15,142 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// A running monitor; killed when dropped.
 pub struct Monitor {
     child: Child,
-    /// From just before the process was made to the line that was waited for.
+    input: Option<ChildStdin>,
+    /// Every line of its standard output, and when it was complete.
+    lines: Receiver<(Instant, String)>,
+    errors: Option<JoinHandle<String>>,
+    /// Just before the process was made.
+    pub began: Instant,
+    /// From then to the line that was waited for first.
     pub took: Duration,
-    /// The lines before that one.
+    /// The lines that were passed over.
     pub said: String,
 }
 
 impl Drop for Monitor {
     fn drop(&mut self) {
-        // It may have ended on its own.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.kill();
     }
 }
 
 impl Monitor {
     /// Starts `command` and waits until a line of its standard output contains `marker`.
-    pub fn start(command: Command, marker: &'static str) -> Result<Self> {
+    pub fn start(command: Command, marker: &str) -> Result<Self> {
         Self::start_within(command, marker, PATIENCE)
     }
 
     /// The same, with another bound on waiting.
-    pub fn start_within(
-        mut command: Command,
-        marker: &'static str,
-        patience: Duration,
-    ) -> Result<Self> {
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+    pub fn start_within(mut command: Command, marker: &str, patience: Duration) -> Result<Self> {
+        command.stdin(Stdio::null());
+        let mut monitor = Self::spawn(command)?;
+        monitor.took = monitor.wait_for(marker, patience)? - monitor.began;
+        Ok(monitor)
+    }
+
+    /// Starts `command` so that lines can be typed on its standard input.
+    pub fn interactive(mut command: Command) -> Result<Self> {
+        command.stdin(Stdio::piped());
+        Self::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Result<Self> {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let began = Instant::now();
         let mut child = command
             .spawn()
             .with_context(|| format!("cannot run {}", command.get_program().display()))?;
         let stdout = child.stdout.take().context("no standard output")?;
         let stderr = child.stderr.take().context("no standard error")?;
-        let (found, seen) = mpsc::channel();
-        std::thread::spawn(move || {
-            let mut lines = BufReader::new(stdout).split(b'\n');
-            let mut text = String::new();
-            for line in lines.by_ref().map_while(Result::ok) {
+        let (tell, lines) = mpsc::channel();
+        thread::spawn(move || {
+            let lines = BufReader::new(stdout).split(b'\n');
+            for line in lines.map_while(Result::ok) {
                 let line = String::from_utf8_lossy(&line).into_owned();
-                if line.contains(marker) {
-                    // Nobody listens any more only if the time was up.
-                    let _ = found.send(Ok((Instant::now(), std::mem::take(&mut text))));
-                    break;
-                }
-                text.push_str(&line);
-                text.push('\n');
+                // Reads on when nobody listens any more, so that the guest never waits for its console.
+                let _ = tell.send((Instant::now(), line));
             }
-            let _ = found.send(Err(text));
-            // Goes on reading, so that the guest never waits for its console.
-            lines.for_each(drop);
         });
-        let errors = std::thread::spawn(move || {
+        let errors = thread::spawn(move || {
             let lines = BufReader::new(stderr).lines();
             lines.map_while(Result::ok).collect::<Vec<_>>().join("\n")
         });
-        let mut monitor = Self {
+        Ok(Self {
+            input: child.stdin.take(),
             child,
+            lines,
+            errors: Some(errors),
+            began,
             took: Duration::ZERO,
             said: String::new(),
-        };
-        match seen.recv_timeout(patience) {
-            Ok(Ok((at, said))) => {
-                monitor.took = at - began;
-                monitor.said = said;
-                Ok(monitor)
-            }
-            Ok(Err(said)) => {
-                drop(monitor);
-                let errors = errors.join().unwrap_or_default();
-                bail!("the monitor ended before {marker:?}\n{said}{errors}")
-            }
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                bail!("no {marker:?} within {patience:?}")
+        })
+    }
+
+    /// Waits for a line that contains `marker`, after the last that was waited for; when it was complete.
+    pub fn wait_for(&mut self, marker: &str, patience: Duration) -> Result<Instant> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok((at, line)) if line.contains(marker) => return Ok(at),
+                Ok((_, line)) => {
+                    self.said.push_str(&line);
+                    self.said.push('\n');
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    bail!("the monitor ended before {marker:?}\n{}", self.last_words())
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!("no {marker:?} within {patience:?}\n{}", self.said)
+                }
             }
         }
+    }
+
+    /// Types a line on the console.
+    pub fn type_line(&mut self, line: &str) -> Result<()> {
+        let input = self.input.as_mut().context("its console has no input")?;
+        writeln!(input, "{line}").context("typing on the console")
+    }
+
+    /// Waits for the end of the process.
+    pub fn wait_for_end(&mut self, patience: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + patience;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        bail!("the monitor does not end within {patience:?}")
+    }
+
+    /// How the process ended and what it said, if it has ended.
+    pub fn obituary(&mut self) -> Option<String> {
+        let status = self.child.try_wait().ok()??;
+        Some(format!(
+            "the monitor ended ({status})\n{}",
+            self.last_words()
+        ))
+    }
+
+    /// Ends the process; what was said that nobody waited for.
+    fn last_words(&mut self) -> String {
+        self.kill();
+        let mut words = std::mem::take(&mut self.said);
+        while let Ok((_, line)) = self.lines.recv() {
+            words.push_str(&line);
+            words.push('\n');
+        }
+        if let Some(errors) = self.errors.take() {
+            words.push_str(&errors.join().unwrap_or_default());
+        }
+        words
+    }
+
+    fn kill(&mut self) {
+        // It may have ended on its own.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 
     /// Resident KiB of the process that are not guest RAM.
@@ -126,6 +185,12 @@ fn own_kib(smaps: &str, guest_ram_kib: u64) -> Option<u64> {
 mod tests {
     use super::*;
 
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
+
     #[test]
     fn guest_ram_is_left_out() {
         let smaps = "\
@@ -141,5 +206,31 @@ Rss:                  16 kB
 ";
         assert_eq!(own_kib(smaps, 262_144), Some(1040));
         assert_eq!(own_kib("", 262_144), None);
+    }
+
+    #[test]
+    fn lines_are_waited_for_in_their_order() {
+        let script = "echo a; echo ready; read line; echo got $line; exec sleep 60";
+        let mut monitor = Monitor::interactive(shell(script)).unwrap();
+        let ready = monitor.wait_for("ready", PATIENCE).unwrap();
+        monitor.type_line("x").unwrap();
+        let got = monitor.wait_for("got x", PATIENCE).unwrap();
+        assert!(monitor.began <= ready && ready <= got);
+        assert_eq!(monitor.said, "a\n");
+        assert_eq!(monitor.obituary(), None);
+        let error = monitor.wait_for("more", Duration::from_millis(10));
+        assert!(error.unwrap_err().to_string().starts_with("no \"more\""));
+    }
+
+    #[test]
+    fn a_monitor_that_ends_is_quoted() {
+        let script = "echo said; echo why >&2; exit 3";
+        let error = Monitor::start(shell(script), "ready").map(drop);
+        let error = error.unwrap_err().to_string();
+        assert_eq!(error, "the monitor ended before \"ready\"\nsaid\nwhy");
+        let mut monitor = Monitor::interactive(shell(script)).unwrap();
+        assert_eq!(monitor.wait_for_end(PATIENCE).unwrap().code(), Some(3));
+        let obituary = monitor.obituary().unwrap();
+        assert!(obituary.ends_with("said\nwhy"), "{obituary}");
     }
 }
