@@ -5,6 +5,7 @@
 mod boot;
 mod context;
 mod process;
+mod snapshot;
 mod vfs;
 
 use anyhow::Result;
@@ -26,6 +27,11 @@ enum What {
     BootInside(boot::Inside),
     /// Contexts of virtual functions: their size, and the time to save, restore and activate them
     Context(context::Context),
+    /// What it takes to save a guest, to save what changed since, and to restore it
+    Snapshot(snapshot::Snapshot),
+    /// Runs inside the machine
+    #[command(hide = true)]
+    SnapshotInside(snapshot::Inside),
     /// What virtual functions cost: time, memory, commands, and the switch against a bridge of the host
     Vfs(vfs::Vfs),
     /// Runs inside the machine
@@ -39,6 +45,8 @@ impl Bench {
             What::Boot(boot) => boot.run(),
             What::BootInside(inside) => inside.run(),
             What::Context(context) => context.run(),
+            What::Snapshot(snapshot) => snapshot.run(),
+            What::SnapshotInside(inside) => inside.run(),
             What::Vfs(vfs) => vfs.run(),
             What::VfsInside(inside) => inside.run(),
         }

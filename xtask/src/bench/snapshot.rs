@@ -1,0 +1,307 @@
+//! `cargo xtask bench snapshot`: what it takes to save a guest, to save what it changed since, and to go on from there.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`copy`] | the plain `write` that a snapshot is compared with |
+//! | [`figures`] | what was measured, as tables |
+//! | [`guest`] | guests that are saved and restored |
+//! | [`inside`] | the measurement, where `/dev/kvm` performs |
+
+mod copy;
+mod figures;
+mod guest;
+mod inside;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use serde::Serialize;
+
+pub use self::inside::Inside;
+use crate::image::{self, Kernel};
+use crate::{kvm, tools, workspace};
+
+/// Memory of guest, initial file tree and monitor besides what the guest is told to touch, in MiB; generous.
+const GUEST_ITSELF: u64 = 192;
+/// Memory of the machine itself and of what is in its page cache, in MiB.
+const MACHINE_ITSELF: u64 = 1024;
+
+/// Time, pause and size of snapshots, and time to restore them, for guests of several sizes
+///
+/// Each guest has 2 vCPUs, a disk, a network interface and Debian's kernel. When it has booted it touches every page of a part
+/// of its memory, and is idle. In each round, after one that does not count:
+///
+///   full         `tern snapshot`: total time, pause and its parts, bytes of files on disk; and as a ratio, the time to
+///                write the same data with plain `write` from a buffer to the same file system and to sync it. The
+///                snapshot also finds out which pages are zero, and computes a digest.
+///   incremental  `tern snapshot --base`, after the guest has written another word in every page of --dirty: the same figures
+///   restore      `tern restore` of what was saved while the guest ticked, with and without --prefault: from exec until
+///                the control API says that the guest runs, and until the first line on its console is complete.
+///                A tick is due at once. Files are in the page cache.
+///
+/// Files are in /dev/shm, which is memory; name another directory on a host that has a usable /dev/kvm to measure its disk.
+/// The emulated host gets as much memory as the sizes need.
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub struct Snapshot {
+    #[command(flatten)]
+    plan: Plan,
+    /// Guest kernel
+    #[arg(long, default_value = "6.12")]
+    kernel: Kernel,
+    #[command(flatten)]
+    machine: kvm::Options,
+}
+
+/// What is measured.
+#[derive(Clone, Debug, PartialEq, Args)]
+struct Plan {
+    /// Memory of the guests
+    #[arg(
+        long,
+        value_name = "SIZE,…",
+        value_delimiter = ',',
+        default_value = "256M,1G,4G"
+    )]
+    sizes: Vec<Mib>,
+    /// How many snapshots, and restores, each figure is the median of
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=40))]
+    rounds: u32,
+    /// How much of its memory each guest touches
+    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=75))]
+    touch: u64,
+    /// How much the guest writes before each incremental snapshot
+    #[arg(long, value_name = "SIZE", default_value = "32M")]
+    dirty: Mib,
+    /// Where the snapshots are made
+    #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
+    directory: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Plan {
+    /// The command line that means the same.
+    fn arguments(&self) -> Vec<OsString> {
+        let sizes: Vec<String> = self.sizes.iter().map(Mib::to_string).collect();
+        let mut arguments: Vec<OsString> = vec!["--directory".into(), (&self.directory).into()];
+        for (name, value) in [
+            ("--sizes", sizes.join(",")),
+            ("--rounds", self.rounds.to_string()),
+            ("--touch", self.touch.to_string()),
+            ("--dirty", self.dirty.to_string()),
+        ] {
+            arguments.extend([name.into(), value.into()]);
+        }
+        if self.json {
+            arguments.push("--json".into());
+        }
+        arguments
+    }
+
+    /// What a guest of this size touches.
+    fn touched(&self, size: Mib) -> Mib {
+        Mib(size.0 * self.touch / 100)
+    }
+
+    /// MiB of memory that a machine needs whose files are memory as well, of which they may have one half.
+    fn machine_mib(&self) -> u64 {
+        let needed = self.sizes.iter().map(|&size| {
+            let guest = self.touched(size).0 + GUEST_ITSELF;
+            // Of a full one and its copy; of a chain; of one whose holes were read, which fills them.
+            let chain = (u64::from(self.rounds) + 2) * (self.dirty.0 + 16);
+            let files = (2 * guest).max(guest + chain).max(size.0 + GUEST_ITSELF);
+            2 * files
+        });
+        needed.max().unwrap_or_default() + MACHINE_ITSELF
+    }
+}
+
+impl Snapshot {
+    pub fn run(mut self) -> Result<i32> {
+        let tern = workspace::release_binary("vmm", "tern")?;
+        let guests = image::guests(&[self.kernel], false)?;
+        let guest = guests.into_values().next().context("no guest image")?;
+        let mut command: Vec<OsString> = vec![
+            std::env::current_exe().context("where is xtask?")?.into(),
+            "bench".into(),
+            "snapshot-inside".into(),
+        ];
+        command.extend(self.plan.arguments());
+        for (name, value) in [
+            ("--about", about(&guest.kernel)?.into()),
+            ("--tern", tern.into_os_string()),
+            ("--kernel", guest.vmlinuz.into()),
+            ("--initrd", guest.initramfs.into()),
+        ] {
+            command.extend([name.into(), value]);
+        }
+        self.machine.memory = self.machine.memory.max(self.plan.machine_mib());
+        let status = kvm::run(&self.machine, &command)?;
+        if status == kvm::NO_SESSION || status == kvm::TIMED_OUT {
+            eprintln!(
+                "xtask: the machine, with {} of memory, ended before the bench did; the lines above have what was measured",
+                Mib(self.machine.memory)
+            );
+        }
+        Ok(status)
+    }
+}
+
+/// Day, processor and load of this host, and the guest's kernel.
+fn about(kernel: &str) -> Result<String> {
+    let day = tools::output("date", &["-u", "+%F"])?;
+    let read = |path: &str| fs::read_to_string(path).with_context(|| path.to_owned());
+    let cpuinfo = read("/proc/cpuinfo")?;
+    let processor = processor(&cpuinfo).context("/proc/cpuinfo names no model")?;
+    let load = read("/proc/loadavg")?;
+    let load = load.split_whitespace().next().unwrap_or("?");
+    let cores = std::thread::available_parallelism()?;
+    Ok(format!(
+        "{}; {cores} cores of an {processor}, load average {load} at the beginning; guests with {kernel}",
+        day.trim_end()
+    ))
+}
+
+/// The model of the first processor.
+fn processor(cpuinfo: &str) -> Option<&str> {
+    let line = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))?;
+    Some(line.split_once(':')?.1.trim())
+}
+
+/// Mebibytes, written `256M` or `4G`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+struct Mib(u64);
+
+impl Mib {
+    const MAX: u64 = 64 << 10;
+
+    fn bytes(self) -> u64 {
+        self.0 << 20
+    }
+}
+
+impl FromStr for Mib {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (digits, factor) = match (text.strip_suffix('M'), text.strip_suffix('G')) {
+            (Some(digits), _) => (digits, 1),
+            (_, Some(digits)) => (digits, 1024),
+            _ => bail!("{text} has no unit: write 256M or 4G"),
+        };
+        let size = digits
+            .parse::<u64>()
+            .ok()
+            .and_then(|n| n.checked_mul(factor));
+        let size = size.filter(|size| (1..=Self::MAX).contains(size));
+        Ok(Self(size.with_context(|| {
+            format!("{text} is not between 1M and 64G")
+        })?))
+    }
+}
+
+impl fmt::Display for Mib {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            mib if mib > 0 && mib.is_multiple_of(1024) => write!(f, "{}G", mib / 1024),
+            mib => write!(f, "{mib}M"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        plan: Plan,
+    }
+
+    fn parse(words: &[&str]) -> Result<Plan, clap::Error> {
+        let line = ["bench"].iter().chain(words);
+        Line::try_parse_from(line).map(|line| line.plan)
+    }
+
+    #[test]
+    fn sizes_have_units_and_bounds() {
+        for (text, mib) in [("1M", 1), ("256M", 256), ("4G", 4096), ("64G", 65536)] {
+            let size: Mib = text.parse().unwrap();
+            assert_eq!((size.0, size.to_string().as_str()), (mib, text));
+        }
+        assert_eq!("2048M".parse::<Mib>().unwrap().to_string(), "2G");
+        for bad in [
+            "",
+            "4",
+            "G",
+            "0M",
+            "-1G",
+            "1T",
+            "65G",
+            "99999999999999999999G",
+            "é",
+        ] {
+            assert!(bad.parse::<Mib>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn arguments_mean_the_plan_they_come_from() {
+        let asked = "--sizes 128M,2G --rounds 3 --touch 10 --dirty 8M --directory /d --json";
+        for words in [asked, ""] {
+            let words: Vec<&str> = words.split_whitespace().collect();
+            let plan = parse(&words).unwrap();
+            let arguments = plan.arguments();
+            let again: Vec<&str> = arguments.iter().filter_map(|word| word.to_str()).collect();
+            assert_eq!(parse(&again).unwrap(), plan);
+        }
+        for bad in [
+            "--sizes 1G,",
+            "--rounds 0",
+            "--rounds 41",
+            "--touch 76",
+            "--dirty 32",
+        ] {
+            let words: Vec<&str> = bad.split_whitespace().collect();
+            assert!(parse(&words).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_largest_guest_says_what_the_machine_needs() {
+        let needed = |line: &str| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            parse(&words).unwrap().machine_mib()
+        };
+        // Twice a copy of half of it.
+        let of_half = 1024 + 4 * (2048 + 192);
+        assert_eq!(needed(""), of_half);
+        assert_eq!(needed("--sizes 4G,256M"), of_half);
+        // One whose holes were filled.
+        assert_eq!(needed("--sizes 4G --touch 25"), 1024 + 2 * (4096 + 192));
+        // A long chain.
+        let chain = 128 + 192 + 42 * 48;
+        assert_eq!(needed("--sizes 256M --rounds 40"), 1024 + 2 * chain);
+    }
+
+    #[test]
+    fn the_processor_is_named() {
+        let cpuinfo =
+            "processor\t: 0\nmodel\t\t: 1\nmodel name\t: AMD EPYC 7B13\nmodel name\t: other\n";
+        assert_eq!(processor(cpuinfo), Some("AMD EPYC 7B13"));
+        assert_eq!(processor("processor: 0\n"), None);
+    }
+}

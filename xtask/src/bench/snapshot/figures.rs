@@ -1,0 +1,266 @@
+//! What was measured, as JSON and as tables for the README.
+
+use std::fmt;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use super::super::median;
+use super::Mib;
+use super::guest::{Report, Restored};
+
+/// One kind of figure, from all rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Spread {
+    pub median: f64,
+    pub min: f64,
+    pub max: f64,
+}
+
+impl Spread {
+    fn of(values: impl Iterator<Item = f64>) -> Result<Self> {
+        let values: Vec<f64> = values.collect();
+        Ok(Self {
+            median: median(&values).context("nothing was measured")?,
+            min: values.iter().copied().fold(f64::INFINITY, f64::min),
+            max: values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+        })
+    }
+
+    /// Microseconds, in a unit that suits the median.
+    fn time(self) -> Shown {
+        match self.median {
+            us if us >= 1e6 => self.shown(1e6, 2, " s"),
+            us if us >= 1e5 => self.shown(1e3, 0, " ms"),
+            us if us >= 1e3 => self.shown(1e3, 1, " ms"),
+            _ => self.shown(1.0, 0, " µs"),
+        }
+    }
+
+    /// Bytes in MiB.
+    fn size(self) -> Shown {
+        self.shown(f64::from(1 << 20), 1, " MiB")
+    }
+
+    fn ratio(self) -> Shown {
+        self.shown(1.0, 2, "")
+    }
+
+    fn shown(self, divisor: f64, digits: usize, unit: &'static str) -> Shown {
+        Shown {
+            spread: self,
+            divisor,
+            digits,
+            unit,
+        }
+    }
+}
+
+/// A median with its unit, and the range if there is one.
+struct Shown {
+    spread: Spread,
+    divisor: f64,
+    digits: usize,
+    unit: &'static str,
+}
+
+impl fmt::Display for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Spread { median, min, max } = self.spread;
+        let number = |value: f64| format!("{:.*}", self.digits, value / self.divisor);
+        let (low, high) = (number(min), number(max));
+        write!(f, "{}{}", number(median), self.unit)?;
+        if low != high {
+            write!(f, " ({low} to {high})")?;
+        }
+        Ok(())
+    }
+}
+
+/// A snapshot that was taken.
+#[derive(Clone, Copy, Debug)]
+pub struct Taken {
+    pub report: Report,
+    /// Bytes of its files on their file system.
+    pub on_disk: u64,
+    /// Microseconds to write the same data.
+    pub plain_us: f64,
+}
+
+/// Snapshots of one kind, from all rounds.
+#[derive(Debug, Serialize)]
+pub struct Saves {
+    total_us: Spread,
+    pause_us: Spread,
+    stop_us: Spread,
+    devices_us: Spread,
+    vcpus_us: Spread,
+    memory_us: Spread,
+    /// Bytes that were written in the pause; the others were while the guest ran.
+    written_paused: Spread,
+    on_disk: Spread,
+    plain_write_us: Spread,
+    /// Total time divided by that of the plain write of the same round.
+    ratio: Spread,
+}
+
+impl Saves {
+    pub fn of(taken: &[Taken]) -> Result<Self> {
+        let spread = |pick: fn(&Taken) -> f64| Spread::of(taken.iter().map(pick));
+        Ok(Self {
+            total_us: spread(|t| t.report.total_us as f64)?,
+            pause_us: spread(|t| t.report.pause_us.total as f64)?,
+            stop_us: spread(|t| t.report.pause_us.stop as f64)?,
+            devices_us: spread(|t| t.report.pause_us.devices as f64)?,
+            vcpus_us: spread(|t| t.report.pause_us.vcpus as f64)?,
+            memory_us: spread(|t| t.report.pause_us.memory as f64)?,
+            written_paused: spread(|t| t.report.bytes.written_paused as f64)?,
+            on_disk: spread(|t| t.on_disk as f64)?,
+            plain_write_us: spread(|t| t.plain_us)?,
+            ratio: spread(|t| t.report.total_us as f64 / t.plain_us)?,
+        })
+    }
+
+    /// The cells of a row that both kinds have.
+    fn row(&self) -> String {
+        let ms = |spread: Spread| format!("{:.1}", spread.median / 1e3);
+        format!(
+            "{} | {} | {} | {}, {}, {}, {} | {} | {} | {}",
+            self.on_disk.size(),
+            self.total_us.time(),
+            self.pause_us.time(),
+            ms(self.stop_us),
+            ms(self.devices_us),
+            ms(self.vcpus_us),
+            ms(self.memory_us),
+            self.written_paused.size(),
+            self.plain_write_us.time(),
+            self.ratio.ratio(),
+        )
+    }
+}
+
+/// Restores of one kind, from all rounds.
+#[derive(Debug, Serialize)]
+pub struct Restores {
+    running_us: Spread,
+    output_us: Spread,
+}
+
+impl Restores {
+    pub fn of(restored: &[Restored]) -> Result<Self> {
+        let spread = |pick: fn(&Restored) -> f64| Spread::of(restored.iter().map(pick));
+        Ok(Self {
+            running_us: spread(|r| r.running.as_secs_f64() * 1e6)?,
+            output_us: spread(|r| r.output.as_secs_f64() * 1e6)?,
+        })
+    }
+}
+
+/// All figures of guests of one size.
+#[derive(Debug, Serialize)]
+pub struct Figures {
+    pub guest_mib: Mib,
+    pub touched_mib: Mib,
+    pub dirtied_mib: Mib,
+    pub full: Saves,
+    pub incremental: Saves,
+    pub restore: Restores,
+    pub restore_prefault: Restores,
+}
+
+/// What the columns of both tables of snapshots are.
+const COLUMNS: &str = "on disk | total | pause | of that stop, devices, vCPUs, memory; ms | written in the pause | plain `write` \
+     | total, as a ratio to it";
+
+/// The tables.
+pub fn print(figures: &[Figures]) {
+    println!("\n| full snapshot: guest, touched | {COLUMNS} |");
+    println!("{}", rule(8));
+    for f in figures {
+        println!("| {}, {} | {} |", f.guest_mib, f.touched_mib, f.full.row());
+    }
+    println!("\n| incremental: guest, written to | {COLUMNS} |");
+    println!("{}", rule(8));
+    for f in figures {
+        let row = f.incremental.row();
+        println!("| {}, {} | {row} |", f.guest_mib, f.dirtied_mib);
+    }
+    println!(
+        "\n| restore: guest | exec to running | to the first line | `--prefault`: to running | to the first line |"
+    );
+    println!("{}", rule(5));
+    for f in figures {
+        let [lazy, eager] = [&f.restore, &f.restore_prefault]
+            .map(|r| format!("{} | {}", r.running_us.time(), r.output_us.time()));
+        println!("| {} | {lazy} | {eager} |", f.guest_mib);
+    }
+}
+
+fn rule(columns: usize) -> String {
+    format!("|{}", "---|".repeat(columns))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::guest::{Bytes, Pause};
+    use super::*;
+
+    fn spread(values: &[f64]) -> Spread {
+        Spread::of(values.iter().copied()).unwrap()
+    }
+
+    #[test]
+    fn figures_have_units_and_ranges() {
+        let time = |values: &[f64]| spread(values).time().to_string();
+        assert_eq!(time(&[1.5e6, 2e6, 1e6]), "1.50 s (1.00 to 2.00)");
+        assert_eq!(time(&[123_456.0, 99_999.0]), "100.0 ms (100.0 to 123.5)");
+        assert_eq!(
+            time(&[250_000.0, 300_400.0, 400_000.0]),
+            "300 ms (250 to 400)"
+        );
+        assert_eq!(time(&[950.0]), "950 µs");
+        assert_eq!(spread(&[3.2, 3.2]).ratio().to_string(), "3.20");
+        let mib = f64::from(1 << 20);
+        assert_eq!(
+            spread(&[mib, 2.0 * mib, 3.0 * mib]).size().to_string(),
+            "2.0 MiB (1.0 to 3.0)"
+        );
+        assert!(Spread::of([].into_iter()).is_err());
+    }
+
+    #[test]
+    fn a_ratio_is_that_of_its_round() {
+        let taken = |total_us, plain_us| Taken {
+            report: Report {
+                bytes: Bytes {
+                    written_running: 0,
+                    written_paused: 1 << 20,
+                },
+                pause_us: Pause {
+                    total: 10_000,
+                    stop: 1000,
+                    devices: 2000,
+                    vcpus: 3000,
+                    memory: 4000,
+                },
+                total_us,
+            },
+            on_disk: 5 << 20,
+            plain_us,
+        };
+        let rounds = [
+            taken(300_000, 100e3),
+            taken(200_000, 200e3),
+            taken(400_000, 200e3),
+        ];
+        let saves = Saves::of(&rounds).unwrap();
+        assert_eq!(
+            saves.row(),
+            "5.0 MiB | 300 ms (200 to 400) | 10.0 ms | 1.0, 2.0, 3.0, 4.0 | 1.0 MiB | 200 ms (100 to 200) \
+             | 2.00 (1.00 to 3.00)"
+        );
+        assert_eq!(COLUMNS.split('|').count(), saves.row().split('|').count());
+        assert!(Saves::of(&[]).is_err());
+    }
+}
