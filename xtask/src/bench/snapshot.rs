@@ -31,23 +31,24 @@ const GUEST_ITSELF: u64 = 192;
 /// Memory of the machine itself and of what is in its page cache, in MiB.
 const MACHINE_ITSELF: u64 = 1024;
 
-/// Time, pause and size of snapshots, and time to restore them, for guests of several sizes
-///
-/// Each guest has 2 vCPUs, a disk, a network interface and Debian's kernel. When it has booted it touches every page of a part
-/// of its memory, and is idle. In each round, after one that does not count:
-///
-///   full         `tern snapshot`: total time, pause and its parts, bytes of files on disk; and as a ratio, the time to
-///                write the same data with plain `write` from a buffer to the same file system and to sync it. The
-///                snapshot also finds out which pages are zero, and computes a digest.
-///   incremental  `tern snapshot --base`, after the guest has written another word in every page of --dirty: the same figures
-///   restore      `tern restore` of what was saved while the guest ticked, with and without --prefault: from exec until
-///                the control API says that the guest runs, and until the first line on its console is complete.
-///                A tick is due at once. Files are in the page cache.
-///
-/// Files are in /dev/shm, which is memory; name another directory on a host that has a usable /dev/kvm to measure its disk.
-/// The emulated host gets as much memory as the sizes need.
+const MEASURED: &str = "\
+Each guest has 2 vCPUs, a disk, a network interface and Debian's kernel. When it has booted it writes to every page of a
+part of its memory, and is idle. In each round, after one that does not count:
+
+  full         tern snapshot: total time, pause and its parts, what its files take. As a ratio, the time of plain writes of
+               the same data, from a buffer to the same file system, and of syncing them. A snapshot finds out besides
+               which pages are zero, and has a digest.
+  incremental  tern snapshot --base, after the guest has written to every page of --dirty: the same figures.
+  restore      tern restore of a guest that was saved between two ticks, of which the next is due at once; with and without
+               --prefault. From exec until the control API says that the guest runs, and until its first line is complete.
+               The files are in the page cache.
+
+Files are in /dev/shm, which is memory. Where /dev/kvm is usable, --directory can name one on a disk. The emulated host is
+given as much memory as the sizes need.";
+
+/// `cargo xtask bench snapshot`: snapshots and restores of guests of several sizes
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = MEASURED)]
 pub struct Snapshot {
     #[command(flatten)]
     plan: Plan,
