@@ -34,6 +34,8 @@ pub mod diff;
 pub mod document;
 pub mod error;
 pub mod function;
+#[cfg(test)]
+mod golden;
 pub mod hex;
 pub mod irqchip;
 pub mod layout;
