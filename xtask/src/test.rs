@@ -49,8 +49,8 @@ const END_TO_END_CPUS: u32 = 1;
 const END_TO_END_HOSTS: usize = 2;
 /// The group of unit tests that need privilege, and so a machine: those of taps.
 const TAPS: &str = "taps::";
-/// The group that takes longest.
-const LONGEST: &str = "sriov::";
+/// The groups that take longest.
+const LONGEST: [&str; 2] = ["snapshot::", "sriov::"];
 /// Tests that run at the same time in one host: most of the time some guest waits for its own kernel.
 const END_TO_END_THREADS: &str = "--test-threads=2";
 
@@ -242,6 +242,6 @@ fn groups(tests: &Path) -> Result<Vec<String>> {
     groups.dedup();
     ensure!(!groups.is_empty(), "there are no end-to-end tests");
     // The longest first, so that it is not what all wait for in the end.
-    groups.sort_by_key(|group| group != LONGEST);
+    groups.sort_by_key(|group| !LONGEST.iter().any(|longest| group == longest));
     Ok(groups)
 }

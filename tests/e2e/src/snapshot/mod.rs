@@ -53,7 +53,22 @@ fn text(path: &Path) -> Result<&str> {
 fn save(guest: &Guest, directory: &Path, options: &[&str]) -> Result<Value> {
     let words = [&[text(directory)?], options].concat();
     let answer = guest.control.ask("snapshot", &words);
-    answer.with_context(|| format!("the console says\n{}", guest.vm.console()))
+    let answer = answer.with_context(|| format!("the console says\n{}", guest.vm.console()))?;
+    matches_the_schema(&directory.join("state.json"))?;
+    Ok(answer)
+}
+
+/// Fails unless the schema in the tree describes the state in `file`.
+fn matches_the_schema(file: &Path) -> Result<()> {
+    const SCHEMA: &str = include_str!("../../../../resources/snapshot.schema.json");
+    let validator = jsonschema::validator_for(&serde_json::from_str(SCHEMA)?)?;
+    let state = serde_json::from_slice(&std::fs::read(file)?)?;
+    let errors: Vec<_> = validator
+        .iter_errors(&state)
+        .map(|error| format!("{}: {error}", error.instance_path()))
+        .collect();
+    ensure!(errors.is_empty(), "{}: {errors:?}", file.display());
+    Ok(())
 }
 
 /// `tern restore`, to be run.
