@@ -70,6 +70,9 @@ pub enum DeviceError {
     /// The state of a function is there twice.
     #[error("functions: {0} is there twice")]
     Twice(String),
+    /// The state of an owner is there twice.
+    #[error("owners: {0} is there twice")]
+    OwnerTwice(String),
     /// An owner of this machine is not in the state.
     #[error("owners: {0} is missing")]
     OwnerMissing(String),
@@ -249,7 +252,7 @@ fn restore_owners(functions: &Functions, saved: &[Owner]) -> Result<(), DeviceEr
         let group = groups.iter().find(|group| group.name == owner.name);
         let group = group.ok_or_else(|| DeviceError::OwnerUnknown(owner.name.clone()))?;
         if saved.iter().take(index).any(|o| o.name == owner.name) {
-            return Err(DeviceError::Twice(owner.name.clone()));
+            return Err(DeviceError::OwnerTwice(owner.name.clone()));
         }
         let state = owner.plain().entry(index).field("owners")?;
         group
