@@ -143,13 +143,13 @@ impl Overrides {
             net.apply(machine)?;
         }
         if let Some(target) = &self.console {
-            machine.console = target.clone().into();
+            machine.console = absolute(target).into();
         }
         if let Some(target) = &self.virtio_console {
             let Some(console) = &mut machine.virtio_console else {
                 return Err(OverrideError::NoVirtioConsole);
             };
-            *console = target.clone().into();
+            *console = absolute(target).into();
         }
         Ok(())
     }
@@ -178,6 +178,15 @@ impl Overrides {
             return Ok(());
         }
         Err(OverrideError::Untrusted(open.join(", ")))
+    }
+}
+
+/// `target`, with the path of a file as that of a saved machine has to be.
+fn absolute(target: &Target) -> Target {
+    match target {
+        // A lost current directory is refused when the file is opened.
+        Target::File(path) => Target::File(std::path::absolute(path).unwrap_or(path.clone())),
+        other => other.clone(),
     }
 }
 
@@ -355,6 +364,20 @@ mod tests {
         let spec = machine.to_spec().unwrap();
         assert!(spec.nets[0].to_string().starts_with("switch=lan,mac="));
         assert!(spec.pfs[1].to_string().contains("uplink-tap=t1"));
+    }
+
+    #[test]
+    fn relative_paths_of_options_become_absolute() {
+        let mut machine = machine();
+        machine.virtio_console = Some("none".to_owned());
+        Overrides {
+            console: Some("file=a".parse().unwrap()),
+            virtio_console: Some("file=b".parse().unwrap()),
+            ..overrides(&["disk0=e0", "pf0=q", "pf0-vf%d=w%d"], &[])
+        }
+        .apply(&mut machine)
+        .unwrap();
+        machine.to_spec().unwrap();
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The specification of a machine: everything it is built from, with nothing left to defaults.
 
+mod files;
+
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -275,6 +277,7 @@ impl Machine {
                 format!("{memory} is not a number of MiB from 64M to 256G, in bytes"),
             ));
         }
+        self.check_files()?;
         let each = |field: &str, index: usize| format!("{field}[{index}]");
         let mut spec = MachineSpec {
             boot: Sources {
@@ -577,6 +580,26 @@ mod tests {
             ("/disks/0/serial", "\u{e9}".into(), "machine.disks[0]"),
             ("/disks/1/stops/device_stop", 3.into(), "machine.disks[1]"),
             ("/disks/1/file/path", "/d0".into(), "contradict"),
+            (
+                "/disks/0/file/path",
+                "d0".into(),
+                "machine.disks[0].file.path: d0 is relative",
+            ),
+            (
+                "/console",
+                "file=c".into(),
+                "machine.console: c is relative",
+            ),
+            (
+                "/pfs/1/device/block/vf_path",
+                "v%d".into(),
+                "machine.pfs[1].device.block.vf_path: v%d is relative",
+            ),
+            (
+                "/pfs/1/device/block/vf_files",
+                serde_json::json!({ "3": { "size": 1, "modified_s": 1, "modified_ns": 1 } }),
+                "machine.pfs[1].device.block.vf_files: there is no member 3",
+            ),
             ("/nets/0/mac", "01:00:00:00:00:00".into(), "machine.nets[0]"),
             ("/nets/0/peer/tap", "a/b".into(), "machine.nets[0]"),
             ("/pfs/0/vfs", 256.into(), "machine.pfs[0]"),
