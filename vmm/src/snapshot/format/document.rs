@@ -5,12 +5,13 @@
 //! 1. more than [`MAX_LEN`] bytes,
 //! 2. another format, or a version that this program does not read, whatever else is in the document,
 //! 3. what is no JSON, more than [`MAX_VALUES`] values or [`MAX_DEPTH`] levels of them, a member that is there twice,
-//! 4. what the types of the document do not have,
+//! 4. what the types of the document do not have, and lists of values where objects belong,
 //! 5. what no machine has: [`Document::validate`].
 //!
 //! Every error names the place. Memory is bounded by the length of the document, times a small factor: nothing is
 //! allocated for a number in it.
 
+mod forms;
 mod scan;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ use serde::de::DeserializeOwned;
 
 use super::error::Invalid;
 use super::layout::lay_out;
+use forms::Forms;
 
 /// Longest document, in bytes. 254 vCPUs with AMX and 510 virtual functions whose descriptors are all in flight take less
 /// than half of it, a test says.
@@ -101,13 +103,14 @@ impl FormatError {
 ///
 /// See the [module documentation](self). What is in the document may still be none of the machine that it is for.
 pub fn parse<T: Document>(bytes: &[u8]) -> Result<T, FormatError> {
-    check::<T>(bytes)?;
+    let found = checked::<T>(bytes)?;
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let document: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = error.path().to_string();
         let path = if path == "." { "" } else { path.as_str() };
         FormatError::at(path, error.inner())
     })?;
+    forms::check(bytes, found, &document)?;
     document.validate()?;
     Ok(document)
 }
@@ -119,6 +122,10 @@ pub fn parse<T: Document>(bytes: &[u8]) -> Result<T, FormatError> {
 ///
 /// All of [`FormatError`].
 pub fn check<T: Document>(bytes: &[u8]) -> Result<(), FormatError> {
+    checked::<T>(bytes).map(drop)
+}
+
+fn checked<T: Document>(bytes: &[u8]) -> Result<Forms, FormatError> {
     if bytes.len() > MAX_LEN {
         let len = bytes.len() as u64;
         return Err(FormatError::TooLong { len });

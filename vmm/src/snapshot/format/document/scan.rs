@@ -6,19 +6,21 @@ use std::ops::RangeInclusive;
 
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
+use super::forms::Forms;
 use super::{FormatError, MAX_DEPTH, MAX_MEMBERS, MAX_VALUES, quoted};
 
-/// Looks at all of `bytes`. See [`check`](super::check).
+/// Looks at all of `bytes`, and counts. See [`check`](super::check).
 pub fn scan(
     bytes: &[u8],
     format: &'static str,
     versions: RangeInclusive<u64>,
-) -> Result<(), FormatError> {
+) -> Result<Forms, FormatError> {
     let mut scan = Scan {
         format,
         versions,
         path: Vec::new(),
         values: 0,
+        forms: Forms::default(),
         format_is: None,
         version_is: None,
         scalar: None,
@@ -43,7 +45,7 @@ pub fn scan(
         }
     })?;
     match (scan.format_is, scan.version_is) {
-        (Some(_), Some(_)) => Ok(()),
+        (Some(_), Some(_)) => Ok(scan.forms),
         (None, _) => Err(FormatError::at("format", "is missing")),
         (_, None) => Err(FormatError::at("version", "is missing")),
     }
@@ -54,6 +56,7 @@ struct Scan {
     versions: RangeInclusive<u64>,
     path: Vec<Step>,
     values: u64,
+    forms: Forms,
     /// The members `format` and `version` of the document, once they were read.
     format_is: Option<Scalar>,
     version_is: Option<Scalar>,
@@ -204,6 +207,7 @@ impl<'de> Visitor<'de> for Value<'_> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
         let scan = self.0;
+        scan.forms.lists += 1;
         for index in 0.. {
             scan.path.push(Step::Entry(index));
             let entry = list.next_element_seed(Value(scan))?;
@@ -218,6 +222,7 @@ impl<'de> Visitor<'de> for Value<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let scan = self.0;
+        scan.forms.objects += 1;
         let outer = scan.path.is_empty();
         let mut names = HashSet::new();
         while let Some(name) = map.next_key::<String>()? {

@@ -107,6 +107,10 @@ fn other_documents_are_refused_by_their_name() {
 fn errors_name_the_place() {
     for (rest, expected) in [
         (
+            r#","functions":[{"size":1},[2]]}"#,
+            "functions[1]: is a list, and has to be an object",
+        ),
+        (
             r#","functions":[{"size":1},{"size":70000}]}"#,
             "functions[1].size: invalid value: integer `70000`, expected u16",
         ),
