@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use devices::admin::SessionError;
 use devices::context;
-use devices::state::Unsavable;
+use devices::state::{FunctionState, Shape, Unsavable};
 use devices::virtio::{RestoreError, VirtioFunction};
 use pci::root::PciRoot;
 use pci::state::PciStateError;
@@ -231,11 +231,26 @@ fn restore_functions(functions: &Functions, saved: &[Function]) -> Result<(), De
                 .restore_exact(&state, &transient)
                 .map_err(rejected)?,
         }
+        // Last: whatever else is wrong with it has a better name.
+        consistent(&saved.context, &state, &function.shape()).map_err(here)?;
     }
     match left.keys().next() {
         Some(name) => Err(DeviceError::Unknown((*name).to_owned())),
         None => Ok(()),
     }
+}
+
+/// Rejects a field that says something else than `state`, which was made of all of them: several registers are windows on
+/// what other fields have in full, and nobody looks at them otherwise.
+fn consistent(context: &Context, state: &FunctionState, shape: &Shape) -> Result<(), Invalid> {
+    let whole = Context::of_state(state, shape);
+    for (index, field) in context.0.iter().enumerate() {
+        if whole.0.get(index) != Some(field) && !whole.0.contains(field) {
+            let reason = format!("contradicts other fields of this context: {field}");
+            return Err(Invalid::new(reason)).entry(index).field("context");
+        }
+    }
+    Ok(())
 }
 
 /// `error` of the function that is entry `index` of the list.
