@@ -6,6 +6,7 @@
 //! | [`directory`] | directories that are no snapshots, or somebody else's |
 //! | [`drivers`] | what drives the devices meanwhile |
 //! | [`golden`] | documents of every version of the format |
+//! | [`hostile`] | documents that no monitor wrote |
 //! | [`live`] | devices in use, moved into another machine |
 //! | [`rig`] | machines in this process |
 
@@ -15,5 +16,6 @@
 mod directory;
 mod drivers;
 mod golden;
+mod hostile;
 mod live;
 mod rig;
