@@ -41,7 +41,7 @@ part of its memory, and is idle. In each round, after one that does not count:
   incremental  tern snapshot --base, after the guest has written to every page of --dirty: the same figures.
   restore      tern restore of a guest that was saved between two ticks, of which the next is due at once; with and without
                --prefault. From exec until the control API says that the guest runs, and until its first line is complete.
-               The files are in the page cache.
+               The files and their holes are in the page cache: what brings them there is told apart.
 
 Files are in /dev/shm, which is memory. Where /dev/kvm is usable, --directory can name one on a disk. The emulated host is
 given as much memory as the sizes need.";

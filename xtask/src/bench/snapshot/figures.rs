@@ -164,9 +164,13 @@ pub struct Figures {
     pub touched_mib: Mib,
     pub dirtied_mib: Mib,
     pub full: Saves,
+    /// The part of the total time, from 0 to 1, that came after the pause: digest and syncing. Seen once.
+    pub full_after_pause: f64,
     pub incremental: Saves,
     pub restore: Restores,
     pub restore_prefault: Restores,
+    /// Until the guest ran whose memory was read first of all, holes included.
+    pub first_prefault_us: f64,
 }
 
 /// What the columns of both tables of snapshots are.
@@ -180,6 +184,14 @@ pub fn print(figures: &[Figures]) {
     for f in figures {
         println!("| {}, {} | {} |", f.guest_mib, f.touched_mib, f.full.row());
     }
+    let after: Vec<String> = figures
+        .iter()
+        .map(|f| format!("{:.0} % ({})", f.full_after_pause * 100.0, f.guest_mib))
+        .collect();
+    println!(
+        "\nDigest and syncing, after the pause, are {} of the total, as seen in the round that does not count.",
+        after.join(", ")
+    );
     println!("\n| incremental: guest, written to | {COLUMNS} |");
     println!("{}", rule(8));
     for f in figures {
@@ -195,6 +207,15 @@ pub fn print(figures: &[Figures]) {
             .map(|r| format!("{} | {}", r.running_us.time(), r.output_us.time()));
         println!("| {} | {lazy} | {eager} |", f.guest_mib);
     }
+    let first: Vec<String> = figures
+        .iter()
+        .map(|f| format!("{:.2} s ({})", f.first_prefault_us / 1e6, f.guest_mib))
+        .collect();
+    println!(
+        "\nThe first `--prefault` of a snapshot, which fills the holes of its file in the page cache and does not count, ran \
+         after {}.",
+        first.join(", ")
+    );
 }
 
 fn rule(columns: usize) -> String {

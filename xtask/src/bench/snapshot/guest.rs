@@ -158,6 +158,25 @@ impl Guest<'_> {
             })
     }
 
+    /// Takes a snapshot, and asks all the time how far it is, which costs some: also the part of the total time, from 0 to 1,
+    /// that was left when memory was written and the pause was over.
+    pub fn save_watched(&mut self, directory: &Path) -> Result<(Report, f64)> {
+        let ended = AtomicBool::new(false);
+        let socket = self.socket.clone();
+        let begun = Instant::now();
+        let (report, after) = thread::scope(|scope| {
+            let after = scope.spawn(|| after_pause(&socket, &ended));
+            let report = self.save(directory, &[]);
+            ended.store(true, Relaxed);
+            (report, after.join())
+        });
+        let all = begun.elapsed().as_secs_f64();
+        // A snapshot that was too quick to be seen has nothing left then.
+        let left = after.ok().flatten();
+        let left = left.map_or(0.0, |at| all - (at - begun).as_secs_f64());
+        Ok((report?, left / all))
+    }
+
     fn ask(&self, directory: &Path, options: &[&str]) -> Result<Report> {
         let tern = text(self.bench.tern)?;
         let words = ["snapshot", "--json", "--api-socket", text(&self.socket)?];
@@ -211,9 +230,22 @@ pub fn taken(directory: &Path) -> Result<u64> {
 
 /// Asks the control API until the guest runs; when that was. None if it is told that the monitor has ended.
 fn running_since(socket: &Path, ended: &AtomicBool) -> Option<Instant> {
+    seen(socket, ended, |info| info.state == "running")
+}
+
+/// Asks the control API until a snapshot has its pause behind it; when that was.
+fn after_pause(socket: &Path, ended: &AtomicBool) -> Option<Instant> {
+    let after = |phase: &str| matches!(phase, "digest" | "sync");
+    seen(socket, ended, |info| {
+        info.progress.is_some_and(|p| after(&p.phase))
+    })
+}
+
+/// When an answer was seen that is as wanted.
+fn seen(socket: &Path, ended: &AtomicBool, wanted: impl Fn(Info) -> bool) -> Option<Instant> {
     while !ended.load(Relaxed) {
         // At first there is no socket, and then for a while nobody who answers.
-        if ask_state(socket).is_ok_and(|state| state == "running") {
+        if ask_info(socket).is_ok_and(&wanted) {
             return Some(Instant::now());
         }
         thread::sleep(LOOK);
@@ -221,27 +253,35 @@ fn running_since(socket: &Path, ended: &AtomicBool) -> Option<Instant> {
     None
 }
 
-/// The state of a guest.
-fn ask_state(socket: &Path) -> Result<String> {
+/// What the control API says about a guest.
+#[derive(Debug, PartialEq, Deserialize)]
+struct Info {
+    state: String,
+    progress: Option<Progress>,
+}
+
+/// How far a snapshot is.
+#[derive(Debug, PartialEq, Deserialize)]
+struct Progress {
+    phase: String,
+}
+
+fn ask_info(socket: &Path) -> Result<Info> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(b"GET /api/v1/info HTTP/1.1\r\nHost: tern\r\nConnection: close\r\n\r\n")?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer)?;
-    state(&String::from_utf8(answer)?)
+    info(&String::from_utf8(answer)?)
 }
 
-/// The state in an answer of the API.
-fn state(answer: &str) -> Result<String> {
-    #[derive(Deserialize)]
-    struct Info {
-        state: String,
-    }
+/// What an answer of the API says.
+fn info(answer: &str) -> Result<Info> {
     let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP")?;
     if head.split(' ').nth(1) != Some("200") {
         bail!("{head}");
     }
-    Ok(serde_json::from_str::<Info>(body)?.state)
+    Ok(serde_json::from_str(body)?)
 }
 
 #[cfg(test)]
@@ -276,13 +316,20 @@ mod tests {
 
     #[test]
     fn states_are_read() {
-        let answer = |head: &str, body: &str| state(&format!("{head}\r\nx: y\r\n\r\n{body}"));
+        let answer = |head: &str, body: &str| info(&format!("{head}\r\nx: y\r\n\r\n{body}"));
         let ok = "HTTP/1.1 200 OK";
         let body = r#"{"version":"0","state":"running","cpus":2}"#;
-        assert_eq!(answer(ok, body).unwrap(), "running");
+        let running = answer(ok, body).unwrap();
+        assert_eq!(
+            (running.state.as_str(), running.progress),
+            ("running", None)
+        );
+        let body = r#"{"state":"saving","progress":{"phase":"digest","done":1,"total":2}}"#;
+        let saving = answer(ok, body).unwrap().progress.unwrap();
+        assert_eq!(saving.phase, "digest");
         assert!(answer("HTTP/1.1 500 No", body).is_err());
         assert!(answer(ok, "{}").is_err());
-        assert!(state("").is_err());
+        assert!(info("").is_err());
     }
 
     #[test]

@@ -46,7 +46,7 @@ impl Inside {
         }
         if self.plan.json {
             println!("{}", serde_json::to_string_pretty(&all)?);
-        } else {
+        } else if !all.is_empty() {
             let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
             let host = match host.trim_end() {
                 EMULATED => "in the emulated host, good for ratios only",
@@ -97,35 +97,44 @@ fn measure(bench: &Bench, size: Mib) -> Result<Figures> {
         plan.touched(size)
     );
     let mut guest = bench.boot(size)?;
-    let full = full(bench, size, &mut guest).context("full snapshots")?;
+    let (full, after_pause) = full(bench, size, &mut guest).context("full snapshots")?;
     let incremental = incremental(bench, size, &mut guest).context("incremental snapshots")?;
     let saved = bench.path("saved");
     guest
         .end(&saved)
         .context("the snapshot that is to be restored")?;
-    let [lazy, eager] = restores(bench, size, &saved).context("restoring")?;
+    let ([lazy, eager], first) = restores(bench, size, &saved).context("restoring")?;
     Ok(Figures {
         guest_mib: size,
         touched_mib: plan.touched(size),
         dirtied_mib: plan.dirty,
         full,
+        full_after_pause: after_pause,
         incremental,
         restore: lazy,
         restore_prefault: eager,
+        first_prefault_us: first,
     })
 }
 
-fn full(bench: &Bench, size: Mib, guest: &mut Guest<'_>) -> Result<Saves> {
+/// Also what part of the total time came after the pause, in the round that does not count.
+fn full(bench: &Bench, size: Mib, guest: &mut Guest<'_>) -> Result<(Saves, f64)> {
     let directory = bench.path("full");
     let mut all = Vec::new();
+    let mut after_pause = 0.0;
     for round in 0..=bench.plan.rounds {
-        let report = guest.save(&directory, &[])?;
+        let report;
+        if round == 0 {
+            (report, after_pause) = guest.save_watched(&directory)?;
+        } else {
+            report = guest.save(&directory, &[])?;
+        }
         let taken = compare(bench, &directory, report)?;
         progress(bench, size, round, "full", &taken);
         all.push(taken);
         fs::remove_dir_all(&directory)?;
     }
-    Saves::of(&all[1..])
+    Ok((Saves::of(&all[1..])?, after_pause))
 }
 
 /// A chain, whose files are removed in the end.
@@ -163,8 +172,9 @@ fn compare(bench: &Bench, directory: &Path, report: Report) -> Result<Taken> {
     })
 }
 
-/// On demand, and with all memory first.
-fn restores(bench: &Bench, size: Mib, saved: &Path) -> Result<[Restores; 2]> {
+/// On demand, and with all memory first. Also the microseconds until a guest ran whose memory was read for the first time:
+/// tmpfs then finds memory for every hole of the file, and the rounds that count read that.
+fn restores(bench: &Bench, size: Mib, saved: &Path) -> Result<([Restores; 2], f64)> {
     let mut all = [Vec::new(), Vec::new()];
     for round in 0..=bench.plan.rounds {
         for (prefault, all) in [false, true].into_iter().zip(&mut all) {
@@ -180,7 +190,9 @@ fn restores(bench: &Bench, size: Mib, saved: &Path) -> Result<[Restores; 2]> {
         }
     }
     let [lazy, eager] = all;
-    Ok([Restores::of(&lazy[1..])?, Restores::of(&eager[1..])?])
+    let first = eager[0].running.as_secs_f64() * 1e6;
+    let both = [Restores::of(&lazy[1..])?, Restores::of(&eager[1..])?];
+    Ok((both, first))
 }
 
 fn progress(bench: &Bench, size: Mib, round: u32, kind: &str, taken: &Taken) {
