@@ -37,7 +37,7 @@ pub enum WriteError {
         free: u64,
     },
     /// Something is there already.
-    #[error("{} exists; choose another name, or say that it is to be replaced", .0.display())]
+    #[error("{} exists; choose another name, or have it replaced (--replace)", .0.display())]
     Exists(PathBuf),
     /// What is to be replaced is no snapshot.
     #[error("{} is not replaced, since it is no snapshot: {why}; remove it first", path.display())]

@@ -33,7 +33,8 @@ Exit status:
   4      the guest's kernel panicked and reported it through the panic device (Linux: module pvpanic-mmio;
          a guest without it that reboots on panic, as with panic=-1, ends with 3)
   5      KVM could not go on running a vCPU
-  6      the guest was ended from outside: Ctrl-A x on the console, or a forced shutdown over the API
+  6      the guest was ended from outside: Ctrl-A x on the console, a forced shutdown over the API, or
+         a snapshot that was to end it
   7      the guest powered itself off, but console output was lost (full disk, reader gone, ...); a warning
          said so when it began
   128+N  the process was ended by signal N";

@@ -76,9 +76,9 @@ impl Image {
         expected: Option<&Expected>,
         bases: Bases<'_>,
     ) -> Result<Self, ReadError> {
-        let mut top = Layer::open(snapshot)?;
+        let named = expected.map(|expected| (expected.id, &expected.layout));
+        let mut top = Layer::open(snapshot, named)?;
         if let Some(expected) = expected {
-            top.check(expected.id, &expected.layout)?;
             if expected.digest.is_some_and(|d| d != top.header.digest) {
                 return Err(ReadError::OtherDigest(top.path));
             }
@@ -103,8 +103,7 @@ impl Image {
                     id: base.id,
                 })?,
             };
-            let next = Layer::open(&below)?;
-            next.check(base.id, &top.header.layout)?;
+            let next = Layer::open(&below, Some((base.id, &top.header.layout)))?;
             // It goes down by one each time, so that a chain ends, after MAX_CHAIN files at the latest.
             if next.header.depth + 1 != top.header.depth || layers.len() as u32 >= MAX_CHAIN {
                 return Err(ReadError::Depth(top.path));
@@ -293,8 +292,32 @@ fn named(paths: &[PathBuf], id: SnapshotId) -> Result<Option<Reader>, ReadError>
     Ok(None)
 }
 
+/// Whether a memory file is that of snapshot `id`, of a guest with this RAM.
+fn check(
+    path: &Path,
+    header: &Header,
+    id: SnapshotId,
+    layout: &RamLayout,
+) -> Result<(), ReadError> {
+    if header.id != id {
+        return Err(ReadError::OtherSnapshot {
+            path: path.into(),
+            found: header.id,
+            expected: id,
+        });
+    }
+    if header.layout != *layout {
+        return Err(ReadError::OtherLayout(path.into()));
+    }
+    Ok(())
+}
+
 impl Layer {
-    fn open(snapshot: &Reader) -> Result<Self, ReadError> {
+    /// `expected`: id and RAM. They are looked at before memory is taken for the map.
+    fn open(
+        snapshot: &Reader,
+        expected: Option<(SnapshotId, &RamLayout)>,
+    ) -> Result<Self, ReadError> {
         let path = snapshot.path().join(MEMORY);
         let file = snapshot.memory()?;
         // Before anything of it is looked at, so that it stays what it is.
@@ -305,6 +328,9 @@ impl Layer {
             Err(error) => tracing::warn!(path = %path.display(), %error, "cannot lock memory file"),
         }
         let header = snapshot.header()?;
+        if let Some((id, layout)) = expected {
+            check(&path, &header, id, layout)?;
+        }
         let present = snapshot.map(&header)?;
         Ok(Self {
             directory: snapshot.path().into(),
@@ -314,20 +340,6 @@ impl Layer {
             path,
             identity: snapshot.identity()?,
         })
-    }
-
-    fn check(&self, id: SnapshotId, layout: &RamLayout) -> Result<(), ReadError> {
-        if self.header.id != id {
-            return Err(ReadError::OtherSnapshot {
-                path: self.path.clone(),
-                found: self.header.id,
-                expected: id,
-            });
-        }
-        if self.header.layout != *layout {
-            return Err(ReadError::OtherLayout(self.path.clone()));
-        }
-        Ok(())
     }
 
     /// Fills `piece` with the `len` bytes at `start`. Holes are only made zero if `clears`.

@@ -179,19 +179,34 @@ async fn snapshot(Extract(context): Extract<Context>, body: Bytes) -> Response {
         Err(error) => return failure(StatusCode::BAD_REQUEST, error),
     };
     let machine = Arc::clone(&context.machine);
+    let mut waiting = Waiting(Some(Arc::clone(&context.machine)));
     let saved = tokio::task::spawn_blocking(move || save(&machine, &request)).await;
+    waiting.0 = None;
     let state = context.machine.state().into();
-    // Nobody may be listening.
-    let _ = context.events.send(Event {
-        state,
-        outcome: None,
-        exit_status: None,
-    });
+    // The end is announced with its outcome. Nobody may be listening.
+    if state != State::Ended {
+        let _ = context.events.send(Event {
+            state,
+            outcome: None,
+            exit_status: None,
+        });
+    }
     match saved {
         Ok(Ok(report)) => Json(SnapshotAnswer { state, report }).into_response(),
         Ok(Err(error)) if error.is_conflict() => failure(StatusCode::CONFLICT, chain(&error)),
         Ok(Err(error)) => failure(StatusCode::INTERNAL_SERVER_ERROR, chain(&error)),
         Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
+    }
+}
+
+/// Whoever asked for a snapshot and waits for it; dropped if the connection is closed before the answer.
+struct Waiting(Option<Arc<Machine>>);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(machine) = &self.0 {
+            machine.give_up_snapshot();
+        }
     }
 }
 

@@ -84,6 +84,7 @@ impl Process {
         if let Some(output) = &output {
             output.flush(LAST_WORDS);
         }
+        machine.wait_for_snapshot();
         if let Some(server) = server {
             server.announce(&outcome.clone().with_loss(loss.reason()));
         }

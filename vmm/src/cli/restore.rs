@@ -17,8 +17,9 @@ Examples:
   tern restore --paused --api-socket a.sock --net net0=tap=tap7 template
 
 To a guest it looks as if it had slept: its time of day is right, and timers that ran out meanwhile are due. With --clock
-saved its clocks go on where they stopped. Memory is read from the snapshot as the guest touches it, so that DIR must stay
-as it is while the guest runs.";
+saved its clocks go on where they stopped. Memory is read from the snapshot as the guest touches it: DIR may be replaced or
+removed meanwhile, but its files must not be changed in place. Of an incremental snapshot, what is newer than the oldest of
+its bases is read first.";
 
 /// See [`ClockChoice`].
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -89,7 +90,7 @@ impl Restore {
             console: self.console,
             virtio_console: self.virtio_console,
         };
-        let source = Source::open(&self.directory, &overrides)?;
+        let source = Source::open(&self.directory, &overrides, self.force)?;
         let options = Options {
             clock: match self.clock {
                 Clock::Host => ClockChoice::Host,
@@ -97,7 +98,6 @@ impl Restore {
             },
             prefault: self.prefault,
             track: self.track,
-            force: self.force,
         };
         let spec = source.spec().clone();
         process.host(

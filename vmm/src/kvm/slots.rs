@@ -113,7 +113,8 @@ impl Slots {
             Ok(()) => *logging = on,
             // Not half of it.
             Err(_) if on => _ = self.set_all(0, ""),
-            Err(_) => {}
+            // A start sets all of them anew.
+            Err(_) => *logging = false,
         }
         outcome
     }

@@ -261,7 +261,7 @@ impl Hardware {
             model: self.model,
             msrs: self.msrs,
             spec: self.spec,
-            leases: Leases::default(),
+            leases: Leases::starting(),
             meter: Meter::default(),
             start: Mutex::default(),
             input: Mutex::new(self.input),

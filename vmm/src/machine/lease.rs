@@ -4,7 +4,7 @@
 //! somebody holds it, everybody else is told who. A machine is saved without administration commands under way, and none
 //! begins until it is.
 //!
-//! Locks are taken in this order: the lease; the input of the guest (`Machine::touch`); the state of the vCPUs
+//! Locks are taken in this order: the lease; the input of the guest (`Machine::input`); the state of the vCPUs
 //! ([`Control`](crate::vcpu::Control)); a function's, an owner's before its members'; its MSI-X table; interrupt routes.
 //! Nobody waits for a vCPU while holding the lock of a function.
 
@@ -72,6 +72,22 @@ struct State {
 }
 
 impl Leases {
+    /// Of a machine that was not started: that lease is taken, until [`Self::started`].
+    pub fn starting() -> Self {
+        Self {
+            state: Mutex::new(State {
+                holder: Some(Purpose::Start),
+                commands: 0,
+            }),
+        }
+    }
+
+    /// The machine was started.
+    pub fn started(&self) {
+        let mut state = self.lock();
+        state.holder = state.holder.filter(|holder| *holder != Purpose::Start);
+    }
+
     /// Takes the lease, at once or not at all.
     pub fn take(&self, purpose: Purpose) -> Result<Lease<'_>, Busy> {
         let mut state = self.lock();
@@ -145,6 +161,17 @@ mod tests {
         drop(first);
         assert_eq!(leases.holder(), None);
         leases.take(Purpose::Pause).unwrap();
+    }
+
+    #[test]
+    fn nothing_else_comes_before_the_start() {
+        let leases = Leases::starting();
+        let refused = leases.take(Purpose::Snapshot).unwrap_err();
+        assert_eq!(refused, Busy::Held(Purpose::Start));
+        leases.started();
+        let _lease = leases.take(Purpose::Snapshot).unwrap();
+        leases.started();
+        assert_eq!(leases.holder(), Some(Purpose::Snapshot));
     }
 
     #[test]

@@ -146,6 +146,15 @@ impl Machine {
         &self.pages
     }
 
+    /// Waits for the end of a snapshot that is being taken: once its state is read, it is worth completing although the
+    /// guest has ended.
+    pub fn wait_for_snapshot(&self) {
+        const LOOK: Duration = Duration::from_millis(20);
+        while self.leases.holder() == Some(Purpose::Snapshot) {
+            std::thread::sleep(LOOK);
+        }
+    }
+
     /// True while vCPUs run guest code.
     pub(crate) fn is_running(&self) -> bool {
         self.control.state() == RunState::Running
@@ -199,6 +208,11 @@ impl Machine {
         self.meter.read()
     }
 
+    /// Nobody waits any more for the snapshot that is being taken.
+    pub fn give_up_snapshot(&self) {
+        self.meter.give_up();
+    }
+
     /// How the guest ended, if it has.
     pub fn outcome(&self) -> Option<Outcome> {
         self.control.outcome()
@@ -218,35 +232,39 @@ impl Machine {
     pub fn start(&self, paused: bool) -> Result<(), TransitionError> {
         let mut start = self.lock_start();
         start.done = true;
-        if paused || start.paused {
-            return Ok(());
-        }
-        self.let_run()
+        let outcome = if paused || start.paused {
+            Ok(())
+        } else {
+            self.let_run()
+        };
+        self.leases.started();
+        outcome
     }
 
     /// Lets the guest run. No effect on a running machine. Returns the state the machine is in then.
     pub fn resume(&self) -> Result<State, TransitionError> {
-        let _lease = self.leases.take(Purpose::Resume)?;
         let mut start = self.lock_start();
-        start.paused = false;
-        if start.done {
-            self.let_run()?;
-            return Ok(State::Running);
+        if !start.done {
+            start.paused = false;
+            return Ok(State::Created);
         }
-        Ok(State::Created)
+        drop(start);
+        let _lease = self.leases.take(Purpose::Resume)?;
+        self.let_run()?;
+        Ok(State::Running)
     }
 
     /// Stops vCPUs, then devices; returns when nothing of the guest happens any more. No effect on a paused machine.
     ///
     /// If a vCPU or a device does not come to rest the guest goes on running, as if nothing had been asked.
     pub fn pause(&self) -> Result<State, TransitionError> {
-        let lease = self.leases.take(Purpose::Pause)?;
         let mut start = self.lock_start();
         if !start.done {
             start.paused = true;
             return Ok(State::Paused);
         }
         drop(start);
+        let lease = self.leases.take(Purpose::Pause)?;
         self.quiesce(&lease)?.keep();
         Ok(State::Paused)
     }

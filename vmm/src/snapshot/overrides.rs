@@ -156,16 +156,23 @@ impl Overrides {
 
     /// Refuses paths that only the snapshot names, for one that is somebody else's. To be asked before [`Self::apply`].
     pub fn check_trust(&self, machine: &Machine) -> Result<(), OverrideError> {
-        let named = |name: &str| {
-            let all = name
-                .split_once("-vf")
-                .map(|(owner, _)| format!("{owner}-vf%d"));
-            self.disks
-                .iter()
-                .any(|disk| disk.name == name || Some(&disk.name) == all.as_ref())
-        };
-        let files = machine.files().into_iter().map(|(name, _)| name);
-        let mut open: Vec<_> = files.filter(|name| !named(name)).collect();
+        let files = machine.files().into_iter().map(|(name, _, _)| name);
+        let mut open: Vec<_> = files.filter(|name| !self.names_file(name)).collect();
+        let net = |name: &String| self.nets.iter().any(|net| net.name == *name);
+        let taps = machine.nets.iter().enumerate();
+        let taps = taps.filter(|(_, net)| matches!(net.peer, Peer::Tap(_)));
+        let taps = taps.map(|(index, _)| format!("net{index}"));
+        let uplinks = machine.pfs.iter().enumerate().filter(|(_, pf)| {
+            matches!(
+                pf.device,
+                PfKind::Net {
+                    uplink_tap: Some(_),
+                    ..
+                }
+            )
+        });
+        let uplinks = uplinks.map(|(index, _)| format!("pf{index}"));
+        open.extend(taps.chain(uplinks).filter(|name| !net(name)));
         let is_file = |target: &str| target.starts_with("file=");
         if self.console.is_none() && is_file(&machine.console) {
             open.push("--console".to_owned());
@@ -179,6 +186,31 @@ impl Overrides {
         }
         Err(OverrideError::Untrusted(open.join(", ")))
     }
+
+    /// True if there is an option for the file of disk `name`.
+    fn names_file(&self, name: &str) -> bool {
+        let all = name.split_once("-vf");
+        let all = all.map(|(owner, _)| format!("{owner}-vf%d"));
+        let is = |disk: &DiskOverride| disk.name == name || Some(&disk.name) == all.as_ref();
+        self.disks.iter().any(is)
+    }
+
+    /// Refuses files that are not what they were when the guest was saved. Those that were named by an option are taken as
+    /// they are. To be asked after [`Self::apply`].
+    pub fn check_files(&self, machine: &Machine) -> Result<(), OverrideError> {
+        let files = machine.files().into_iter();
+        let files = files.filter(|(name, _, _)| !self.names_file(name));
+        let changed: Vec<_> = files
+            .filter_map(|(name, file, readonly)| {
+                let what = changed(&file, readonly)?;
+                Some(format!("{name}: {} {what}", file.path.display()))
+            })
+            .collect();
+        if changed.is_empty() {
+            return Ok(());
+        }
+        Err(OverrideError::Changed(changed.join("; ")))
+    }
 }
 
 /// `target`, with the path of a file as that of a saved machine has to be.
@@ -190,27 +222,21 @@ fn absolute(target: &Target) -> Target {
     }
 }
 
-/// Refuses files that are not what they were when the guest was saved. Those that were named by an option are taken as
-/// they are.
-pub fn check_files(machine: &Machine) -> Result<(), OverrideError> {
-    let changed = |(name, file): (String, File)| {
-        let then = file.identity?;
-        let what = match Identity::of(&file.path) {
-            // One that is missing is refused when it is opened.
-            None => return None,
-            Some(now) if now == then => return None,
-            Some(now) if now.size != then.size => {
-                format!("has {} bytes and had {}", now.size, then.size)
-            }
-            Some(_) => "was written to since".to_owned(),
-        };
-        Some(format!("{name}: {} {what}", file.path.display()))
-    };
-    let changed: Vec<_> = machine.files().into_iter().filter_map(changed).collect();
-    if changed.is_empty() {
-        return Ok(());
+/// In what way `file` is not what it was when the guest was saved.
+fn changed(file: &File, readonly: bool) -> Option<String> {
+    let now = Identity::of(&file.path);
+    match (file.identity, now) {
+        (Some(then), Some(now)) if now == then => None,
+        (Some(then), Some(now)) if now.size != then.size => {
+            Some(format!("has {} bytes and had {}", now.size, then.size))
+        }
+        (Some(_), Some(_)) => Some("was written to since".to_owned()),
+        (None, _) if !readonly => {
+            Some("is a block device, which does not say whether it was written to since".to_owned())
+        }
+        // One that is missing is refused when it is opened.
+        _ => None,
     }
-    Err(OverrideError::Changed(changed.join("; ")))
 }
 
 impl DiskOverride {
@@ -415,9 +441,9 @@ mod tests {
             ..Config::default()
         };
         let mut machine = Machine::of(&config.resolve().unwrap());
-        assert_eq!(check_files(&machine), Ok(()));
+        assert_eq!(none.check_files(&machine), Ok(()));
         std::fs::write(&path, "longer than before").unwrap();
-        let error = check_files(&machine).unwrap_err().to_string();
+        let error = none.check_files(&machine).unwrap_err().to_string();
         assert!(
             error.contains("disk0") && error.contains("had 6"),
             "{error}"
@@ -425,6 +451,6 @@ mod tests {
         overrides(&[&format!("disk0={}", path.display())], &[])
             .apply(&mut machine)
             .unwrap();
-        assert_eq!(check_files(&machine), Ok(()));
+        assert_eq!(none.check_files(&machine), Ok(()));
     }
 }

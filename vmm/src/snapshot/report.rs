@@ -1,7 +1,7 @@
 //! What a snapshot is asked for, how far it is, and what it came to.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -126,9 +126,20 @@ pub struct Meter {
     phase: Mutex<Option<Phase>>,
     done: AtomicU64,
     total: AtomicU64,
+    given_up: AtomicBool,
 }
 
 impl Meter {
+    /// Whoever asked for it does not wait any more.
+    pub fn give_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+    }
+
+    /// True once nobody waits any more.
+    pub fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed)
+    }
+
     /// Nothing of `phase` is done yet.
     pub fn begin(&self, phase: Phase) {
         self.show(0, 0);
@@ -143,6 +154,7 @@ impl Meter {
 
     /// Nothing is under way any more.
     pub fn end(&self) {
+        self.given_up.store(false, Ordering::Relaxed);
         *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 

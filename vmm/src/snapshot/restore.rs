@@ -12,7 +12,7 @@ use super::format::FormatError;
 use super::format::error::Invalid;
 use super::format::machine::MachineError;
 use super::format::state::State;
-use super::overrides::{OverrideError, Overrides, check_files};
+use super::overrides::{OverrideError, Overrides};
 use crate::config::MachineSpec;
 use crate::console::output::Output;
 use crate::kvm::model::{CpuModel, Mismatch};
@@ -92,27 +92,29 @@ pub struct Options {
     pub prefault: bool,
     /// What changes is tracked, so that this snapshot can be the base of another.
     pub track: bool,
-    /// KVM may only interpret guest code.
-    pub force: bool,
 }
 
-/// A snapshot that was read and found good, as far as that can be said without a host.
+/// A snapshot that was read and found good, on a host that can run it.
 pub struct Source {
     state: State,
     spec: MachineSpec,
     model: CpuModel,
     cpu: state::State,
     image: Image,
+    host: Host,
 }
 
 impl Source {
-    /// Reads and checks the snapshot at `path`, with what is to be different in the machine.
-    pub fn open(path: &Path, overrides: &Overrides) -> Result<Self, RestoreError> {
+    /// Reads and checks the snapshot at `path`, with what is to be different in the machine, and looks whether this host can
+    /// run it. `force` accepts a KVM that only interprets guest code.
+    pub fn open(path: &Path, overrides: &Overrides, force: bool) -> Result<Self, RestoreError> {
         let reader = Reader::open(path)?;
         let mut state: State = super::format::parse(&reader.state()?)?;
+        let mut bases = Bases::Follow;
         if let Err(error) = reader.belongs_to_caller() {
             tracing::debug!(%error, "paths of the snapshot are not followed");
             overrides.check_trust(&state.machine)?;
+            bases = Bases::None;
         }
         overrides.apply(&mut state.machine)?;
         let spec = state.machine.to_spec()?;
@@ -128,14 +130,21 @@ impl Source {
             layout: ram_layout(&spec)?,
             digest: Some(state.digest()?),
         };
-        let image = Image::open(&reader, Some(&expected), Bases::Follow)?;
-        check_files(&state.machine)?;
+        let image = Image::open(&reader, Some(&expected), bases)?;
+        overrides.check_files(&state.machine)?;
+        let host = Host::open(force)?;
+        let mut lacking = model.check_host(host.cpu());
+        lacking.extend(cpu.check_host(host.cpu()));
+        if !lacking.is_empty() {
+            return Err(RestoreError::Host(lacking));
+        }
         Ok(Self {
             state,
             spec,
             model,
             cpu,
             image,
+            host,
         })
     }
 
@@ -151,16 +160,10 @@ impl Source {
         output: Option<&Output>,
         options: Options,
     ) -> Result<Arc<Machine>, RestoreError> {
-        let host = Host::open(options.force)?;
-        let mut lacking = self.model.check_host(host.cpu());
-        lacking.extend(self.cpu.check_host(host.cpu()));
-        if !lacking.is_empty() {
-            return Err(RestoreError::Host(lacking));
-        }
         let ram = self.memory(options.prefault)?;
         let id = self.image.id();
         let mut hardware = Hardware::create(
-            host,
+            self.host,
             self.spec,
             self.model,
             Arc::clone(&ram),

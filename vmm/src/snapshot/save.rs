@@ -12,8 +12,10 @@
 //! A snapshot that fails leaves nothing behind: no file, no page that is taken for saved, and a guest that does what it did
 //! before.
 
+use std::cell::Cell;
 use std::io;
 use std::ops::ControlFlow;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -26,7 +28,7 @@ use super::format::FormatError;
 use super::format::machine::Machine as MachineJson;
 use super::format::serial::Serial;
 use super::format::state::{Parts, State};
-use super::report::{Bytes, Meter, Pause, Phase, Report, Request, Then};
+use super::report::{Bytes, Pause, Phase, Report, Request, Then};
 use crate::errors::chain;
 use crate::exit::Outcome;
 use crate::kvm::state::{self, StateError};
@@ -37,9 +39,8 @@ use crate::machine::{Machine, TransitionError};
 /// Memory is written once more while the guest runs if it has changed more than this: so much is written in a pause that
 /// nobody notices.
 const SMALL: u64 = 4 << 20;
-/// How often memory is written while the guest runs, at most. A guest that changes it faster than it can be written is not
-/// overtaken by more of them.
-const PASSES: u32 = 4;
+/// How often memory is written while the guest runs, at most.
+const PASSES: u32 = 8;
 
 /// Why there is no snapshot. The guest does what it did before.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +77,7 @@ pub enum SnapshotError {
         reason: String,
     },
     /// A disk cannot be synced.
-    #[error("{name}: cannot sync {}: {source}", path.display())]
+    #[error("{name}: cannot sync {}: {source}; the guest's disk must be there by its name", path.display())]
     Sync {
         /// Name of the disk.
         name: String,
@@ -110,7 +111,10 @@ pub fn save(machine: &Machine, request: &Request) -> Result<Report, SnapshotErro
     let lease = machine
         .lease(Purpose::Snapshot)
         .map_err(TransitionError::from)?;
-    let meter = Shown(&machine.meter);
+    let meter = Shown {
+        machine,
+        captured: Cell::new(false),
+    };
     let tracked = machine.pages().since();
     if let Some(base) = &request.base {
         check_base(base, tracked)?;
@@ -145,15 +149,21 @@ pub fn save(machine: &Machine, request: &Request) -> Result<Report, SnapshotErro
     };
     let mut next = first(attempt.take()?, guest.layout());
 
-    meter.0.begin(Phase::Memory);
-    let mut passes = 0;
-    while machine.is_running() && passes < PASSES && next.count() * migration::PAGE_SIZE > SMALL {
+    meter.begin(Phase::Memory);
+    for _ in 0..PASSES {
+        let before = next.count();
+        if !machine.is_running() || before * migration::PAGE_SIZE <= SMALL {
+            break;
+        }
         bytes.written_running += memory.write(&next, Guest::Running)?;
         next = attempt.take()?;
-        passes += 1;
+        // A guest that changes memory about as fast as it can be written is not overtaken by doing it again.
+        if next.count() > before / 4 * 3 {
+            break;
+        }
     }
 
-    meter.0.begin(Phase::Pause);
+    meter.begin(Phase::Pause);
     let mut pause = Pause::default();
     let paused = Instant::now();
     let mut clock = Stopwatch(paused);
@@ -172,13 +182,14 @@ pub fn save(machine: &Machine, request: &Request) -> Result<Report, SnapshotErro
     let specification = MachineJson::of(machine.spec());
     pause.memory = clock.lap();
     // If anything fails from here on, the guest goes on in any case.
+    meter.captured.set(true);
     let held = (request.then != Then::Resume).then_some(quiesced);
     pause.total = micros(paused.elapsed());
 
-    meter.0.begin(Phase::Digest);
+    meter.begin(Phase::Digest);
     let id = memory.writer.id();
     let memory = memory.finish()?;
-    meter.0.begin(Phase::Sync);
+    meter.begin(Phase::Sync);
     sync_disks(&specification)?;
     let document = State::of(Parts {
         id,
@@ -194,8 +205,14 @@ pub fn save(machine: &Machine, request: &Request) -> Result<Report, SnapshotErro
     let text = super::format::write(&document)?;
     bytes.state = text.len() as u64;
     let committed = writer.commit(&text, memory)?;
-    attempt.succeed(id);
-    tracking.end(request.track)?;
+    // From here on it is there, whatever happens.
+    if was_tracking && request.base.is_none() && !request.track {
+        // One beside those that build on each other: what changed since the last of them is still to be written.
+        drop(attempt);
+    } else {
+        attempt.succeed(id);
+        tracking.end(request.track);
+    }
     if let Some(quiesced) = held {
         quiesced.keep();
     }
@@ -234,8 +251,12 @@ fn check_base(base: &std::path::Path, tracked: Option<SnapshotId>) -> Result<(),
 
 /// Has everything on the disk that the guest's disks were told to write.
 fn sync_disks(machine: &MachineJson) -> Result<(), SnapshotError> {
-    for (name, file) in machine.files() {
-        let synced = std::fs::File::open(&file.path).and_then(|file| file.sync_data());
+    for (name, file, _) in machine.files() {
+        let opened = std::fs::File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&file.path);
+        let synced = opened.and_then(|file| file.sync_data());
         synced.map_err(|source| SnapshotError::Sync {
             name,
             path: file.path,
@@ -266,13 +287,27 @@ impl Copy<'_> {
     }
 }
 
-/// A meter that is ended with the snapshot.
-struct Shown<'a>(&'a Meter);
+/// The meter of a machine while a snapshot is taken, which is given up if nobody waits for it any more, or if the guest ends
+/// before its state was read.
+struct Shown<'a> {
+    machine: &'a Machine,
+    /// All of the state was read.
+    captured: Cell<bool>,
+}
 
 impl Shown<'_> {
+    fn begin(&self, phase: Phase) {
+        self.machine.meter.begin(phase);
+    }
+
     fn progress(&self) -> impl FnMut(migration::Progress) -> ControlFlow<()> + '_ {
         |progress| {
-            self.0.show(progress.done, progress.total);
+            let meter = &self.machine.meter;
+            meter.show(progress.done, progress.total);
+            let in_vain = !self.captured.get() && self.machine.outcome().is_some();
+            if meter.is_given_up() || in_vain {
+                return ControlFlow::Break(());
+            }
             ControlFlow::Continue(())
         }
     }
@@ -280,7 +315,7 @@ impl Shown<'_> {
 
 impl Drop for Shown<'_> {
     fn drop(&mut self) {
-        self.0.end();
+        self.machine.meter.end();
     }
 }
 
@@ -292,12 +327,8 @@ struct Tracking<'a> {
 
 impl Tracking<'_> {
     /// The snapshot succeeded.
-    fn end(mut self, keep: bool) -> Result<(), SnapshotError> {
-        self.keep = true;
-        if !keep {
-            self.machine.pages().stop()?;
-        }
-        Ok(())
+    fn end(mut self, keep: bool) {
+        self.keep = keep;
     }
 }
 

@@ -317,27 +317,30 @@ impl Machine {
         Ok(spec)
     }
 
-    /// Every file that a guest writes to or reads from, with its name on the command line.
-    pub fn files(&self) -> Vec<(String, File)> {
+    /// Every file that a guest writes to or reads from: its name on the command line, and whether it is only read.
+    pub fn files(&self) -> Vec<(String, File, bool)> {
         let disks = self.disks.iter().enumerate();
-        let disks = disks.map(|(index, disk)| (format!("disk{index}"), disk.file.clone()));
+        let disks =
+            disks.map(|(index, disk)| (format!("disk{index}"), disk.file.clone(), disk.readonly));
         let members = self.pfs.iter().enumerate().flat_map(|(index, pf)| {
             let PfKind::Block {
                 file,
                 vf_path,
                 vf_files,
-                ..
+                readonly,
             } = &pf.device
             else {
                 return Vec::new();
             };
-            let own = file.iter().map(|file| (format!("pf{index}"), file.clone()));
+            let own = file
+                .iter()
+                .map(|file| (format!("pf{index}"), file.clone(), *readonly));
             let members = (1..=pf.vfs).map(|number| {
                 let file = File {
                     path: config::pf::member_path(vf_path, number),
                     identity: vf_files.get(&number).copied(),
                 };
-                (format!("pf{index}-vf{number}"), file)
+                (format!("pf{index}-vf{number}"), file, *readonly)
             });
             own.chain(members).collect()
         });
@@ -630,7 +633,7 @@ mod tests {
         let names: Vec<_> = Machine::of(&spec())
             .files()
             .into_iter()
-            .map(|(name, _)| name)
+            .map(|(name, _, _)| name)
             .collect();
         assert_eq!(names, ["disk0", "disk1", "pf1-vf1", "pf1-vf2"]);
     }
