@@ -76,8 +76,8 @@ impl Image {
         expected: Option<&Expected>,
         bases: Bases<'_>,
     ) -> Result<Self, ReadError> {
-        let named = expected.map(|expected| (expected.id, &expected.layout));
-        let mut top = Layer::open(snapshot, named)?;
+        let wanted = expected.map(|expected| (expected.id, &expected.layout));
+        let mut top = Layer::open(snapshot, wanted)?;
         if let Some(expected) = expected {
             if expected.digest.is_some_and(|d| d != top.header.digest) {
                 return Err(ReadError::OtherDigest(top.path));

@@ -90,7 +90,7 @@ impl Restore {
             console: self.console,
             virtio_console: self.virtio_console,
         };
-        let source = Source::open(&self.directory, &overrides, self.force)?;
+        let source = Source::open(&self.directory, &overrides)?.fit(self.force)?;
         let options = Options {
             clock: match self.clock {
                 Clock::Host => ClockChoice::Host,

@@ -110,7 +110,8 @@ pub enum OverrideError {
     /// Paths of a snapshot that is somebody else's.
     #[error(
         "the snapshot belongs to somebody else or may be written by others, so its paths are not followed: name the files \
-         of {0} with --disk NAME=PATH and consoles with --console TARGET, or take the snapshot over (chown, chmod go-w)"
+         of {0} with --disk NAME=PATH, taps with --net NAME=tap=TAP, consoles with --console TARGET, or take the \
+         snapshot over (chown, chmod go-w)"
     )]
     Untrusted(String),
     /// Files that are not what they were.
@@ -384,7 +385,7 @@ mod tests {
         .unwrap();
         let files = machine.files().into_iter();
         let files: Vec<_> = files
-            .map(|(name, file)| format!("{name}={}", file.path.display()))
+            .map(|(name, file, _)| format!("{name}={}", file.path.display()))
             .collect();
         assert_eq!(files, ["disk0=/e0", "pf0=/q", "pf0-vf1=/w1", "pf0-vf2=/w2"]);
         let spec = machine.to_spec().unwrap();
@@ -441,6 +442,7 @@ mod tests {
             ..Config::default()
         };
         let mut machine = Machine::of(&config.resolve().unwrap());
+        let none = Overrides::default();
         assert_eq!(none.check_files(&machine), Ok(()));
         std::fs::write(&path, "longer than before").unwrap();
         let error = none.check_files(&machine).unwrap_err().to_string();
@@ -448,9 +450,13 @@ mod tests {
             error.contains("disk0") && error.contains("had 6"),
             "{error}"
         );
-        overrides(&[&format!("disk0={}", path.display())], &[])
-            .apply(&mut machine)
-            .unwrap();
+        let named = overrides(&[&format!("disk0={}", path.display())], &[]);
+        named.apply(&mut machine).unwrap();
+        assert_eq!(named.check_files(&machine), Ok(()));
+        // What a block device would be: nothing says what it was.
+        let error = none.check_files(&machine).unwrap_err().to_string();
+        assert!(error.contains("block device"), "{error}");
+        machine.disks[0].readonly = true;
         assert_eq!(none.check_files(&machine), Ok(()));
     }
 }

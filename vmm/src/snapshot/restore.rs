@@ -94,20 +94,24 @@ pub struct Options {
     pub track: bool,
 }
 
-/// A snapshot that was read and found good, on a host that can run it.
+/// A snapshot that was read and found good, as far as that can be said without a host.
 pub struct Source {
     state: State,
     spec: MachineSpec,
     model: CpuModel,
     cpu: state::State,
     image: Image,
+}
+
+/// A snapshot that this host can run.
+pub struct Fit {
+    source: Source,
     host: Host,
 }
 
 impl Source {
-    /// Reads and checks the snapshot at `path`, with what is to be different in the machine, and looks whether this host can
-    /// run it. `force` accepts a KVM that only interprets guest code.
-    pub fn open(path: &Path, overrides: &Overrides, force: bool) -> Result<Self, RestoreError> {
+    /// Reads and checks the snapshot at `path`, with what is to be different in the machine.
+    pub fn open(path: &Path, overrides: &Overrides) -> Result<Self, RestoreError> {
         let reader = Reader::open(path)?;
         let mut state: State = super::format::parse(&reader.state()?)?;
         let mut bases = Bases::Follow;
@@ -132,19 +136,12 @@ impl Source {
         };
         let image = Image::open(&reader, Some(&expected), bases)?;
         overrides.check_files(&state.machine)?;
-        let host = Host::open(force)?;
-        let mut lacking = model.check_host(host.cpu());
-        lacking.extend(cpu.check_host(host.cpu()));
-        if !lacking.is_empty() {
-            return Err(RestoreError::Host(lacking));
-        }
         Ok(Self {
             state,
             spec,
             model,
             cpu,
             image,
-            host,
         })
     }
 
@@ -153,50 +150,16 @@ impl Source {
         &self.spec
     }
 
-    /// Builds the machine around `backends`, and puts everything into its state. It waits for its start.
-    pub fn restore(
-        self,
-        backends: Backends,
-        output: Option<&Output>,
-        options: Options,
-    ) -> Result<Arc<Machine>, RestoreError> {
-        let ram = self.memory(options.prefault)?;
-        let id = self.image.id();
-        let mut hardware = Hardware::create(
-            self.host,
-            self.spec,
-            self.model,
-            Arc::clone(&ram),
-            backends,
-            output,
-        )?;
-        if options.track {
-            // First: what follows is written to memory already.
-            hardware.pages.start(Some(id))?;
+    /// Looks whether this host can run the guest; the error has everything that it lacks. `force` accepts a KVM that only
+    /// interprets guest code.
+    pub fn fit(self, force: bool) -> Result<Fit, RestoreError> {
+        let host = Host::open(force)?;
+        let mut lacking = self.model.check_host(host.cpu());
+        lacking.extend(self.cpu.check_host(host.cpu()));
+        if !lacking.is_empty() {
+            return Err(RestoreError::Host(lacking));
         }
-        {
-            let _batch = hardware.msi_batch();
-            bus::restore(
-                &hardware.pci,
-                &hardware.functions,
-                &self.state.pci,
-                &self.state.functions,
-                &self.state.owners,
-            )?;
-        }
-        let (serial, waiting) = self.state.serial.plain()?;
-        hardware.serial.restore(&serial)?;
-        hardware.input = waiting;
-        hardware.restored = true;
-        hardware.renew_generation()?;
-        state::restore(
-            hardware.vm.fd(),
-            &hardware.vcpus,
-            &hardware.model,
-            &self.cpu,
-            options.clock,
-        )?;
-        Ok(hardware.finish()?)
+        Ok(Fit { source: self, host })
     }
 
     /// Guest memory as the snapshot has it.
@@ -211,6 +174,60 @@ impl Source {
             ram.prefault(|_| {})?;
         }
         Ok(ram)
+    }
+}
+
+impl Fit {
+    /// What the machine is built from.
+    pub fn spec(&self) -> &MachineSpec {
+        self.source.spec()
+    }
+
+    /// Builds the machine around `backends`, and puts everything into its state. It waits for its start.
+    pub fn restore(
+        self,
+        backends: Backends,
+        output: Option<&Output>,
+        options: Options,
+    ) -> Result<Arc<Machine>, RestoreError> {
+        let Self { source, host } = self;
+        let ram = source.memory(options.prefault)?;
+        let id = source.image.id();
+        let mut hardware = Hardware::create(
+            host,
+            source.spec,
+            source.model,
+            Arc::clone(&ram),
+            backends,
+            output,
+        )?;
+        if options.track {
+            // First: what follows is written to memory already.
+            hardware.pages.start(Some(id))?;
+        }
+        {
+            let _batch = hardware.msi_batch();
+            bus::restore(
+                &hardware.pci,
+                &hardware.functions,
+                &source.state.pci,
+                &source.state.functions,
+                &source.state.owners,
+            )?;
+        }
+        let (serial, waiting) = source.state.serial.plain()?;
+        hardware.serial.restore(&serial)?;
+        hardware.input = waiting;
+        hardware.restored = true;
+        hardware.renew_generation()?;
+        state::restore(
+            hardware.vm.fd(),
+            &hardware.vcpus,
+            &hardware.model,
+            &source.cpu,
+            options.clock,
+        )?;
+        Ok(hardware.finish()?)
     }
 }
 

@@ -33,7 +33,7 @@ fn change_paths(machine: &mut Machine, from: &str, to: &str) {
 /// Gives `machine` files of its own in `dir`, whose contents nobody knows.
 pub fn give_files(machine: &mut Machine, dir: &Path) {
     change_paths(machine, FILES, &format!("{}/", dir.display()));
-    for (_, saved) in machine.files() {
+    for (_, saved, _) in machine.files() {
         file(&saved.path, saved.identity.unwrap().size);
     }
     for disk in &mut machine.disks {

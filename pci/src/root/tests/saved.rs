@@ -241,7 +241,9 @@ impl Machine {
         for (to, from) in self.functions.iter().zip(&from.functions) {
             let config = to.save().config;
             let state = from.save();
-            to.restore(&FunctionState { config, ..state }).unwrap();
+            let transient = from.save_transient().unwrap();
+            to.restore_exact(&FunctionState { config, ..state }, &transient)
+                .unwrap();
         }
     }
 
