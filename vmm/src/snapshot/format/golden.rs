@@ -9,7 +9,7 @@ use super::{parse, write};
 const WRITE: &str = "TERN_WRITE_GOLDEN";
 
 #[test]
-fn a_document_with_everything_reads_as_it_always_did() {
+fn a_document_with_everything_is_written_as_it_was_read() {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let path = golden.join(format!("v{NEWEST}/whole.json"));
     if std::env::var_os(WRITE).is_some() && !path.exists() {
@@ -17,7 +17,6 @@ fn a_document_with_everything_reads_as_it_always_did() {
     }
     let text = std::fs::read(&path).unwrap();
     let state: State = parse(&text).unwrap();
-    assert_eq!(state, sample());
     assert_eq!(
         String::from_utf8(write(&state).unwrap()),
         String::from_utf8(text)
