@@ -16,6 +16,7 @@ mod net;
 mod queues;
 mod records;
 mod registers;
+mod restore;
 mod sessions;
 mod snapshot;
 mod sriov;
@@ -27,6 +28,7 @@ pub use net::net_frames;
 pub use queues::{queue_device_side, queue_driver_side};
 pub use records::write_records;
 pub use registers::{pci_config, virtio_registers};
+pub use restore::snapshot_restore;
 pub use sessions::context_sessions;
 pub use snapshot::snapshot_state;
 pub use sriov::sriov_config;
@@ -45,6 +47,7 @@ pub const TARGETS: &[Target] = &[
     ("pci_config", pci_config),
     ("queue_device_side", queue_device_side),
     ("queue_driver_side", queue_driver_side),
+    ("snapshot_restore", snapshot_restore),
     ("snapshot_state", snapshot_state),
     ("sriov_config", sriov_config),
     ("virtio_registers", virtio_registers),

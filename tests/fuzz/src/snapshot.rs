@@ -49,7 +49,7 @@ fn document(bytes: &[u8]) -> bool {
 }
 
 /// Changes something in `value`: the choices lead to a member, and say what becomes of it.
-fn change(value: &mut Value, input: &mut Input<'_>) {
+pub(crate) fn change(value: &mut Value, input: &mut Input<'_>) {
     let inside = match value {
         Value::Object(members) if !members.is_empty() => {
             let at = usize::from(input.byte()) % members.len();

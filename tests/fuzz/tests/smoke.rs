@@ -79,6 +79,7 @@ smoke! {
     pci_config
     queue_device_side
     queue_driver_side
+    snapshot_restore
     snapshot_state
     sriov_config
     virtio_registers
