@@ -65,7 +65,7 @@ pub enum DeviceError {
     #[error("functions: {0} is missing")]
     Missing(String),
     /// The state of a function that this machine does not have, or that does not exist in it by the registers of its owner.
-    #[error("functions: this machine has no {0}")]
+    #[error("functions: this machine has no {0:?}")]
     Unknown(String),
     /// The state of a function is there twice.
     #[error("functions: {0} is there twice")]
@@ -77,7 +77,7 @@ pub enum DeviceError {
     #[error("owners: {0} is missing")]
     OwnerMissing(String),
     /// The state of an owner that this machine does not have.
-    #[error("owners: this machine has no {0}")]
+    #[error("owners: this machine has no {0:?}")]
     OwnerUnknown(String),
     /// A function cannot have this state.
     #[error("functions ({name}): {source}")]

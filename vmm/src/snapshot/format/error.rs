@@ -88,6 +88,18 @@ pub fn convert_all<'a, A: 'a, B>(
         .collect()
 }
 
+/// Longest name of a function or owner, in bytes.
+const MAX_NAME: usize = 64;
+
+/// Rejects a name that is longer than any: it is quoted in messages.
+pub fn check_name(name: &str) -> Result<(), Invalid> {
+    if name.len() > MAX_NAME {
+        let reason = format!("has {} bytes; names have {MAX_NAME} at most", name.len());
+        return Err(Invalid::new(reason)).field("name");
+    }
+    Ok(())
+}
+
 /// Rejects a list that does not ascend strictly.
 pub fn check_ascending<T: Copy + PartialOrd + fmt::Display>(list: &[T]) -> Result<(), Invalid> {
     for (index, pair) in list.windows(2).enumerate() {

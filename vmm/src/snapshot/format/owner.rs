@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::context::MAX_LEN;
-use super::error::{At, Invalid, check_ascending, convert_all};
+use super::error::{At, Invalid, check_ascending, check_name, convert_all};
 use super::hex::{Hex, HexBytes};
 use super::version::Version;
 
@@ -167,6 +167,7 @@ impl Owner {
     ///
     /// A value that is out of range for every owner.
     pub fn plain(&self) -> Result<OwnerState, Invalid> {
+        check_name(&self.name)?;
         let sessions = convert_all(&self.sessions, Session::plain).field("sessions")?;
         for (index, session) in self.sessions.iter().enumerate() {
             let before = self.sessions.iter().take(index);

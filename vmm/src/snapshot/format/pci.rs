@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::config_space::Bytes;
-use super::error::{At, Invalid, check_ascending, convert_all};
+use super::error::{At, Invalid, check_ascending, check_name, convert_all};
 use super::hex::Hex;
 use super::version::Version;
 
@@ -106,6 +106,7 @@ impl Registers {
     }
 
     fn plain(&self) -> Result<state::FunctionState, Invalid> {
+        check_name(&self.name)?;
         let place = self.place.parse::<Place>().map_err(Invalid::new);
         Ok(state::FunctionState {
             place: place.field("place")?,

@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::clock::Clock;
 use super::cpu::{CpuModel, Vcpu};
 use super::document::Document;
-use super::error::{At, Invalid, convert_all};
+use super::error::{At, Invalid, check_name, convert_all};
 use super::function::Function;
 use super::hex::HexBytes;
 use super::irqchip::Irqchip;
@@ -135,6 +135,7 @@ impl Document for State {
         self.cpu()?;
         self.pci.plain().field("pci")?;
         convert_all(&self.functions, |function| {
+            check_name(&function.name)?;
             function.context_bytes()?;
             function.transient()
         })
