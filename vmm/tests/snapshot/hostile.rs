@@ -894,7 +894,7 @@ fn members_that_cannot_be_are_refused() {
                     set_members(d, 9, 2);
                     remove(d, "/pci/functions", "pf0-vf3");
                 },
-                &["functions: this machine has no pf0-vf3"],
+                &["functions: this machine has no \"pf0-vf3\""],
             ),
             (
                 "no member, and its session",
@@ -912,7 +912,7 @@ fn members_that_cannot_be_are_refused() {
                     more["name"] = json!("pf0-vf4");
                     at(d, "/functions").as_array_mut().unwrap().push(more);
                 },
-                &["functions: this machine has no pf0-vf4"],
+                &["functions: this machine has no \"pf0-vf4\""],
             ),
             (
                 "members of another owner",
@@ -1008,6 +1008,45 @@ fn members_that_cannot_be_are_refused() {
     );
 }
 
+/// Names are quoted, so they are short and do not move the cursor.
+#[test]
+fn names_that_nobody_has_are_refused() {
+    refuse(
+        "owner.json",
+        &[
+            (
+                "long",
+                |d| d["functions"][0]["name"] = json!("x".repeat(65)),
+                &["functions[0].name: has 65 bytes"],
+            ),
+            (
+                "long, on the bus",
+                |d| d["pci"]["functions"][0]["name"] = json!("x".repeat(65)),
+                &["pci.functions[0].name: has 65 bytes"],
+            ),
+            (
+                "long, of an owner",
+                |d| d["owners"][0]["name"] = json!("x".repeat(65)),
+                &["owners[0].name: has 65 bytes"],
+            ),
+            (
+                "with an escape",
+                |d| {
+                    let mut more = d["functions"][0].clone();
+                    more["name"] = json!("\u{1b}[2J");
+                    at(d, "/functions").as_array_mut().unwrap().push(more);
+                },
+                &["functions: this machine has no \"\\u{1b}[2J\""],
+            ),
+            (
+                "with an escape, of an owner",
+                |d| d["owners"][0]["name"] = json!("\u{1b}[2J"),
+                &["owners: this machine has no \"\\u{1b}[2J\""],
+            ),
+        ],
+    );
+}
+
 #[test]
 fn functions_that_cannot_be_are_refused() {
     refuse(
@@ -1030,7 +1069,7 @@ fn functions_that_cannot_be_are_refused() {
                     more["name"] = json!("disk9");
                     at(d, "/functions").as_array_mut().unwrap().push(more);
                 },
-                &["functions: this machine has no disk9"],
+                &["functions: this machine has no \"disk9\""],
             ),
             (
                 "of another type",
@@ -1362,7 +1401,7 @@ fn functions_that_cannot_be_are_refused() {
             (
                 "owner",
                 |d| d["owners"] = json!([{ "version": 1, "name": "pf0", "sessions": [] }]),
-                &["owners: this machine has no pf0"],
+                &["owners: this machine has no \"pf0\""],
             ),
             (
                 "window on a queue",
@@ -1411,7 +1450,7 @@ fn sessions_that_cannot_be_are_refused() {
             (
                 "unknown",
                 |d| d["owners"][0]["name"] = json!("pf1"),
-                &["owners: this machine has no pf1"],
+                &["owners: this machine has no \"pf1\""],
             ),
             (
                 "no session of the guest",
