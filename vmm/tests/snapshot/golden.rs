@@ -76,7 +76,8 @@ fn settle_times(value: &mut serde_json::Value) {
 #[test]
 fn documents_of_the_newest_version_are_there() {
     let newest = golden().join(format!("v{NEWEST}"));
-    let machines: [(&str, fn(&Path) -> World); 3] = [
+    type Build = fn(&Path) -> World;
+    let machines: [(&str, Build); 3] = [
         ("devices.json", |dir| Plain::new(dir).world),
         ("owner.json", |dir| Owned::new(dir).world),
         ("owners.json", |dir| Mixed::new(dir).world),

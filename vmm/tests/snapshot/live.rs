@@ -20,7 +20,7 @@ const NET_HEADER: usize = 12;
 
 /// What is written to a sector.
 fn pattern(sector: u64) -> Vec<u8> {
-    (0..512).map(|at| (at ^ sector * 7) as u8).collect()
+    (0..512).map(|at| (at ^ (sector * 7)) as u8).collect()
 }
 
 /// A frame for everybody, with the right address of its sender, who is the only one that may send it.
