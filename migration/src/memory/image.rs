@@ -78,10 +78,8 @@ impl Image {
     ) -> Result<Self, ReadError> {
         let wanted = expected.map(|expected| (expected.id, &expected.layout));
         let mut top = Layer::open(snapshot, wanted)?;
-        if let Some(expected) = expected {
-            if expected.digest.is_some_and(|d| d != top.header.digest) {
-                return Err(ReadError::OtherDigest(top.path));
-            }
+        if expected.is_some_and(|e| e.digest.is_some_and(|d| d != top.header.digest)) {
+            return Err(ReadError::OtherDigest(top.path));
         }
         let mut layers = Vec::with_capacity(1);
         let mut directory = snapshot.try_clone()?;

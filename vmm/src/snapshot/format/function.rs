@@ -271,6 +271,9 @@ pub(super) mod tests {
         }
     }
 
+    /// A change, and why what it leaves is refused.
+    type Case = (fn(&mut Function), &'static str);
+
     #[test]
     fn values_out_of_range_are_named() {
         let refusal = |change: fn(&mut Function)| {
@@ -278,7 +281,7 @@ pub(super) mod tests {
             change(&mut function);
             function.transient().unwrap_err().to_string()
         };
-        let cases: [(fn(&mut Function), &str); 3] = [
+        let cases: [Case; 3] = [
             (
                 |f| f.transient.unsignalled = vec![1, 1],
                 "transient.unsignalled[1]: 1 follows 1; the list ascends",

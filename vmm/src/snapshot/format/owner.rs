@@ -533,6 +533,9 @@ pub(super) mod tests {
         owner.sessions[1].members[0].recording.as_mut().unwrap()
     }
 
+    /// A change, and why what it leaves is refused.
+    type Case = (fn(&mut Owner), &'static str);
+
     #[test]
     fn values_out_of_range_are_named() {
         let refusal = |change: fn(&mut Owner)| {
@@ -540,7 +543,7 @@ pub(super) mod tests {
             change(&mut owner);
             owner.plain().unwrap_err().to_string()
         };
-        let cases: [(fn(&mut Owner), &str); 9] = [
+        let cases: [Case; 9] = [
             (
                 |o| o.sessions[1].party = Party::Monitor,
                 "sessions[1].party: the monitor has a session before this one",

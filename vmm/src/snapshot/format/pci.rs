@@ -241,9 +241,12 @@ pub(super) mod tests {
         }
     }
 
+    /// A change, and why what it leaves is refused.
+    type Case = (fn(&mut Pci), &'static str);
+
     #[test]
     fn values_out_of_range_are_named() {
-        let cases: [(fn(&mut Pci), &str); 7] = [
+        let cases: [Case; 7] = [
             (
                 |p| p.functions[0].place = "2.0".to_owned(),
                 "functions[0].place: a place on the PCI bus looks like 02.0, or 02.0/00.1 behind a port",

@@ -399,9 +399,12 @@ pub(crate) mod tests {
         assert!(bytes < most.0 && count < most.1, "{bytes} {count}");
     }
 
+    /// A change, and why what it leaves is refused.
+    type Case = (fn(&mut State), &'static str);
+
     #[test]
     fn values_out_of_range_have_their_whole_path() {
-        let cases: [(fn(&mut State), &str); 5] = [
+        let cases: [Case; 5] = [
             (
                 |s| s.pci.functions[0].config.length = 5000,
                 "pci.functions[0].config.length: 5000 is more than 4096",
