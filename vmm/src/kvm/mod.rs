@@ -180,6 +180,7 @@ impl Vm {
             .map_err(failed("set the TSS address"))?;
         fd.create_irq_chip()
             .map_err(failed("create the interrupt controllers"))?;
+        state::irqchip::mask_pics(&fd).map_err(failed("mask the 8259 interrupt controllers"))?;
         let fd = Arc::new(fd);
         let slots = Arc::new(Slots::register(&fd, ram)?);
         Ok(Self { kvm, fd, slots })

@@ -174,7 +174,12 @@ pub fn save(machine: &Machine, request: &Request) -> Result<Report, SnapshotErro
     let pci = save_pci(machine.pci());
     let (serial, waiting) = machine.save_serial();
     pause.devices = clock.lap();
-    let cpu = state::save(machine.vm().fd(), machine.control(), machine.msrs())?;
+    let cpu = state::save(
+        machine.vm().fd(),
+        machine.control(),
+        machine.model(),
+        machine.msrs(),
+    )?;
     pause.vcpus = clock.lap();
     next.union_with(&attempt.take()?);
     bytes.written_paused = memory.write(&next, Guest::Paused)?;

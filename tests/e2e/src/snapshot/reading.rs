@@ -77,7 +77,7 @@ fn read() -> Result<()> {
 
     let (a, b) = (text(&a)?, text(&b)?);
     let summary = shown(&[a], 0)?;
-    for part in ["pf1-vf1", "disk0", "vCPU"] {
+    for part in ["pf1-vf1", "disk0", "vcpus            2 entries"] {
         ensure!(summary.contains(part), "no {part} in\n{summary}");
     }
     shown(&[a, "--verify"], 0)?;

@@ -13,6 +13,21 @@ use super::StateError;
 /// Pins of the I/O APIC.
 pub const PINS: usize = 24;
 
+/// Masks all lines of both 8259s, as firmware does: the guest is told that there are none, and never will. KVM has them
+/// unmasked at first, with vectors from 0 on, which are exceptions.
+pub fn mask_pics(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
+        vm.get_irqchip(&mut chip)?;
+        chip.chip.pic.imr = u8::MAX;
+        vm.set_irqchip(&chip)?;
+    }
+    Ok(())
+}
+
 /// The state of the interrupt controllers.
 #[derive(Clone, Copy)]
 pub struct IrqchipState {

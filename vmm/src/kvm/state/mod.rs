@@ -125,23 +125,33 @@ fn access(vm: &VmFd) -> Access {
     }
 }
 
-/// Reads the state of a paused machine whose vCPUs have threads. `msrs` are the registers that are state
+/// Reads the state of a paused machine of this model whose vCPUs have threads. `msrs` are the registers that are state
 /// ([`HostCpu::saved_msrs`]).
 ///
 /// KVM writes to guest memory when a vCPU's descriptor is used: the last look for dirty pages comes after this.
-pub fn save(vm: &VmFd, control: &Control, msrs: &[u32]) -> Result<State, StateError> {
+pub fn save(
+    vm: &VmFd,
+    control: &Control,
+    model: &CpuModel,
+    msrs: &[u32],
+) -> Result<State, StateError> {
     let access = access(vm);
     let indices = msrs.to_vec();
-    save_with(vm, || {
+    save_with(vm, model.tsc_khz, || {
         let read = control.on_all(move |id, vcpu| VcpuState::save(vcpu, id, &indices, &access))?;
         read.into_iter().collect()
     })
 }
 
 /// As [`save`], of vCPUs that have no thread.
-pub fn save_directly(vm: &VmFd, vcpus: &[VcpuFd], msrs: &[u32]) -> Result<State, StateError> {
+pub fn save_directly(
+    vm: &VmFd,
+    vcpus: &[VcpuFd],
+    model: &CpuModel,
+    msrs: &[u32],
+) -> Result<State, StateError> {
     let access = access(vm);
-    save_with(vm, || {
+    save_with(vm, model.tsc_khz, || {
         let all = vcpus.iter().enumerate();
         all.map(|(id, vcpu)| VcpuState::save(vcpu, id, msrs, &access))
             .collect()
@@ -150,15 +160,16 @@ pub fn save_directly(vm: &VmFd, vcpus: &[VcpuFd], msrs: &[u32]) -> Result<State,
 
 fn save_with(
     vm: &VmFd,
+    tsc_khz: u32,
     vcpus: impl FnOnce() -> Result<Vec<(VcpuState, vcpu::TscReading)>, StateError>,
 ) -> Result<State, StateError> {
     let irqchip = IrqchipState::save(vm)?;
     let clock = ClockState::save(vm)?;
     let (mut vcpus, readings): (Vec<_>, Vec<_>) = vcpus()?.into_iter().unzip();
-    clock::align(&mut vcpus, &readings);
+    clock::align(&mut vcpus, &readings, clock.at, tsc_khz);
     Ok(State {
         irqchip,
-        clock,
+        clock: clock.value,
         vcpus,
     })
 }

@@ -53,7 +53,7 @@ impl Machine {
     }
 
     fn save(&self, model: &CpuModel) -> State {
-        save_directly(&self.vm, &self.vcpus, &registers(model)).unwrap()
+        save_directly(&self.vm, &self.vcpus, model, &registers(model)).unwrap()
     }
 
     fn restore(
@@ -574,15 +574,25 @@ fn vcpus_with_threads_are_saved_while_they_are_parked() {
         .zip(machine.vcpus.drain(..))
         .map(|(id, vcpu)| crate::vcpu::spawn(id, vcpu, wiring.clone()).unwrap())
         .collect();
-    let on_threads = save(&machine.vm, &control, &registers(&model)).unwrap();
+    let on_threads = save(&machine.vm, &control, &model, &registers(&model)).unwrap();
     control.finish(crate::exit::Outcome::PowerOff);
     for thread in threads {
         thread.join().unwrap();
     }
     assert!(without_use(on_threads) == without_use(directly));
-    let ended = save(&machine.vm, &control, &registers(&model));
+    let ended = save(&machine.vm, &control, &model, &registers(&model));
     assert!(matches!(
         ended,
         Err(StateError::Control(ControlError::Ended))
     ));
+}
+
+#[test]
+fn the_8259s_of_a_new_machine_are_masked() {
+    let Some((kvm, _)) = host() else { return };
+    let vm = kvm.create_vm().unwrap();
+    vm.create_irq_chip().unwrap();
+    irqchip::mask_pics(&vm).unwrap();
+    let chips = IrqchipState::save(&vm).unwrap();
+    assert_eq!((chips.master.imr, chips.slave.imr), (u8::MAX, u8::MAX));
 }

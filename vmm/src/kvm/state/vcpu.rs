@@ -27,6 +27,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
+use super::clock::Sample;
 use super::{StateError, ioctl};
 use crate::kvm::model::{Capabilities, CpuModel};
 use crate::kvm::msrs;
@@ -104,8 +105,8 @@ pub struct VcpuState {
 /// What a time stamp counter is made of.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TscReading {
-    /// What the guest would read.
-    pub(super) value: u64,
+    /// What the guest would read, and when.
+    pub(super) counter: Sample<u64>,
     /// What of it is added to the host's, if KVM tells.
     pub(super) offset: Option<u64>,
 }
@@ -113,12 +114,14 @@ pub(super) struct TscReading {
 impl TscReading {
     pub(super) fn take(vcpu: &VcpuFd, id: usize) -> Result<Self, StateError> {
         let offset = ioctl::get_tsc_offset(vcpu);
-        let value = read_msr(vcpu, msrs::IA32_TSC).ok_or_else(|| StateError::Read {
-            vcpu: id,
-            what: "the time stamp counter",
-            source: io::ErrorKind::Unsupported.into(),
+        let counter = Sample::take(|| {
+            read_msr(vcpu, msrs::IA32_TSC).ok_or_else(|| StateError::Read {
+                vcpu: id,
+                what: "the time stamp counter",
+                source: io::ErrorKind::Unsupported.into(),
+            })
         })?;
-        Ok(Self { value, offset })
+        Ok(Self { counter, offset })
     }
 }
 
@@ -187,7 +190,7 @@ impl VcpuState {
             xsave,
             debugregs,
             lapic: Box::new(lapic.regs.map(|byte| byte as u8)),
-            tsc: tsc.value,
+            tsc: tsc.counter.value,
             msrs,
             events,
         };
