@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use vmm::snapshot::format::machine::{Machine, PfKind};
+use vmm::snapshot::format::machine::Machine;
 use vmm::snapshot::format::state::{NEWEST, State};
 use vmm::snapshot::format::{parse, write};
 
@@ -30,23 +30,13 @@ fn change_paths(machine: &mut Machine, from: &str, to: &str) {
     *machine = serde_json::from_str(&text).unwrap();
 }
 
-/// Gives `machine` files of its own in `dir`, whose contents nobody knows.
+/// Gives `machine` files of its own in `dir`, and knows what they are.
 pub fn give_files(machine: &mut Machine, dir: &Path) {
     change_paths(machine, FILES, &format!("{}/", dir.display()));
     for (_, saved, _) in machine.files() {
         file(&saved.path, saved.identity.unwrap().size);
     }
-    for disk in &mut machine.disks {
-        disk.file.identity = None;
-    }
-    for pf in &mut machine.pfs {
-        if let PfKind::Block { file, vf_files, .. } = &mut pf.device {
-            if let Some(file) = file {
-                file.identity = None;
-            }
-            vf_files.clear();
-        }
-    }
+    *machine = Machine::of(&machine.to_spec().unwrap());
 }
 
 /// Makes `state`, whose files are in `dir`, the same each time it is made.

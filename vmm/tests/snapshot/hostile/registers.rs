@@ -289,7 +289,14 @@ fn members_that_cannot_be_are_refused() {
             ),
             (
                 "fewer members in the machine",
-                |d| d["machine"]["pfs"][0]["vfs"] = json!(2),
+                |d| {
+                    let owner = &mut d["machine"]["pfs"][0];
+                    owner["vfs"] = json!(2);
+                    let files = owner["device"]["block"]["vf_files"]
+                        .as_object_mut()
+                        .unwrap();
+                    files.retain(|number, _| number == "1" || number == "2");
+                },
                 &["pci: ", "pf0"],
             ),
             (
