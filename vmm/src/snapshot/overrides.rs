@@ -159,7 +159,11 @@ impl Overrides {
     pub fn check_trust(&self, machine: &Machine) -> Result<(), OverrideError> {
         let files = machine.files().into_iter().map(|(name, _, _)| name);
         let mut open: Vec<_> = files.filter(|name| !self.names_file(name)).collect();
-        let net = |name: &String| self.nets.iter().any(|net| net.name == *name);
+        // An owner that is put onto another switch keeps its uplink.
+        let net = |name: &str, kinds: &[NetKind]| {
+            let mut nets = self.nets.iter();
+            nets.any(|net| net.name == name && kinds.contains(&net.kind))
+        };
         let taps = machine.nets.iter().enumerate();
         let taps = taps.filter(|(_, net)| matches!(net.peer, Peer::Tap(_)));
         let taps = taps.map(|(index, _)| format!("net{index}"));
@@ -173,7 +177,8 @@ impl Overrides {
             )
         });
         let uplinks = uplinks.map(|(index, _)| format!("pf{index}"));
-        open.extend(taps.chain(uplinks).filter(|name| !net(name)));
+        open.extend(taps.filter(|name| !net(name, &[NetKind::Tap, NetKind::Switch])));
+        open.extend(uplinks.filter(|name| !net(name, &[NetKind::UplinkTap])));
         let is_file = |target: &str| target.starts_with("file=");
         if self.console.is_none() && is_file(&machine.console) {
             open.push("--console".to_owned());
@@ -423,12 +428,26 @@ mod tests {
 
     #[test]
     fn paths_of_a_snapshot_that_is_not_ones_own_must_all_be_named() {
+        let mut machine = machine();
+        let PfKind::Net { uplink_tap, .. } = &mut machine.pfs[1].device else {
+            panic!("pf1 is a network owner");
+        };
+        *uplink_tap = Some("t1".to_owned());
+        let open = |all: &Overrides, part: &str| {
+            let error = all.check_trust(&machine).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        };
         let mut all = overrides(&["disk0=/e0", "pf0-vf%d=/w%d"], &[]);
-        let error = all.check_trust(&machine()).unwrap_err().to_string();
-        assert!(error.contains("files of pf0, --console with"), "{error}");
+        open(&all, "files of pf0, net0, pf1, --console with");
         all.disks.push("pf0=/q".parse().unwrap());
         all.console = Some(Target::None);
-        assert_eq!(all.check_trust(&machine()), Ok(()));
+        all.nets.push("net0=switch=lan".parse().unwrap());
+        open(&all, "files of pf1 with");
+        // Its uplink is still the one that the snapshot names.
+        all.nets.push("pf1=switch=lan".parse().unwrap());
+        open(&all, "files of pf1 with");
+        all.nets.push("pf1=uplink-tap=t2".parse().unwrap());
+        assert_eq!(all.check_trust(&machine), Ok(()));
     }
 
     #[test]
