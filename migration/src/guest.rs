@@ -92,6 +92,35 @@ impl<'g, G: GuestPages + ?Sized> Piece<'g, G> {
         })
     }
 
+    /// Its memory as the kernel takes it in vectored system calls. Valid as long as the guest's mappings.
+    pub fn iovec(&self) -> libc::iovec {
+        libc::iovec {
+            iov_base: self.address().cast(),
+            iov_len: self.len as usize,
+        }
+    }
+
+    /// XXH3 of the page at `offset`, as it is at the moment; `None` if there is no such page.
+    ///
+    /// A page that is written meanwhile gives the checksum of something that never was.
+    pub fn checksum(&self, offset: u64) -> Option<u64> {
+        let end = offset.checked_add(PAGE_SIZE)?;
+        if end > self.len {
+            return None;
+        }
+        let words = self.address().wrapping_add(offset as usize).cast::<u64>();
+        let mut copy = [0u64; PAGE_SIZE as usize / 8];
+        for (index, word) in copy.iter_mut().enumerate() {
+            // SAFETY: within a page of the range, which the trait's implementor promises to be mapped and aligned;
+            // volatile, since the guest may write it meanwhile.
+            *word = unsafe { words.add(index).read_volatile() };
+        }
+        // SAFETY: any bytes of an array of integers are initialised, and bytes have no alignment.
+        let bytes =
+            unsafe { std::slice::from_raw_parts(copy.as_ptr().cast::<u8>(), PAGE_SIZE as usize) };
+        Some(xxhash_rust::xxh3::xxh3_64(bytes))
+    }
+
     /// Writes it to `file` at `at`.
     pub fn write_to(&self, file: &File, at: u64) -> io::Result<()> {
         self.transfer(at, |address, len, at| {

@@ -1,4 +1,4 @@
-//! Snapshots of a VM on disk: the directory, guest memory in it, and what changed since another one.
+//! Snapshots of a VM on disk, and live migration of a VM between processes.
 //!
 //! This crate knows no KVM, no PCI and no device: `vmm` gives it memory to read and bytes to carry. The README
 //! has the layout byte by byte and what stops which threat.
@@ -9,6 +9,8 @@
 //! | [`memory`] | `memory.bin` and `memory.map`: written in passes, read as a chain |
 //! | [`layout`], [`pages`] | guest RAM as numbered pages, and sets of them |
 //! | [`guest`] | what the VMM implements so that its guest's RAM can be read |
+//! | [`live`] | live migration: both ends, who owns the guest, when to stop it |
+//! | [`wire`] | the stream between the two ends: frames, messages, the connection |
 //!
 //! Writing one:
 //!
@@ -35,8 +37,10 @@ pub mod error;
 pub mod guest;
 pub mod id;
 pub mod layout;
+pub mod live;
 pub mod memory;
 pub mod pages;
+pub mod wire;
 
 pub use directory::{Existing, Reader, Writer};
 pub use error::{ReadError, WriteError};

@@ -1,0 +1,38 @@
+//! Live migration of a guest from one process to another.
+//!
+//! ```text
+//! source                                     destination
+//!   hello ─────────────────────────────────► welcome
+//!   offer (sections, descriptors) ─────────► builds the machine: accept, or refuse with all reasons
+//!   pages, round ──────────────────────────► arrived              copying only, while the guest runs
+//!   stop; last pages, sections, complete ──► restores and verifies: prepared
+//!   commit ────────────────────────────────► running
+//!   bye ───────────────────────────────────►
+//! ```
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`commit`] | who owns the guest: the state machines of both ends, free of I/O |
+//! | [`destination`] | the receiving end, one type for each stage |
+//! | [`guest`] | what the VMM implements |
+//! | [`pages`] | guest memory to frames and back |
+//! | [`policy`] | when to stop the guest: predicted pause, slowing down, patience |
+//! | [`report`] | what a migration came to |
+//! | [`source`] | the sending end |
+
+pub mod commit;
+pub mod destination;
+pub mod guest;
+pub mod pages;
+pub mod policy;
+pub mod report;
+pub mod source;
+
+#[cfg(test)]
+mod tests;
+
+pub use destination::{Incoming, Offered};
+pub use guest::{DestinationGuest, GuestError, SourceGuest};
+pub use policy::{Limits, OnTimeout};
+pub use report::Report;
+pub use source::{End, Options, migrate};

@@ -1,0 +1,625 @@
+//! The sending end.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::commit::{Source, SourceAction, SourceEvent};
+use super::guest::{GuestError, SourceGuest};
+use super::pages::{self, Round};
+use super::policy::{self, Decision, Limits, Policy};
+use super::report::{self, Pause, Report};
+use crate::guest::GuestPages;
+use crate::id::SnapshotId;
+use crate::layout::PAGE_SIZE;
+use crate::pages::PageSet;
+use crate::wire::message::{Memory, Outcome, Purpose, VERSION};
+use crate::wire::{Connection, Message, Received, WireError};
+
+/// How a guest is moved.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// How memory gets there.
+    pub how: Memory,
+    /// What it may cost the guest.
+    pub limits: Limits,
+    /// How often a lost destination is asked what became of the guest, and how long between.
+    pub ask: (u32, Duration),
+}
+
+/// What is being done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Reaching the destination.
+    #[default]
+    Connect,
+    /// The destination builds the machine.
+    Offer,
+    /// Memory is copied while the guest runs.
+    Memory,
+    /// The guest stands still: last pages and state.
+    Pause,
+    /// The destination restores and verifies.
+    Restore,
+    /// The guest is handed over.
+    Commit,
+}
+
+impl Phase {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::Offer => "offer",
+            Self::Memory => "memory",
+            Self::Pause => "pause",
+            Self::Restore => "restore",
+            Self::Commit => "commit",
+        }
+    }
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How far a migration is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// What is being done.
+    pub phase: Phase,
+    /// Number of the round, from 1 on; 0 before.
+    pub round: u32,
+    /// Bytes of this round that were dealt with.
+    pub done: u64,
+    /// Bytes of this round.
+    pub total: u64,
+    /// How much the guest is slowed down, in percent.
+    pub slow_down: u8,
+    /// The pause if the guest had been stopped after the last round, in microseconds.
+    pub predicted_us: Option<u64>,
+}
+
+/// Why a guest was not moved.
+#[derive(Debug, thiserror::Error)]
+pub enum Reason {
+    /// The connection.
+    #[error("{phase}: {source}")]
+    Wire {
+        /// When.
+        phase: Phase,
+        /// What failed.
+        source: WireError,
+    },
+    /// This side.
+    #[error("{phase}: {source}")]
+    Guest {
+        /// When.
+        phase: Phase,
+        /// What failed.
+        source: GuestError,
+    },
+    /// The destination refused it.
+    #[error("{phase}: the destination refuses the guest:{}", listed(reasons))]
+    Refused {
+        /// When.
+        phase: Phase,
+        /// Everything that does not fit.
+        reasons: Vec<String>,
+    },
+    /// No common version of the protocol.
+    #[error(
+        "the destination speaks version {0} of the migration protocol, and this tern version {VERSION}"
+    )]
+    Version(u32),
+    /// It was called off.
+    #[error("{0}: called off")]
+    Cancelled(Phase),
+    /// It did not converge.
+    #[error(
+        "the guest writes memory faster than it can be copied: after {} s, slowed down by {slow_down} %, {written} MiB \
+         are left, and a pause would take {} ms where {} are allowed; allow more (--downtime), or have it moved \
+         nevertheless (--on-timeout switch)",
+        elapsed.as_secs(), predicted.as_millis(), allowed.as_millis()
+    )]
+    Timeout {
+        /// How long it was tried.
+        elapsed: Duration,
+        /// The last step of slowing down, in percent.
+        slow_down: u8,
+        /// What is left, in MiB.
+        written: u64,
+        /// How long the pause would take.
+        predicted: Duration,
+        /// How long it may take.
+        allowed: Duration,
+    },
+}
+
+fn listed(reasons: &[String]) -> String {
+    reasons.iter().map(|one| format!("\n  {one}")).collect()
+}
+
+/// What became of the guest.
+#[derive(Debug)]
+pub enum End {
+    /// It runs at the destination.
+    Moved(Box<Report>),
+    /// It goes on here.
+    Kept(Reason),
+    /// It was to go on here, and cannot.
+    Lost {
+        /// Why it was not moved.
+        reason: Reason,
+        /// Why it cannot go on.
+        error: GuestError,
+    },
+    /// It stands still here, and may run at the destination: nobody can be asked.
+    InDoubt {
+        /// What failed.
+        reason: Reason,
+        /// What was found out since.
+        asked: String,
+    },
+}
+
+/// Moves `guest`. `connect` reaches the destination, again if it has to be asked what became of the guest. `watch` is told
+/// how far it is, and calls it off with `Break`, which counts until the commit.
+pub fn migrate<G: SourceGuest>(
+    guest: &mut G,
+    connect: &mut dyn FnMut() -> Result<Connection, WireError>,
+    options: &Options,
+    watch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> End {
+    let session = match SnapshotId::random() {
+        Ok(session) => session,
+        Err(error) => {
+            return End::Kept(Reason::Wire {
+                phase: Phase::Connect,
+                source: error.into(),
+            });
+        }
+    };
+    let mut run = Run {
+        guest,
+        options,
+        watch,
+        progress: Progress {
+            phase: Phase::Connect,
+            round: 0,
+            done: 0,
+            total: 0,
+            slow_down: 0,
+            predicted_us: None,
+        },
+        state: Source::Moving,
+        begun: Instant::now(),
+        report: Report {
+            session: session.to_string(),
+            how: options.how,
+            total_us: 0,
+            build_us: 0,
+            bytes: 0,
+            rounds: Vec::new(),
+            pause_us: Pause::default(),
+            paused_bytes: 0,
+        },
+    };
+    let connection = connect();
+    let outcome = match connection {
+        Ok(mut connection) => {
+            let outcome = run.all(&mut connection, session);
+            if let Err(reason) = &outcome
+                && run.state == Source::Moving
+            {
+                // So that the other side need not guess. It has hung up if that is the reason.
+                let _ = connection.send(&Message::cancel(reason));
+            }
+            outcome
+        }
+        Err(source) => Err(run.wire(source)),
+    };
+    match outcome {
+        Ok(()) => End::Moved(Box::new(run.report)),
+        Err(reason) => run.settle(reason, session, connect),
+    }
+}
+
+struct Run<'a, G> {
+    guest: &'a mut G,
+    options: &'a Options,
+    watch: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
+    progress: Progress,
+    state: Source,
+    begun: Instant,
+    report: Report,
+}
+
+impl<G: SourceGuest> Run<'_, G> {
+    fn wire(&self, source: WireError) -> Reason {
+        Reason::Wire {
+            phase: self.progress.phase,
+            source,
+        }
+    }
+
+    fn failed(&self, source: GuestError) -> Reason {
+        Reason::Guest {
+            phase: self.progress.phase,
+            source,
+        }
+    }
+
+    /// Tells of the progress; an error if it was called off.
+    fn begin(&mut self, phase: Phase) -> Result<(), Reason> {
+        self.progress.phase = phase;
+        (self.progress.done, self.progress.total) = (0, 0);
+        self.look()
+    }
+
+    fn look(&mut self) -> Result<(), Reason> {
+        match (self.watch)(self.progress) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(Reason::Cancelled(self.progress.phase)),
+        }
+    }
+
+    /// The answer of the destination. A refusal is an error, whatever was expected.
+    fn answer(
+        &mut self,
+        connection: &mut Connection,
+        expected: &'static str,
+    ) -> Result<Message, Reason> {
+        const LOOK: Duration = Duration::from_millis(100);
+        // Keep-alive frames come all the time: not a byte for longer than that is too long.
+        let silence = connection.silence();
+        let mut heard = Instant::now();
+        loop {
+            let before = connection.received();
+            match connection.receive_within(LOOK) {
+                Ok(Some(Received::Message(Message::Refuse { reasons }))) => {
+                    return Err(Reason::Refused {
+                        phase: self.progress.phase,
+                        reasons,
+                    });
+                }
+                Ok(Some(Received::Message(message))) => return Ok(message),
+                Ok(Some(other)) => {
+                    return Err(self.wire(WireError::Unexpected {
+                        found: other.name(),
+                        expected,
+                    }));
+                }
+                Ok(None) if heard.elapsed() > silence => {
+                    return Err(self.wire(WireError::Silent(silence)));
+                }
+                Ok(None) => {
+                    // Nobody calls off what was committed.
+                    if self.state == Source::Moving {
+                        self.look()?;
+                    }
+                }
+                Err(error) => return Err(self.wire(error)),
+            }
+            if connection.received() != before {
+                heard = Instant::now();
+            }
+        }
+    }
+
+    fn unexpected(&self, found: &Message, expected: &'static str) -> Reason {
+        self.wire(WireError::Unexpected {
+            found: found.name().to_owned(),
+            expected,
+        })
+    }
+
+    /// An error that the connection gave while something was sent: a destination that has refused says why.
+    fn sent<T>(
+        &mut self,
+        connection: &mut Connection,
+        outcome: Result<T, WireError>,
+    ) -> Result<T, Reason> {
+        const LAST_WORDS: Duration = Duration::from_millis(200);
+        let error = match outcome {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        while let Ok(Some(received)) = connection.receive_within(LAST_WORDS) {
+            if let Received::Message(Message::Refuse { reasons }) = received {
+                return Err(Reason::Refused {
+                    phase: self.progress.phase,
+                    reasons,
+                });
+            }
+        }
+        Err(self.wire(error))
+    }
+
+    fn all(&mut self, connection: &mut Connection, session: SnapshotId) -> Result<(), Reason> {
+        self.look()?;
+        let outcome = connection.send(&Message::hello(Purpose::Migrate, session));
+        self.sent(connection, outcome)?;
+        match self.answer(connection, "welcome")? {
+            Message::Welcome { version, .. } if version == VERSION => {}
+            Message::Welcome { version, .. } => return Err(Reason::Version(version)),
+            other => return Err(self.unexpected(&other, "welcome")),
+        }
+        self.offer(connection)?;
+        let last = match self.options.how {
+            Memory::Copy => Some(self.copy(connection)?),
+            Memory::Handoff => None,
+        };
+        self.hand_over(connection, last)
+    }
+
+    fn offer(&mut self, connection: &mut Connection) -> Result<(), Reason> {
+        self.begin(Phase::Offer)?;
+        let begun = Instant::now();
+        let sections = self.guest.offer().map_err(|e| self.failed(e))?;
+        for section in &sections {
+            let outcome = connection.send_section(section);
+            self.sent(connection, outcome)?;
+        }
+        if self.options.how == Memory::Handoff {
+            let all = self.guest.descriptors().map_err(|e| self.failed(e))?;
+            let outcome = connection.send_descriptors(&all);
+            self.sent(connection, outcome)?;
+        }
+        let layout = self.guest.memory().layout().clone();
+        let outcome = connection.send(&Message::offer(&layout, self.options.how));
+        self.sent(connection, outcome)?;
+        match self.answer(connection, "accept")? {
+            Message::Accept => {}
+            other => return Err(self.unexpected(&other, "accept")),
+        }
+        self.report.build_us = micros(begun.elapsed());
+        Ok(())
+    }
+
+    /// Copies memory until the rest fits a pause; returns the pages that are left.
+    fn copy(&mut self, connection: &mut Connection) -> Result<PageSet, Reason> {
+        self.begin(Phase::Memory)?;
+        let begun = Instant::now();
+        self.guest.track().map_err(|e| self.failed(e))?;
+        let mut policy = Policy::new(self.options.limits);
+        let mut next = self.guest.written().map_err(|e| self.failed(e))?;
+        for number in 1.. {
+            let started = Instant::now();
+            let pages = next.count();
+            let slow_down = self.progress.slow_down;
+            self.progress.round = number;
+            self.progress.total = pages * PAGE_SIZE;
+            let before = connection.bytes_sent();
+            let kind = if number == 1 {
+                Round::First
+            } else {
+                Round::Later
+            };
+            let sent = self.send(connection, &next, kind)?;
+            if number == 1 {
+                let early = self.guest.early().map_err(|e| self.failed(e))?;
+                for section in &early {
+                    let outcome = connection.send_section(section);
+                    self.sent(connection, outcome)?;
+                }
+            }
+            let outcome = connection.send(&Message::Round { number });
+            self.sent(connection, outcome)?;
+            match self.answer(connection, "arrived")? {
+                Message::Arrived { number: arrived } if arrived == number => {}
+                other => return Err(self.unexpected(&other, "arrived")),
+            }
+            let time = started.elapsed();
+            next = self.guest.written().map_err(|e| self.failed(e))?;
+            let written = next.count() * PAGE_SIZE;
+            let decision = policy.after(&policy::Round {
+                pages,
+                bytes: connection.bytes_sent() - before,
+                time,
+                written,
+                elapsed: begun.elapsed(),
+            });
+            let predicted = policy.predicted(written);
+            self.progress.predicted_us = Some(micros(predicted));
+            self.report.rounds.push(report::Round {
+                number,
+                pages,
+                data: sent.data,
+                zero: sent.zero,
+                time_us: micros(time),
+                written: next.count(),
+                slow_down,
+                predicted_us: micros(predicted),
+            });
+            match decision {
+                Decision::Stop => break,
+                Decision::Again { slow_down } => {
+                    if slow_down != self.progress.slow_down {
+                        self.guest.slow_down(slow_down);
+                        self.progress.slow_down = slow_down;
+                    }
+                }
+                Decision::GiveUp => {
+                    return Err(Reason::Timeout {
+                        elapsed: begun.elapsed(),
+                        slow_down,
+                        written: written >> 20,
+                        predicted,
+                        allowed: self.options.limits.downtime,
+                    });
+                }
+            }
+        }
+        Ok(next)
+    }
+
+    fn send(
+        &mut self,
+        connection: &mut Connection,
+        pages: &PageSet,
+        round: Round,
+    ) -> Result<pages::Sent, Reason> {
+        let mut called_off = false;
+        let outcome = {
+            let (progress, watch) = (&mut self.progress, &mut self.watch);
+            pages::send(connection, self.guest.memory(), pages, round, |done| {
+                progress.done = done * PAGE_SIZE;
+                match watch(*progress) {
+                    ControlFlow::Continue(()) => Ok(()),
+                    ControlFlow::Break(()) => {
+                        called_off = true;
+                        Err(WireError::Closed)
+                    }
+                }
+            })
+        };
+        if called_off {
+            return Err(Reason::Cancelled(self.progress.phase));
+        }
+        self.sent(connection, outcome)
+    }
+
+    /// Stops the guest and gives it away. `left` are pages to be copied.
+    fn hand_over(
+        &mut self,
+        connection: &mut Connection,
+        left: Option<PageSet>,
+    ) -> Result<(), Reason> {
+        self.begin(Phase::Pause)?;
+        let paused = Instant::now();
+        let mut lap = paused;
+        let clock = |lap: &mut Instant| micros(std::mem::replace(lap, Instant::now()).elapsed());
+        self.guest.stop().map_err(|e| self.failed(e))?;
+        self.report.pause_us.stop = clock(&mut lap);
+        let sections = self.guest.state().map_err(|e| self.failed(e))?;
+        self.report.pause_us.state = clock(&mut lap);
+        let before = connection.bytes_sent();
+        if let Some(mut left) = left {
+            left.union_with(&self.guest.written().map_err(|e| self.failed(e))?);
+            self.progress.total = left.count() * PAGE_SIZE;
+            self.send(connection, &left, Round::Later)?;
+        }
+        for section in &sections {
+            let outcome = connection.send_section(section);
+            self.sent(connection, outcome)?;
+        }
+        let outcome = connection.send(&Message::Complete);
+        self.sent(connection, outcome)?;
+        self.report.paused_bytes = connection.bytes_sent() - before;
+        self.report.pause_us.send = clock(&mut lap);
+        self.begin(Phase::Restore)?;
+        match self.answer(connection, "prepared")? {
+            Message::Prepared => {}
+            other => return Err(self.unexpected(&other, "prepared")),
+        }
+        // The last moment at which it can be called off.
+        self.begin(Phase::Commit)?;
+        let (state, action) = self.state.on(SourceEvent::Prepared);
+        debug_assert_eq!(action, SourceAction::Commit);
+        self.state = state;
+        self.guest.release();
+        connection
+            .send(&Message::Commit)
+            .map_err(|e| self.wire(e))?;
+        match self.answer(connection, "running")? {
+            Message::Running {
+                resume_us,
+                restore_us,
+            } => {
+                self.report.pause_us.resume = resume_us;
+                self.report.pause_us.restore = restore_us;
+            }
+            other => return Err(self.unexpected(&other, "running")),
+        }
+        self.state = self.state.on(SourceEvent::Running).0;
+        self.report.pause_us.total = micros(paused.elapsed());
+        self.report.total_us = micros(self.begun.elapsed());
+        self.report.bytes = connection.bytes_sent();
+        // That nobody will ask. If it is lost, the destination keeps an answer ready for nothing.
+        let _ = connection.send(&Message::Bye);
+        Ok(())
+    }
+
+    /// After a failure: the guest goes on here, unless it may have been given away.
+    fn settle(
+        mut self,
+        reason: Reason,
+        session: SnapshotId,
+        connect: &mut dyn FnMut() -> Result<Connection, WireError>,
+    ) -> End {
+        let event = match &reason {
+            Reason::Refused { .. } => SourceEvent::Refused,
+            Reason::Wire { .. } => SourceEvent::Lost,
+            _ => SourceEvent::Failed,
+        };
+        let (state, mut action) = self.state.on(event);
+        self.state = state;
+        let mut asked = String::new();
+        let (times, apart) = self.options.ask;
+        for attempt in 0..times {
+            if action != SourceAction::Ask {
+                break;
+            }
+            if attempt > 0 {
+                std::thread::sleep(apart);
+            }
+            match ask(connect, session) {
+                Ok(outcome) => {
+                    asked = match outcome {
+                        Outcome::Unknown => {
+                            "whoever answers there knows nothing of this migration".to_owned()
+                        }
+                        Outcome::Running | Outcome::Discarded => String::new(),
+                    };
+                    let (state, next) = self.state.on(SourceEvent::Outcome(outcome));
+                    self.state = state;
+                    if next != SourceAction::Nothing {
+                        action = next;
+                    }
+                }
+                Err(error) => asked = format!("the destination cannot be asked: {error}"),
+            }
+        }
+        match action {
+            SourceAction::Resume => match self.guest.resume() {
+                Ok(()) => End::Kept(reason),
+                Err(error) => End::Lost { reason, error },
+            },
+            SourceAction::End => {
+                self.report.total_us = micros(self.begun.elapsed());
+                End::Moved(Box::new(self.report))
+            }
+            SourceAction::Ask | SourceAction::Nothing | SourceAction::Commit => {
+                End::InDoubt { reason, asked }
+            }
+        }
+    }
+}
+
+/// Asks the destination what became of the guest of `session`.
+pub fn ask(
+    connect: &mut dyn FnMut() -> Result<Connection, WireError>,
+    session: SnapshotId,
+) -> Result<Outcome, WireError> {
+    let mut connection = connect()?;
+    connection.send(&Message::hello(Purpose::Outcome, session))?;
+    match connection.message("outcome")? {
+        Message::Outcome { outcome } => {
+            let _ = connection.send(&Message::Bye);
+            Ok(outcome)
+        }
+        other => Err(WireError::Unexpected {
+            found: other.name().to_owned(),
+            expected: "outcome",
+        }),
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}

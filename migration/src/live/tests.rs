@@ -1,0 +1,276 @@
+//! Both ends in one process, around guests that are plain memory.
+
+use std::ops::{ControlFlow, Range};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use super::destination::{Arrived, Incoming};
+use super::source::{End, Options, migrate};
+use super::{DestinationGuest, GuestError, Limits, SourceGuest};
+use crate::guest::GuestPages;
+use crate::layout::{PAGE_SIZE, RamLayout};
+use crate::pages::PageSet;
+use crate::wire::Connection;
+use crate::wire::connection::{self, Named, Section};
+use crate::wire::message::Memory;
+
+const PAGES: u64 = 1000;
+
+/// RAM of a guest.
+struct Ram {
+    layout: RamLayout,
+    bytes: Vec<u64>,
+}
+
+impl Ram {
+    fn new() -> Self {
+        Self {
+            layout: RamLayout::new([(0, 600 * PAGE_SIZE), (1 << 32, (PAGES - 600) * PAGE_SIZE)])
+                .unwrap(),
+            bytes: vec![0; (PAGES * PAGE_SIZE / 8) as usize],
+        }
+    }
+
+    fn write(&mut self, page: u64, value: u64) {
+        self.bytes[(page * PAGE_SIZE / 8) as usize + 7] = value;
+    }
+}
+
+// SAFETY: the ranges lie one after the other in `bytes`, which is never moved or resized.
+#[allow(unsafe_code)]
+unsafe impl GuestPages for Ram {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn host_address(&self, range: usize) -> *mut u8 {
+        let start = self.bytes.as_ptr().cast::<u8>().cast_mut();
+        start.wrapping_add(self.layout.offset(range) as usize)
+    }
+
+    fn occupied(&self, range: usize, from: u64) -> Option<Range<u64>> {
+        let len = self.layout.ranges()[range].len;
+        (from < len).then_some(from..len)
+    }
+}
+
+/// A guest at its source, which writes pages 10 to 20 in each round.
+struct Leaving {
+    ram: Ram,
+    dirty: Mutex<PageSet>,
+    round: u64,
+    calls: Vec<&'static str>,
+}
+
+impl Leaving {
+    fn new() -> Self {
+        let mut ram = Ram::new();
+        for page in (0..PAGES).step_by(3) {
+            ram.write(page, page + 1);
+        }
+        let dirty = Mutex::new(PageSet::full(&ram.layout));
+        Self {
+            ram,
+            dirty,
+            round: 0,
+            calls: Vec::new(),
+        }
+    }
+}
+
+fn section(name: &str, text: &str) -> Section {
+    Section {
+        name: name.to_owned(),
+        version: 1,
+        bytes: text.as_bytes().to_vec(),
+    }
+}
+
+impl SourceGuest for Leaving {
+    type Memory = Ram;
+
+    fn memory(&self) -> &Ram {
+        &self.ram
+    }
+
+    fn offer(&mut self) -> Result<Vec<Section>, GuestError> {
+        self.calls.push("offer");
+        Ok(vec![section("machine", "a machine")])
+    }
+
+    fn descriptors(&mut self) -> Result<Vec<Named>, GuestError> {
+        let file = tempfile::tempfile()?;
+        Ok(vec![("memory".to_owned(), file.into())])
+    }
+
+    fn track(&mut self) -> Result<(), GuestError> {
+        self.calls.push("track");
+        Ok(())
+    }
+
+    fn early(&mut self) -> Result<Vec<Section>, GuestError> {
+        self.calls.push("early");
+        Ok(vec![section("context", "early")])
+    }
+
+    fn written(&mut self) -> Result<PageSet, GuestError> {
+        let mut dirty = self.dirty.lock().unwrap();
+        let taken = dirty.clone();
+        *dirty = PageSet::empty(&self.ram.layout);
+        self.round += 1;
+        for page in 10..20 {
+            self.ram.write(page, self.round % 3);
+            dirty.insert(page);
+        }
+        Ok(taken)
+    }
+
+    fn slow_down(&mut self, _percent: u8) {}
+
+    fn stop(&mut self) -> Result<(), GuestError> {
+        self.calls.push("stop");
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<Vec<Section>, GuestError> {
+        self.calls.push("state");
+        Ok(vec![section("state", "all of it")])
+    }
+
+    fn release(&mut self) {
+        self.calls.push("release");
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.calls.push("resume");
+        Ok(())
+    }
+}
+
+/// A guest at its destination.
+struct Arriving {
+    ram: Ram,
+    early: usize,
+    state: Vec<Section>,
+}
+
+impl DestinationGuest for Arriving {
+    type Memory = Ram;
+
+    fn memory(&self) -> &Ram {
+        &self.ram
+    }
+
+    fn early(&mut self, section: Section) -> Result<(), GuestError> {
+        assert_eq!(section.bytes, b"early");
+        self.early += 1;
+        Ok(())
+    }
+
+    fn restore(&mut self, sections: Vec<Section>) -> Result<(), GuestError> {
+        self.state = sections;
+        Ok(())
+    }
+
+    fn take(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+}
+
+fn pair() -> (Connection, Connection) {
+    let limits = connection::Limits {
+        silence: Duration::from_secs(5),
+        beat: Duration::from_millis(20),
+    };
+    let (a, b) = UnixStream::pair().unwrap();
+    let open = |socket: UnixStream| Connection::new(OwnedFd::from(socket), limits).unwrap();
+    (open(a), open(b))
+}
+
+fn options(how: Memory) -> Options {
+    Options {
+        how,
+        limits: Limits::default(),
+        ask: (1, Duration::ZERO),
+    }
+}
+
+#[test]
+fn a_guest_is_moved_with_all_its_memory() {
+    let (near, far) = pair();
+    let destination = std::thread::spawn(move || {
+        let Incoming::Offer(mut offered) = Incoming::accept(far, "test").unwrap() else {
+            panic!("not an offer");
+        };
+        assert_eq!(offered.sections(), [section("machine", "a machine")]);
+        let mut guest = Arriving {
+            ram: Ram::new(),
+            early: 0,
+            state: Vec::new(),
+        };
+        let receiving = offered.accept().unwrap();
+        let prepared = receiving.receive(&mut guest, &mut |_: Arrived| {}).unwrap();
+        assert!(prepared.commit(|| Ok(())).unwrap().running());
+        guest
+    });
+    let mut guest = Leaving::new();
+    let mut near = Some(near);
+    let end = migrate(
+        &mut guest,
+        &mut || Ok(near.take().unwrap()),
+        &options(Memory::Copy),
+        &mut |_| ControlFlow::Continue(()),
+    );
+    let there = destination.join().unwrap();
+    let End::Moved(report) = end else {
+        panic!("{end:?}");
+    };
+    assert!(
+        report.rounds.len() == 1 && report.pause_us.total > 0,
+        "{report:?}"
+    );
+    assert_eq!((there.early, there.state.len()), (1, 1));
+    let expected = ["offer", "track", "early", "stop", "state", "release"];
+    assert_eq!(guest.calls, expected);
+    // What was written since the last look is the fake's doing: `written` writes.
+    for page in 0..PAGES as usize {
+        let (from, to) = (page * 512, page * 512 + 512);
+        let same = guest.ram.bytes[from..to] == there.ram.bytes[from..to];
+        assert!(same || (10..20).contains(&page), "page {page}");
+    }
+}
+
+#[test]
+fn a_guest_is_handed_over_with_its_files() {
+    let (near, far) = pair();
+    let destination = std::thread::spawn(move || {
+        let Incoming::Offer(mut offered) = Incoming::accept(far, "test").unwrap() else {
+            panic!("not an offer");
+        };
+        assert_eq!(offered.how(), Memory::Handoff);
+        let files = offered.descriptors();
+        assert_eq!(files.len(), 1);
+        assert_eq!(files[0].0, "memory");
+        let mut guest = Arriving {
+            ram: Ram::new(),
+            early: 0,
+            state: Vec::new(),
+        };
+        let receiving = offered.accept().unwrap();
+        let prepared = receiving.receive(&mut guest, &mut |_| {}).unwrap();
+        assert!(prepared.commit(|| Ok(())).unwrap().running());
+    });
+    let mut guest = Leaving::new();
+    let mut near = Some(near);
+    let end = migrate(
+        &mut guest,
+        &mut || Ok(near.take().unwrap()),
+        &options(Memory::Handoff),
+        &mut |_| ControlFlow::Continue(()),
+    );
+    destination.join().unwrap();
+    assert!(matches!(end, End::Moved(_)), "{end:?}");
+    assert_eq!(guest.calls, ["offer", "stop", "state", "release"]);
+}
