@@ -16,11 +16,39 @@ use crate::exit::{self, Outcome};
 use crate::limits;
 use crate::machine::functions::Backends;
 use crate::machine::run::Sink;
-use crate::machine::{Machine, run};
+use crate::machine::{Machine, TransitionError, run};
 use crate::signals::{Signals, Watch};
+use crate::vcpu::ControlError;
 
 /// How long the reader of the console may take for the rest before those who listen to the API are told of the end.
 const LAST_WORDS: Duration = Duration::from_millis(200);
+
+/// Where a guest comes from.
+pub trait Origin {
+    /// Makes a machine of `spec`.
+    fn build(
+        &mut self,
+        spec: MachineSpec,
+        backends: Backends,
+        output: Option<&Output>,
+    ) -> anyhow::Result<Arc<Machine>>;
+
+    /// Waits for the guest, for one that comes from elsewhere. A signal ends the process meanwhile.
+    fn arrive(&mut self, _machine: &Arc<Machine>) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    /// Starts the machine.
+    fn start(&mut self, machine: &Machine) -> anyhow::Result<()>;
+}
+
+/// Starts `machine`. One that ended before is no error: it says itself how.
+pub fn start(machine: &Machine, paused: bool) -> anyhow::Result<()> {
+    match machine.start(paused) {
+        Err(TransitionError::Control(ControlError::Ended)) | Ok(()) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
 
 /// A process that is to run a guest.
 pub struct Process {
@@ -36,13 +64,12 @@ impl Process {
         Ok(Self { watch })
     }
 
-    /// Opens what `spec` names, has `build` make a machine of it, runs that to its end and returns the exit status.
+    /// Opens what `spec` names, has `origin` make a machine of it, runs that to its end and returns the exit status.
     pub fn host(
         self,
         spec: MachineSpec,
         api_socket: Option<&Path>,
-        paused: bool,
-        build: impl FnOnce(MachineSpec, Backends, Option<&Output>) -> anyhow::Result<Arc<Machine>>,
+        origin: &mut dyn Origin,
     ) -> anyhow::Result<u8> {
         limits::raise(&spec)?;
         let socket = match api_socket {
@@ -68,14 +95,17 @@ impl Process {
             _ => (None, None),
         };
         let backends = Backends::open(&spec, input, &loss)?;
-        let machine = build(spec, backends, output.as_ref())?;
+        let machine = origin.build(spec, backends, output.as_ref())?;
         keep_made();
         let server = match socket {
             Some(socket) => Some(Server::start(socket, Arc::clone(&machine))?),
             None => None,
         };
+        origin.arrive(&machine)?;
         let mut signals = self.watch.finish()?;
-        let outcome = run::run(&machine, &mut signals, sink, paused);
+        let outcome = run::run(&machine, &mut signals, sink, |machine| {
+            origin.start(machine)
+        });
         // What follows waits for threads, which may hang together with a disk. Another signal then ends the process
         // at once, so that nothing may be left to do that outlives it.
         remove_bound();

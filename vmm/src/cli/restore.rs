@@ -1,14 +1,20 @@
 //! `tern restore`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use anyhow::Context;
 use clap::{Args, ValueEnum};
 
-use super::process::Process;
+use super::process::{self, Origin, Process};
+use crate::config::MachineSpec;
 use crate::console::Target;
+use crate::console::output::Output;
 use crate::exit;
+use crate::machine::Machine;
+use crate::machine::functions::Backends;
 use crate::snapshot::overrides::{DiskOverride, NetOverride, Overrides};
-use crate::snapshot::restore::{ClockChoice, Options, Source};
+use crate::snapshot::restore::{ClockChoice, Fit, Options, Source};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -100,11 +106,34 @@ impl Restore {
             track: self.track,
         };
         let spec = source.spec().clone();
-        process.host(
-            spec,
-            self.api_socket.as_deref(),
-            self.paused,
-            |_, backends, output| Ok(source.restore(backends, output, options)?),
-        )
+        let mut saved = Saved {
+            source: Some(source),
+            options,
+            paused: self.paused,
+        };
+        process.host(spec, self.api_socket.as_deref(), &mut saved)
+    }
+}
+
+/// A guest that goes on from a snapshot.
+struct Saved {
+    source: Option<Fit>,
+    options: Options,
+    paused: bool,
+}
+
+impl Origin for Saved {
+    fn build(
+        &mut self,
+        _spec: MachineSpec,
+        backends: Backends,
+        output: Option<&Output>,
+    ) -> anyhow::Result<Arc<Machine>> {
+        let source = self.source.take().context("a snapshot is restored once")?;
+        Ok(source.restore(backends, output, self.options)?)
+    }
+
+    fn start(&mut self, machine: &Machine) -> anyhow::Result<()> {
+        process::start(machine, self.paused)
     }
 }

@@ -1,18 +1,21 @@
 //! `tern run`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 use devices::memory::GuestRam;
 
-use super::process::Process;
+use super::process::{self, Origin, Process};
 use crate::boot::load::Prepared;
-use crate::config::{Config, Disk, MAX_CPUS, Net, Pf};
+use crate::config::{Config, Disk, MAX_CPUS, MachineSpec, Net, Pf};
 use crate::console::Target;
+use crate::console::output::Output;
 use crate::exit;
 use crate::kvm::model::CpuModel;
 use crate::layout;
-use crate::machine::{Hardware, Host};
+use crate::machine::functions::Backends;
+use crate::machine::{Hardware, Host, Machine};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -136,21 +139,38 @@ impl Run {
         let config = base.overlaid(self.config());
         let api_socket = config.api_socket.clone();
         let spec = config.resolve()?;
-        let (force, paused) = (self.force, self.paused);
-        process.host(
-            spec,
-            api_socket.as_deref(),
-            paused,
-            |spec, backends, output| {
-                let kernel = Prepared::open(spec.memory, &spec.boot)?;
-                let ram = GuestRam::new(&layout::ram_ranges(spec.memory))?;
-                let host = Host::open(force)?;
-                let model = CpuModel::new(host.cpu(), spec.cpus);
-                let hardware = Hardware::create(host, spec, model, ram, backends, output)?;
-                hardware.boot(kernel)?;
-                Ok(hardware.finish()?)
-            },
-        )
+        let mut boot = Boot {
+            force: self.force,
+            paused: self.paused,
+        };
+        process.host(spec, api_socket.as_deref(), &mut boot)
+    }
+}
+
+/// A guest that boots.
+struct Boot {
+    force: bool,
+    paused: bool,
+}
+
+impl Origin for Boot {
+    fn build(
+        &mut self,
+        spec: MachineSpec,
+        backends: Backends,
+        output: Option<&Output>,
+    ) -> anyhow::Result<Arc<Machine>> {
+        let kernel = Prepared::open(spec.memory, &spec.boot)?;
+        let ram = GuestRam::new(&layout::ram_ranges(spec.memory))?;
+        let host = Host::open(self.force)?;
+        let model = CpuModel::new(host.cpu(), spec.cpus);
+        let hardware = Hardware::create(host, spec, model, ram, backends, output)?;
+        hardware.boot(kernel)?;
+        Ok(hardware.finish())
+    }
+
+    fn start(&mut self, machine: &Machine) -> anyhow::Result<()> {
+        process::start(machine, self.paused)
     }
 }
 

@@ -4,14 +4,12 @@
 //! [`Hardware::boot`] puts a kernel into it; either way [`Hardware::finish`] makes a [`Machine`] of it that has not been
 //! started.
 
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use devices::bus::{Bus, BusError};
 use devices::gate::Reasons;
 use devices::memory::{GuestRam, MemoryError, View};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
-use pci::msi::{MsiBatch, MsiController};
 use pci::root::{AssignError, PciRoot};
 use pci::topology::{LayoutError, PciLayout};
 use vm_memory::{Bytes, GuestAddress};
@@ -35,7 +33,7 @@ use crate::kvm::{self, KvmError, Vm, cpu, doorbells::Doorbells, msi::KvmMsi};
 use crate::layout;
 use crate::serial::SerialPort;
 use crate::snapshot::report::Meter;
-use crate::vcpu::{self, Control, Wiring, kick};
+use crate::vcpu::{Control, Wiring, kick};
 
 /// Why a machine could not be built. Exit status 1.
 #[derive(Debug, thiserror::Error)]
@@ -116,10 +114,6 @@ pub struct Hardware {
     pub(crate) serial: Arc<SerialPort>,
     pub(crate) power_button: EventFd,
     generation: EventFd,
-    /// Input for the serial port that came with a restored state.
-    pub(crate) input: Vec<u8>,
-    /// A state was put into it, so that the guest may have missed interrupts.
-    pub(crate) restored: bool,
     pub(crate) pci: Arc<PciRoot>,
     pub(crate) functions: Functions,
     pub(crate) pages: Arc<PageSource>,
@@ -203,8 +197,6 @@ impl Hardware {
             serial,
             power_button,
             generation,
-            input: Vec::new(),
-            restored: false,
             pci,
             functions,
             pages,
@@ -213,16 +205,6 @@ impl Hardware {
             mmio,
             layout_changed,
         })
-    }
-
-    /// Interrupt routes are set up together when the result is dropped.
-    pub(crate) fn msi_batch(&self) -> MsiBatch<'_> {
-        self.msi.batch()
-    }
-
-    /// Gives the machine a VM generation ID that no other has. The guest is told when it goes on.
-    pub(crate) fn renew_generation(&self) -> Result<(), BuildError> {
-        Ok(VmGeneration::random()?.write(&self.ram.view()?)?)
     }
 
     /// Puts a kernel, and what firmware would have left for it, into memory, and the first vCPU at its entry.
@@ -237,15 +219,15 @@ impl Hardware {
         })?;
         memory.write_slice(&tables, GuestAddress(layout::ACPI.start))?;
         memory.write_slice(&chipset::RESET_STUB, GuestAddress(layout::RESET_VECTOR))?;
-        self.renew_generation()?;
+        VmGeneration::random()?.write(&memory)?;
         if let Some(first) = self.vcpus.first() {
             cpu::enter(first, entry)?;
         }
         Ok(())
     }
 
-    /// Gives every vCPU its thread, where it waits for the start of the machine.
-    pub fn finish(self) -> Result<Arc<Machine>, BuildError> {
+    /// Makes a machine of it that was not started.
+    pub fn finish(self) -> Arc<Machine> {
         let wiring = Wiring {
             ports: self.ports,
             mmio: self.mmio,
@@ -253,31 +235,29 @@ impl Hardware {
             tells_pause: self.vm.fd().check_extension(Cap::KvmclockCtrl),
             layout_changed: Arc::clone(&self.layout_changed),
         };
-        let mut threads = Vec::with_capacity(self.vcpus.len());
-        for (id, vcpu) in (0..self.spec.cpus).zip(self.vcpus) {
-            threads.push(vcpu::spawn(id, vcpu, wiring.clone())?);
-        }
-        Ok(Arc::new(Machine {
+        Arc::new(Machine {
             model: self.model,
             msrs: self.msrs,
             spec: self.spec,
             leases: Leases::starting(),
             meter: Meter::default(),
             start: Mutex::default(),
-            input: Mutex::new(self.input),
+            input: Mutex::default(),
             control: self.control,
             serial: self.serial,
             power_button: self.power_button,
             generation: self.generation,
-            restored: AtomicBool::new(self.restored),
+            arrival: Mutex::default(),
             pci: self.pci,
             functions: self.functions,
             pages: self.pages,
+            msi: self.msi,
             layout_changed: self.layout_changed,
-            threads: Mutex::new(threads),
+            unstarted: Mutex::new(Some((wiring, self.vcpus))),
+            threads: Mutex::default(),
             ram: self.ram,
             vm: self.vm,
-        }))
+        })
     }
 }
 

@@ -22,23 +22,26 @@ pub mod owner;
 pub mod pages;
 pub mod run;
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use devices::gate::Reasons;
 use devices::memory::GuestRam;
+use kvm_ioctls::VcpuFd;
+use pci::msi::MsiController;
 use pci::root::PciRoot;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::chipset::VmGeneration;
 use crate::config::MachineSpec;
 use crate::exit::Outcome;
 use crate::kvm::Vm;
 use crate::kvm::model::CpuModel;
-use crate::serial::{SerialPort, SerialState};
+use crate::kvm::msi::KvmMsi;
+use crate::serial::{SerialPort, SerialState, SerialStateError};
 use crate::snapshot::report::{Meter, Progress};
-use crate::vcpu::{Control, ControlError, RunState};
+use crate::vcpu::{self, Control, ControlError, RunState, Wiring};
 use functions::Functions;
 pub use hardware::{BuildError, Hardware, Host};
 use lease::{Busy, Lease, Leases, Purpose};
@@ -74,9 +77,21 @@ pub enum TransitionError {
     /// The guest has ended, or a vCPU does not leave it.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// The host refuses threads for the vCPUs.
+    #[error("the host refuses a thread for a vCPU: {0}")]
+    Threads(#[from] std::io::Error),
     /// Devices did not finish what they had begun.
     #[error("requests are still in flight in {0}; the guest goes on running")]
     InFlight(String),
+}
+
+/// How a guest came into a machine in which it did not begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// From a snapshot: another VM may have gone on from the same state.
+    Restored,
+    /// From another process, which does not run it any more.
+    Moved,
 }
 
 /// How the start of the guest stands.
@@ -106,15 +121,18 @@ pub struct Machine {
     power_button: EventFd,
     /// Tells the guest that its VM generation ID is another one.
     generation: EventFd,
-    /// It was restored and has not run since.
-    restored: AtomicBool,
+    /// What was put into it since it last ran.
+    arrival: Mutex<Option<Arrival>>,
     pci: Arc<PciRoot>,
     functions: Functions,
     /// The pages of its memory that were written.
     pages: Arc<PageSource>,
     /// Registers the doorbells that should exist, and removes those that should not.
     layout_changed: Arc<dyn Fn() + Send + Sync>,
+    /// Its vCPUs, until they get their threads.
+    unstarted: Mutex<Option<(Wiring, Vec<VcpuFd>)>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    msi: KvmMsi,
     ram: Arc<GuestRam>,
     // Dropped last: vCPUs and devices use them.
     vm: Vm,
@@ -232,11 +250,13 @@ impl Machine {
     pub fn start(&self, paused: bool) -> Result<(), TransitionError> {
         let mut start = self.lock_start();
         start.done = true;
-        let outcome = if paused || start.paused {
-            Ok(())
-        } else {
-            self.let_run()
-        };
+        let outcome = self.give_threads().and_then(|()| {
+            if paused || start.paused {
+                Ok(())
+            } else {
+                self.let_run()
+            }
+        });
         self.leases.started();
         outcome
     }
@@ -291,13 +311,56 @@ impl Machine {
         Ok(Quiesced { machine: self, ran })
     }
 
+    /// Has `put` put a state into the machine, which was not started: its vCPUs have no threads yet. Interrupt routes are
+    /// set up together at the end.
+    pub(crate) fn put<E>(
+        &self,
+        arrival: Arrival,
+        put: impl FnOnce(&[VcpuFd]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let _batch = self.msi.batch();
+        *self.lock_arrival() = Some(arrival);
+        let unstarted = self.lock_unstarted();
+        put(unstarted.as_ref().map_or(&[], |(_, vcpus)| vcpus))
+    }
+
+    /// Gives every vCPU its thread, where it waits until the guest runs.
+    fn give_threads(&self) -> Result<(), TransitionError> {
+        let Some((wiring, vcpus)) = self.lock_unstarted().take() else {
+            return Ok(());
+        };
+        let mut threads = self.lock_threads();
+        for (id, vcpu) in (0..self.spec.cpus).zip(vcpus) {
+            threads.push(vcpu::spawn(id, vcpu, wiring.clone())?);
+        }
+        Ok(())
+    }
+
+    /// Gives the machine a VM generation ID that no other has. The guest is told when it goes on.
+    pub(crate) fn renew_generation(&self) -> Result<(), BuildError> {
+        Ok(VmGeneration::random()?.write(&self.ram.view()?)?)
+    }
+
+    /// Puts the serial port into a state, with the input that waits for it.
+    pub(crate) fn put_serial(
+        &self,
+        state: &SerialState,
+        waiting: Vec<u8>,
+    ) -> Result<(), SerialStateError> {
+        self.serial.restore(state)?;
+        *self.lock_input() = waiting;
+        Ok(())
+    }
+
     fn let_run(&self) -> Result<(), TransitionError> {
-        if self.restored.swap(false, Ordering::AcqRel) {
+        let arrival = self.lock_arrival().take();
+        if arrival.is_some() {
             // Interrupts that were on their way when the state was taken are in no copy of it.
             for function in self.functions.all() {
                 function.signal_again();
             }
-            // Another VM may have gone on from the same state.
+        }
+        if arrival == Some(Arrival::Restored) {
             let _ = self.generation.write(1);
         }
         self.functions.reopen(Reasons::PAUSED);
@@ -341,8 +404,7 @@ impl Machine {
     fn stop(&self) {
         self.control
             .finish(Outcome::Stopped("the end of the process"));
-        let threads =
-            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        let threads = std::mem::take(&mut *self.lock_threads());
         for thread in threads {
             let _ = thread.join();
         }
@@ -350,6 +412,20 @@ impl Machine {
 
     fn lock_start(&self) -> MutexGuard<'_, Start> {
         self.start.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_unstarted(&self) -> MutexGuard<'_, Option<(Wiring, Vec<VcpuFd>)>> {
+        self.unstarted
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_arrival(&self) -> MutexGuard<'_, Option<Arrival>> {
+        self.arrival.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_input(&self) -> MutexGuard<'_, Vec<u8>> {

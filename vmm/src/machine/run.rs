@@ -43,13 +43,13 @@ struct Input {
 /// Runs the machine until it ends, and says how.
 ///
 /// Standard input goes to `sink`; if it is a terminal it is put into raw mode until the return. Without a sink it is
-/// left alone. With `paused` the guest does not begin until it is resumed.
+/// left alone. `start` starts the machine, or says why there is nothing to run.
 pub fn run(
     machine: &Machine,
     signals: &mut Signals,
     sink: Option<Sink>,
-    paused: bool,
-) -> io::Result<Outcome> {
+    start: impl FnOnce(&Machine) -> anyhow::Result<()>,
+) -> anyhow::Result<Outcome> {
     let raw = match sink {
         Some(_) => RawMode::enter()?,
         None => None,
@@ -65,9 +65,7 @@ pub fn run(
         sink,
         escape: terminal.then(Escape::default),
     };
-    if let Err(error) = machine.start(paused) {
-        tracing::debug!(%error, "the guest ended before it began");
-    }
+    start(machine)?;
     loop {
         let ready = wait(machine, signals, &input)?;
         if ready.ended {

@@ -2,6 +2,7 @@
 //!
 //! | module | what it does |
 //! |---|---|
+//! | [`capture`] | the state of a machine but for its memory, taken from one and put into another |
 //! | [`devices`] | the state of everything on the PCI bus |
 //! | [`format`](mod@format) | the JSON of `state.json`: the only place that knows it |
 //! | [`members`] | the engine that moves members of a group by administration commands |
@@ -10,6 +11,7 @@
 //! | [`restore`] | going on from a snapshot |
 //! | [`save`] | taking one |
 
+pub mod capture;
 pub mod devices;
 pub mod format;
 pub mod members;

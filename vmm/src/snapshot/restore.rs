@@ -7,7 +7,8 @@ use std::sync::Arc;
 use devices::memory::{Backing, GuestRam, MemoryError};
 use migration::{Bases, Expected, Image, RamLayout, ReadError, Reader};
 
-use super::devices::{self as bus, DeviceError};
+use super::capture::{self, Devices};
+use super::devices::DeviceError;
 use super::format::FormatError;
 use super::format::error::Invalid;
 use super::format::machine::MachineError;
@@ -21,7 +22,7 @@ use crate::kvm::state::{self, StateError};
 use crate::layout;
 use crate::machine::functions::Backends;
 use crate::machine::pages::{RamPages, SourceError};
-use crate::machine::{BuildError, Hardware, Host, Machine};
+use crate::machine::{Arrival, BuildError, Hardware, Host, Machine};
 use crate::serial::SerialStateError;
 
 /// Why a snapshot cannot be restored. Nothing runs.
@@ -193,7 +194,7 @@ impl Fit {
         let Self { source, host } = self;
         let ram = source.memory(options.prefault)?;
         let id = source.image.id();
-        let mut hardware = Hardware::create(
+        let hardware = Hardware::create(
             host,
             source.spec,
             source.model,
@@ -201,33 +202,21 @@ impl Fit {
             backends,
             output,
         )?;
+        let machine = hardware.finish();
         if options.track {
             // First: what follows is written to memory already.
-            hardware.pages.start(Some(id))?;
+            machine.pages().start(Some(id))?;
         }
-        {
-            let _batch = hardware.msi_batch();
-            bus::restore(
-                &hardware.pci,
-                &hardware.functions,
-                &source.state.pci,
-                &source.state.functions,
-                &source.state.owners,
-            )?;
-        }
-        let (serial, waiting) = source.state.serial.plain()?;
-        hardware.serial.restore(&serial)?;
-        hardware.input = waiting;
-        hardware.restored = true;
-        hardware.renew_generation()?;
-        state::restore(
-            hardware.vm.fd(),
-            &hardware.vcpus,
-            &hardware.model,
-            &source.cpu,
-            options.clock,
-        )?;
-        Ok(hardware.finish()?)
+        let state = source.state;
+        let devices = Devices {
+            pci: state.pci,
+            functions: state.functions,
+            owners: state.owners,
+            serial: state.serial,
+        };
+        let (arrival, clock) = (Arrival::Restored, options.clock);
+        capture::put(&machine, &devices, &source.cpu, arrival, clock)?;
+        Ok(machine)
     }
 }
 

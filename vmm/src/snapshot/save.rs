@@ -23,15 +23,15 @@ use migration::{
     Existing, Guest, GuestPages, MemoryWriter, PageSet, RamLayout, SnapshotId, WriteError, Writer,
 };
 
-use super::devices::{SaveError, save_functions, save_owners, save_pci};
+use super::capture::{self, Devices};
+use super::devices::SaveError;
 use super::format::FormatError;
 use super::format::machine::Machine as MachineJson;
-use super::format::serial::Serial;
 use super::format::state::{Parts, State};
 use super::report::{Bytes, Pause, Phase, Report, Request, Then};
 use crate::errors::chain;
 use crate::exit::Outcome;
-use crate::kvm::state::{self, StateError};
+use crate::kvm::state::StateError;
 use crate::machine::lease::Purpose;
 use crate::machine::pages::{RamPages, SourceError};
 use crate::machine::{Machine, TransitionError};
@@ -169,17 +169,9 @@ pub fn save(machine: &Machine, request: &Request) -> Result<Report, SnapshotErro
     let mut clock = Stopwatch(paused);
     let quiesced = machine.quiesce(&lease)?;
     pause.stop = clock.lap();
-    let functions = save_functions(machine.functions())?;
-    let owners = save_owners(machine.functions());
-    let pci = save_pci(machine.pci());
-    let (serial, waiting) = machine.save_serial();
+    let devices = Devices::of(machine)?;
     pause.devices = clock.lap();
-    let cpu = state::save(
-        machine.vm().fd(),
-        machine.control(),
-        machine.model(),
-        machine.msrs(),
-    )?;
+    let cpu = capture::cpus(machine)?;
     pause.vcpus = clock.lap();
     next.union_with(&attempt.take()?);
     bytes.written_paused = memory.write(&next, Guest::Paused)?;
@@ -202,10 +194,10 @@ pub fn save(machine: &Machine, request: &Request) -> Result<Report, SnapshotErro
         machine: specification,
         model: machine.model(),
         cpu: &cpu,
-        pci,
-        functions,
-        owners,
-        serial: Serial::of(&serial, &waiting),
+        pci: devices.pci,
+        functions: devices.functions,
+        owners: devices.owners,
+        serial: devices.serial,
     });
     let text = super::format::write(&document)?;
     bytes.state = text.len() as u64;
