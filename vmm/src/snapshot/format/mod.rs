@@ -22,6 +22,7 @@
 //! | [`owner`] | an SR-IOV owner: the sessions of its drivers |
 //! | [`parameters`] | what drivers see of devices and no option asks for |
 //! | [`pci`] | registers on the PCI bus |
+//! | [`moving`] | documents of a live migration |
 //! | [`config_space`] | a configuration space in lines |
 //! | [`serial`] | the serial port |
 //! | [`state`] | the document as a whole |
@@ -40,6 +41,7 @@ pub mod hex;
 pub mod irqchip;
 pub mod layout;
 pub mod machine;
+pub mod moving;
 pub mod owner;
 pub mod parameters;
 pub mod pci;
