@@ -2,13 +2,14 @@
 
 #![allow(unsafe_code)]
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fallocate, fcntl_getfl, flock};
 use rustix::io::Errno;
 
 use super::BlockError;
@@ -21,40 +22,92 @@ const IOV_MAX: usize = 1024;
 /// Zeroes written at once where the file system cannot zero a range by itself.
 const ZEROES: usize = 64 * 1024;
 
-/// An image file or block device, locked for as long as it is open: for itself if writable, for readers otherwise.
+/// An image file or block device. Its lock, for itself if writable and for readers otherwise, is that of its open file
+/// description: whoever is lent a descriptor has the lock as well, and it goes when the last of them is closed.
 #[derive(Debug)]
 pub struct RawFile {
     file: File,
     len: u64,
+    path: PathBuf,
+    read_only: bool,
+    lock: Mutex<Lock>,
+}
+
+/// How the lock of a file stands.
+#[derive(Clone, Copy, Debug, Default)]
+struct Lock {
+    /// It was taken, or the file system has none.
+    taken: bool,
+    /// Another process was given the descriptor, and with it the lock.
+    lent: bool,
 }
 
 impl RawFile {
     /// Opens and locks `path`.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, BlockError> {
-        let other = |source| BlockError::Other {
-            path: path.into(),
-            source,
-        };
+        let file = Self::open_unlocked(path, read_only)?;
+        file.take_lock()?;
+        Ok(file)
+    }
+
+    /// Opens `path`, whose lock somebody else may have; [`Self::take_lock`] before the first request.
+    pub fn open_unlocked(path: &Path, read_only: bool) -> Result<Self, BlockError> {
         // Looked at before it is opened, since opening a pipe waits for its other end.
-        let kind = match std::fs::metadata(path) {
-            Ok(metadata) => metadata.file_type(),
+        match std::fs::metadata(path) {
+            Ok(metadata) => check_kind(path, &metadata)?,
             Err(error) => return Err(open_error(path, read_only, error)),
-        };
-        if kind.is_dir() {
-            return Err(BlockError::Directory(path.into()));
         }
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(BlockError::Kind(path.into()));
-        }
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
             .write(!read_only)
             .custom_flags(libc::O_NONBLOCK)
             .open(path)
             .map_err(|error| open_error(path, read_only, error))?;
-        lock(path, &file, read_only)?;
-        // The length in the metadata of a block device is 0.
-        let len = file.seek(SeekFrom::End(0)).map_err(other)?;
+        Self::new(file, path, read_only)
+    }
+
+    /// Takes a file that another process opened, with its lock. `path` only appears in messages: the file need not have
+    /// this name, or any, where this process is.
+    pub fn received(file: OwnedFd, path: &Path, read_only: bool) -> Result<Self, BlockError> {
+        let file = File::from(file);
+        let other = |source| BlockError::Other {
+            path: path.into(),
+            source,
+        };
+        let received = |what| BlockError::Received {
+            path: path.into(),
+            what,
+        };
+        let flags = fcntl_getfl(&file).map_err(|error| other(error.into()))?;
+        // One of these reads as if it were open for reading.
+        if flags.contains(OFlags::PATH) {
+            return Err(received("is not open"));
+        }
+        check_kind(path, &file.metadata().map_err(other)?)?;
+        match (read_only, flags & OFlags::ACCMODE) {
+            (true, OFlags::RDONLY) | (false, OFlags::RDWR) => {}
+            (true, _) => return Err(received("is not open for reading only, as `readonly` says")),
+            (false, _) => return Err(received("is not open for reading and writing")),
+        }
+        // The one would move writes to the end, the other wants buffers aligned that a guest may place anywhere.
+        if flags.intersects(OFlags::APPEND | OFlags::DIRECT) {
+            return Err(received("is open with O_APPEND or O_DIRECT"));
+        }
+        let file = Self::new(file, path, read_only)?;
+        // Whoever has the lock by this very description takes it once more without effect.
+        file.take_lock()?;
+        Ok(file)
+    }
+
+    fn new(mut file: File, path: &Path, read_only: bool) -> Result<Self, BlockError> {
+        // The length in the metadata of a block device is 0. All transfers say where, so that it does not matter to others
+        // with this description that its offset moves.
+        let len = file
+            .seek(SeekFrom::End(0))
+            .map_err(|source| BlockError::Other {
+                path: path.into(),
+                source,
+            })?;
         if len == 0 {
             return Err(BlockError::Empty(path.into()));
         }
@@ -64,7 +117,60 @@ impl RawFile {
                 len,
             });
         }
-        Ok(Self { file, len })
+        Ok(Self {
+            file,
+            len,
+            path: path.into(),
+            read_only,
+            lock: Mutex::default(),
+        })
+    }
+
+    /// Takes the lock. True if it was not taken before.
+    ///
+    /// # Errors
+    ///
+    /// [`BlockError::InUse`] if somebody else has it.
+    pub fn take_lock(&self) -> Result<bool, BlockError> {
+        let mut state = self.lock();
+        if state.taken {
+            return Ok(false);
+        }
+        lock(&self.path, &self.file, self.read_only)?;
+        state.taken = true;
+        Ok(true)
+    }
+
+    /// Gives the lock back, if it was taken; the file stays open. Nothing may be in flight. Without effect on a file that
+    /// was lent: its lock is that of the other process as well.
+    pub fn release_lock(&self) {
+        let mut state = self.lock();
+        if !state.taken || state.lent {
+            return;
+        }
+        if let Err(error) = flock(&self.file, FlockOperation::NonBlockingUnlock) {
+            // One that has no locks, about which there was a warning.
+            tracing::debug!(path = %self.path.display(), %error, "cannot unlock disk");
+        }
+        state.taken = false;
+    }
+
+    /// A second descriptor. Whoever has it has the lock, if this one has: to be told by [`Self::set_lent`].
+    ///
+    /// # Errors
+    ///
+    /// The host refused a descriptor.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.file.try_clone().map(OwnedFd::from)
+    }
+
+    /// Whether another process has a descriptor, or is about to get one.
+    pub fn set_lent(&self, lent: bool) {
+        self.lock().lent = lent;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Lock> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write_zero_bytes(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
@@ -93,6 +199,17 @@ impl RawFile {
             }
         }
     }
+}
+
+fn check_kind(path: &Path, metadata: &Metadata) -> Result<(), BlockError> {
+    let kind = metadata.file_type();
+    if kind.is_dir() {
+        return Err(BlockError::Directory(path.into()));
+    }
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(BlockError::Kind(path.into()));
+    }
+    Ok(())
 }
 
 pub(super) fn open_error(path: &Path, read_only: bool, error: io::Error) -> BlockError {

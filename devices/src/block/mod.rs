@@ -142,6 +142,14 @@ pub enum BlockError {
     /// Another process has it, and one of the two wants to write.
     #[error("disk {0} is in use by another VM; stop that one, or open it `readonly` in both")]
     InUse(PathBuf),
+    /// A descriptor of another process that is not open as it has to be.
+    #[error("disk {path}, as another process gave it, {what}")]
+    Received {
+        /// The disk.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// The number of queues is out of range.
     #[error("a disk has 1 to {MAX_QUEUES} queues, not {0}")]
     Queues(u16),

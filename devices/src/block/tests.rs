@@ -12,6 +12,7 @@ use tempfile::NamedTempFile;
 
 use crate::memory::{GuestRead, GuestWrite};
 
+mod locks;
 mod parameters;
 
 const IN: u32 = 0;
