@@ -12,6 +12,7 @@
 //! Frames that wait in a link for a driver with buffers are no part of the state of a device: after a restore they are
 //! gone, as frames may be.
 
+mod announce;
 mod link;
 mod mac;
 mod offload;
@@ -22,10 +23,11 @@ mod uplink;
 #[cfg(test)]
 mod tests;
 
+pub use announce::Announcer;
 pub use link::{Counters, Link, Stats};
 pub use mac::{MacAddress, MacError};
 pub use switch::{PortConfig, PortInfo, Switch, SwitchError, SwitchPort};
-pub use tap::{Tap, TapError};
+pub use tap::{Tap, TapError, TapHandle};
 pub use uplink::Uplink;
 
 use link::{HEADER_LEN, NUM_BUFFERS};

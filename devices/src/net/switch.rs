@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::MacAddress;
+use super::announce::Announcer;
 use super::link::{Counters, FRAME_MAX, FRAME_MIN, HEADER_LEN, Link, Stats, frame_len};
 use super::offload::{self, Adapted};
 use crate::memory::View;
@@ -291,6 +292,41 @@ impl Switch {
         ports
     }
 
+    /// Sends the admitted `frame` of port `from` to whom it concerns. `wake` gets receivers that had nothing before.
+    fn forward(
+        &self,
+        from: usize,
+        frame: Vec<u8>,
+        source: MacAddress,
+        destination: MacAddress,
+        mut wake: impl FnMut(&Arc<Shared>),
+    ) {
+        let frame = Arc::new(frame);
+        if !self.read().knows(source, from) {
+            self.write().learn(source, from);
+        }
+        let table = self.read();
+        let station = table.stations.get(&destination);
+        if let Some(station) = station.filter(|_| !destination.is_group()) {
+            // A frame to a station on the sender's own side has already reached it.
+            let port = table.port(station.port).filter(|_| station.port != from);
+            if let Some(port) = port
+                && port.accept(frame)
+            {
+                wake(port);
+            }
+            return;
+        }
+        for (index, port) in table.ports.iter().enumerate() {
+            let Some(port) = port.as_ref().filter(|_| index != from) else {
+                continue;
+            };
+            if port.shared.accept(Arc::clone(&frame)) {
+                wake(&port.shared);
+            }
+        }
+    }
+
     fn read(&self) -> RwLockReadGuard<'_, Table> {
         self.table.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -322,36 +358,6 @@ impl SwitchPort {
         self.shared.event.try_clone().unwrap()
     }
 
-    /// Sends the admitted `frame` to whom it concerns.
-    fn forward(&mut self, frame: Vec<u8>, source: MacAddress, destination: MacAddress) {
-        let frame = Arc::new(frame);
-        if !self.switch.read().knows(source, self.index) {
-            self.switch.write().learn(source, self.index);
-        }
-        let table = self.switch.read();
-        let station = table.stations.get(&destination);
-        if let Some(station) = station.filter(|_| !destination.is_group()) {
-            // A frame to a station on the sender's own side has already reached it.
-            let port = table
-                .port(station.port)
-                .filter(|_| station.port != self.index);
-            if let Some(port) = port
-                && port.accept(frame)
-            {
-                self.to_wake.push(Arc::clone(port));
-            }
-            return;
-        }
-        for (index, port) in table.ports.iter().enumerate() {
-            let Some(port) = port.as_ref().filter(|_| index != self.index) else {
-                continue;
-            };
-            if port.shared.accept(Arc::clone(&frame)) {
-                self.to_wake.push(Arc::clone(&port.shared));
-            }
-        }
-    }
-
     /// Sends the admitted `frame`, if its addresses are in order.
     fn dispatch(&mut self, frame: Vec<u8>) {
         let counters = &self.shared.counters;
@@ -370,7 +376,11 @@ impl SwitchPort {
             return counters.spoofed();
         }
         counters.sent(frame.len().saturating_sub(HEADER_LEN));
-        self.forward(frame, source, destination);
+        let to_wake = &mut self.to_wake;
+        self.switch
+            .forward(self.index, frame, source, destination, |receiver| {
+                to_wake.push(Arc::clone(receiver));
+            });
     }
 
     /// Sends `frame`, header included, which did not come from a driver but from the host.
@@ -384,6 +394,16 @@ impl SwitchPort {
             return self.shared.counters.malformed();
         }
         self.dispatch(frame);
+    }
+
+    /// Announces the address of its device from it.
+    pub fn announcer(&self) -> Announcer {
+        let outlet = Outlet {
+            switch: self.switch.clone(),
+            index: self.index,
+            shared: Arc::clone(&self.shared),
+        };
+        Announcer::on_port(self.shared.config.mac, outlet)
     }
 
     /// Counts a frame that was taken from the port, header included.
@@ -406,6 +426,31 @@ impl SwitchPort {
             let frame = Arc::unwrap_or_clone(self.shared.take()?);
             self.adapted = offload::adapt(frame, self.features);
         }
+    }
+}
+
+/// The sending side of a port, for those who do not own the port. It may outlive it, and then does nothing.
+pub(super) struct Outlet {
+    switch: Switch,
+    index: usize,
+    shared: Arc<Shared>,
+}
+
+impl Outlet {
+    /// Sends `frame`, header included, if the port is up. No count of the device's own frames has it.
+    pub(super) fn announce(&self, frame: Vec<u8>, source: MacAddress, destination: MacAddress) {
+        let is_there = self
+            .switch
+            .read()
+            .port(self.index)
+            .is_some_and(|port| Arc::ptr_eq(port, &self.shared));
+        if !is_there || !self.shared.inbox().up {
+            return;
+        }
+        self.switch
+            .forward(self.index, frame, source, destination, |receiver| {
+                let _ = receiver.event.write(1);
+            });
     }
 }
 

@@ -1,19 +1,29 @@
 //! A tap interface of the host.
+//!
+//! One that another process has open and hands over ([`Tap::received`]) is *held*: nothing is read from it, written to it or
+//! changed about it until [`TapHandle::release`], since its other holder may still use it, or go on to. Frames that came in
+//! meanwhile wait in the kernel.
 
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::fs::{OFlags, fcntl_getfl, major, minor};
+
+use super::announce::Announcer;
 use super::link::{Counters, FRAME_MAX, FRAME_MIN, HEADER_LEN, Link, frame_len};
-use super::offload;
+use super::{MacAddress, offload};
 use crate::memory::{GuestRead, View};
 use crate::virtio::Chain;
 
 const TUN: &str = "/dev/net/tun";
+/// Its device number.
+const TUN_DEVICE: (u32, u32) = (10, 200);
 /// Frames dropped before a driver gets the first: more than the kernel queues, and an end even if the host never stops.
 const DRAIN_MAX: usize = 4096;
 /// The most buffers the kernel takes in one call (IOV_MAX).
@@ -39,6 +49,14 @@ pub enum TapError {
     /// There is an interface of that name and it is no tap, or one with several queues.
     #[error("interface {0} is not a tap with a single queue; use another name")]
     NotATap(String),
+    /// A descriptor of another process that is no tap, or not set up as it has to be.
+    #[error("tap {name}, as another process gave it, {what}")]
+    Received {
+        /// The interface.
+        name: String,
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// Anything else.
     #[error("cannot open tap {name}")]
     Other {
@@ -53,15 +71,63 @@ pub enum TapError {
 /// A tap interface. One that did not exist is created, and vanishes when this is dropped.
 #[derive(Debug)]
 pub struct Tap {
-    file: File,
-    name: String,
+    shared: Arc<Shared>,
     features: u64,
+    /// The offloads of `features` are to be set when it is no longer held.
+    postponed: bool,
     /// One frame that was read and not consumed, in its first `waiting` bytes.
     frame: Vec<u8>,
     waiting: usize,
     /// The interface was deleted, and somebody was told.
     gone: bool,
     counters: Arc<Counters>,
+}
+
+/// What the device of a tap and others in this process have in common.
+#[derive(Debug)]
+struct Shared {
+    file: File,
+    name: String,
+    /// See the [module documentation](self).
+    held: AtomicBool,
+    /// A driver is there.
+    up: AtomicBool,
+}
+
+impl Shared {
+    fn is_held(&self) -> bool {
+        self.held.load(Ordering::Acquire)
+    }
+}
+
+/// A tap, apart from the device it belongs to.
+#[derive(Clone, Debug)]
+pub struct TapHandle(Arc<Shared>);
+
+impl TapHandle {
+    /// The tap is this process's alone from now on. Called before its function runs; without effect on one that is not held.
+    pub fn release(&self) {
+        self.0.held.store(false, Ordering::Release);
+    }
+
+    /// A descriptor for another process.
+    ///
+    /// # Errors
+    ///
+    /// The host refused a descriptor.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.0.file.try_clone().map(OwnedFd::from)
+    }
+
+    /// Sends `frame`, header included, if a driver is there. Any thread may do so at any time: each frame is one write.
+    pub(super) fn announce(&self, frame: &[u8]) {
+        if self.0.is_held() || !self.0.up.load(Ordering::Relaxed) {
+            return;
+        }
+        if let Err(error) = (&self.0.file).write(frame) {
+            tracing::debug!(tap = %self.0.name, %error, "cannot announce an address");
+        }
+    }
 }
 
 impl Tap {
@@ -96,38 +162,141 @@ impl Tap {
         // SAFETY: TUNSETVNETHDRSZ reads one int.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) })
             .map_err(|error| attach_error(name, error))?;
-        let mut tap = Self {
-            file,
-            name: name.into(),
-            features: 0,
-            frame: Vec::new(),
-            waiting: 0,
-            gone: false,
-            counters: Arc::default(),
-        };
+        let mut tap = Self::new(file, name, false);
         tap.down();
         Ok(tap)
     }
 
+    /// Takes a tap that another process attached to, with what waits in it. It is held, see the
+    /// [module documentation](self). `name` only appears in messages.
+    pub fn received(file: OwnedFd, name: &str) -> Result<Self, TapError> {
+        let file = File::from(file);
+        let other = |source| TapError::Other {
+            name: name.into(),
+            source,
+        };
+        let received = |what| TapError::Received {
+            name: name.into(),
+            what,
+        };
+        let flags = fcntl_getfl(&file).map_err(|error| other(error.into()))?;
+        let metadata = file.metadata().map_err(other)?;
+        let device = metadata.rdev();
+        // First: what the calls below mean to another device nobody knows.
+        if flags.contains(OFlags::PATH)
+            || !metadata.file_type().is_char_device()
+            || (major(device), minor(device)) != TUN_DEVICE
+        {
+            return Err(received("is no tap"));
+        }
+        if flags & OFlags::ACCMODE != OFlags::RDWR {
+            return Err(received("is not open for reading and writing"));
+        }
+        // Setting it would change it for the other holder, who may wait for frames that way.
+        if !flags.contains(OFlags::NONBLOCK) {
+            return Err(received("is not open with O_NONBLOCK"));
+        }
+        // SAFETY: all of `ifreq` is integers and unions of integers, for which zeroes are valid.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        // SAFETY: TUNGETIFF writes one `ifreq`, which `request` is.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF, &raw mut request) })
+            .map_err(|error| match error.raw_os_error() {
+                Some(libc::EBADFD) => received("is attached to no interface"),
+                _ => other(error),
+            })?;
+        // SAFETY: the kernel wrote the flags; whichever field it had written, any bytes are a valid integer.
+        let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+        if flags & libc::IFF_TAP == 0 {
+            return Err(received("is no tap"));
+        }
+        if flags & libc::IFF_NO_PI == 0 || flags & libc::IFF_VNET_HDR == 0 {
+            return Err(received(
+                "does not have the header of virtio in front of its frames",
+            ));
+        }
+        let mut len: libc::c_int = 0;
+        // SAFETY: TUNGETVNETHDRSZ writes one int.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETVNETHDRSZ, &raw mut len) })
+            .map_err(other)?;
+        if usize::try_from(len) != Ok(HEADER_LEN) {
+            return Err(received(
+                "does not have the header of virtio 1 in front of its frames",
+            ));
+        }
+        Ok(Self::new(file, name, true))
+    }
+
+    fn new(file: File, name: &str, held: bool) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                file,
+                name: name.into(),
+                held: AtomicBool::new(held),
+                up: AtomicBool::new(false),
+            }),
+            features: 0,
+            postponed: false,
+            frame: Vec::new(),
+            waiting: 0,
+            gone: false,
+            counters: Arc::default(),
+        }
+    }
+
+    /// A handle on it for those who do not own its device.
+    pub fn handle(&self) -> TapHandle {
+        TapHandle(Arc::clone(&self.shared))
+    }
+
+    /// Announces `mac` from it.
+    pub fn announcer(&self, mac: MacAddress) -> Announcer {
+        Announcer::on_tap(mac, self.handle())
+    }
+
     /// The interface's name.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.shared.name
+    }
+
+    /// True while it is not to be touched. Does what was put off until now if it is not.
+    fn is_held(&mut self) -> bool {
+        if self.shared.is_held() {
+            return true;
+        }
+        if std::mem::take(&mut self.postponed) {
+            self.set_offload(self.features);
+        }
+        false
+    }
+
+    /// A driver came with `features`, or the last one went.
+    fn configure(&mut self, up: bool, features: u64) {
+        self.shared.up.store(up, Ordering::Relaxed);
+        self.features = features;
+        self.waiting = 0;
+        self.postponed = self.shared.is_held();
+        if !self.postponed {
+            self.set_offload(features);
+        }
     }
 
     fn set_offload(&self, features: u64) {
         let flags = libc::c_ulong::from(offload::tun_flags(features));
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
         let outcome =
-            check(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD, flags) });
+            check(unsafe { libc::ioctl(self.shared.file.as_raw_fd(), libc::TUNSETOFFLOAD, flags) });
         if let Err(error) = outcome {
-            tracing::warn!(tap = %self.name, %error, "tap refused the offloads of its driver");
+            tracing::warn!(tap = %self.shared.name, %error, "tap refused the offloads of its driver");
         }
     }
 
     /// Sends a frame with its header, or counts that the host did not take it.
     pub(super) fn write(&mut self, frame: &[u8]) {
+        if self.is_held() {
+            return self.counters.refused();
+        }
         loop {
-            match (&self.file).write(frame) {
+            match (&self.shared.file).write(frame) {
                 Ok(_) => return self.counters.sent(frame.len().saturating_sub(HEADER_LEN)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => return self.counters.refused(),
@@ -149,7 +318,7 @@ impl Tap {
     /// Reads frames until one is usable.
     fn read(&mut self) -> Option<usize> {
         loop {
-            match self.file.read(&mut self.frame) {
+            match (&self.shared.file).read(&mut self.frame) {
                 Ok(n) if n >= HEADER_LEN + FRAME_MIN => return Some(n),
                 Ok(0) => return None,
                 Ok(_) => {}
@@ -157,10 +326,10 @@ impl Tap {
                 Err(error) => {
                     if error.raw_os_error() == Some(libc::EBADFD) {
                         if !std::mem::replace(&mut self.gone, true) {
-                            tracing::warn!(tap = %self.name, "tap was deleted; its device is cut off");
+                            tracing::warn!(tap = %self.shared.name, "tap was deleted; its device is cut off");
                         }
                     } else if error.kind() != io::ErrorKind::WouldBlock {
-                        tracing::debug!(tap = %self.name, %error, "cannot read from tap");
+                        tracing::debug!(tap = %self.shared.name, %error, "cannot read from tap");
                     }
                     return None;
                 }
@@ -202,7 +371,7 @@ fn attach_error(name: &str, source: io::Error) -> TapError {
 
 impl Link for Tap {
     fn event_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
+        self.shared.file.as_raw_fd()
     }
 
     fn offloads(&self) -> u64 {
@@ -210,18 +379,21 @@ impl Link for Tap {
     }
 
     fn up(&mut self, features: u64) {
-        self.drain();
-        self.features = features;
-        self.set_offload(features);
+        // What waits in one that was handed over is for the driver that moves with it.
+        if !self.shared.is_held() {
+            self.drain();
+        }
+        self.configure(true, features);
     }
 
     fn down(&mut self) {
-        self.features = 0;
-        self.waiting = 0;
-        self.set_offload(0);
+        self.configure(false, 0);
     }
 
     fn send(&mut self, view: &View, chain: &Chain) {
+        if self.is_held() {
+            return self.counters.refused();
+        }
         let Some(len) = frame_len(chain) else {
             return self.counters.malformed();
         };
@@ -236,7 +408,7 @@ impl Link for Tap {
             // the kernel only reads from them, and their count is at most IOV_MAX.
             let written = unsafe {
                 libc::writev(
-                    self.file.as_raw_fd(),
+                    self.shared.file.as_raw_fd(),
                     iovecs.as_ptr(),
                     iovecs.len() as libc::c_int,
                 )
@@ -254,6 +426,9 @@ impl Link for Tap {
     fn flush(&mut self) {}
 
     fn peek(&mut self) -> Option<&mut [u8]> {
+        if self.is_held() {
+            return None;
+        }
         if self.waiting == 0 {
             self.frame.resize(HEADER_LEN + FRAME_MAX, 0);
             self.waiting = self.read()?;
@@ -330,10 +505,15 @@ pub(super) mod tests {
         thread.join().unwrap();
     }
 
-    /// A raw socket on interface `name`, which it brings up.
+    /// A raw socket on interface `name`, which it brings up, for frames of the type that tests use.
     pub fn packet_socket(name: &str) -> File {
-        use std::os::fd::{FromRawFd, OwnedFd};
-        let protocol = 0x88b5u16.to_be();
+        packet_socket_for(name, 0x88b5)
+    }
+
+    /// The same for frames of type `protocol`.
+    pub fn packet_socket_for(name: &str, protocol: u16) -> File {
+        use std::os::fd::FromRawFd;
+        let protocol = protocol.to_be();
         // SAFETY: plain system calls; `request` and `address` are valid for their lengths, and the new descriptor
         // is owned by nobody else.
         unsafe {
@@ -364,6 +544,266 @@ pub(super) mod tests {
             .args(["link", "delete", name])
             .status();
         assert!(status.unwrap().success());
+    }
+
+    /// Whether interface `name` leaves checksums to whoever reads its frames, as set by TUNSETOFFLOAD.
+    fn leaves_checksums(name: &str) -> bool {
+        const ETHTOOL_GTXCSUM: u32 = 0x16;
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0");
+        // A namespace without a configured loopback interface still lets one bind to any address.
+        let socket = socket.or_else(|_| std::net::UdpSocket::bind("0.0.0.0:0"));
+        let mut value = [ETHTOOL_GTXCSUM, 0];
+        // SAFETY: SIOCETHTOOL reads and writes the command and the value that `ifr_data` points to, which outlive the call.
+        unsafe {
+            let mut request: libc::ifreq = std::mem::zeroed();
+            for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+                *to = from as libc::c_char;
+            }
+            request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+            let fd = socket.unwrap().as_raw_fd();
+            let outcome = libc::ioctl(fd, libc::SIOCETHTOOL, &raw mut request);
+            assert_eq!(outcome, 0, "{}", io::Error::last_os_error());
+        }
+        value[1] != 0
+    }
+
+    /// A frame the host sends, with `n` in it.
+    fn numbered(n: u8) -> Vec<u8> {
+        let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 9, 0x88, 0xb5];
+        frame.extend([n; 50]);
+        frame
+    }
+
+    /// The number of the next frame that has one: the host's own chatter comes in too.
+    fn next_number(tap: &mut Tap) -> Option<u8> {
+        loop {
+            let frame = tap.peek()?[HEADER_LEN..].to_vec();
+            tap.consume();
+            if frame.len() == 64 && frame == numbered(frame[14]) {
+                return Some(frame[14]);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_tap_is_refused() {
+        let refused = |file: OwnedFd| {
+            let outcome = Tap::received(file, "theirs");
+            assert!(
+                matches!(outcome, Err(TapError::Received { .. })),
+                "{outcome:?}"
+            );
+        };
+        refused(tempfile::tempfile().unwrap().into());
+        refused(File::open("/dev/null").unwrap().into());
+        refused(std::os::unix::net::UnixStream::pair().unwrap().0.into());
+        refused(rustix::pipe::pipe().unwrap().0);
+        let path = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open("/");
+        refused(path.unwrap().into());
+    }
+
+    #[test]
+    #[ignore = "needs the privilege to create a tap"]
+    fn a_tap_that_is_not_set_up_like_ours_is_refused() {
+        /// A descriptor of the driver, attached to a new interface with `flags` unless they are 0.
+        fn attached(flags: libc::c_int, open: libc::c_int, header: libc::c_int) -> OwnedFd {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .custom_flags(open)
+                .open(TUN)
+                .unwrap();
+            if flags != 0 {
+                // SAFETY: as in `Tap::open`.
+                unsafe {
+                    let mut request: libc::ifreq = std::mem::zeroed();
+                    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+                    let fd = file.as_raw_fd();
+                    assert_eq!(libc::ioctl(fd, libc::TUNSETIFF, &raw mut request), 0);
+                    if flags & libc::IFF_VNET_HDR != 0 {
+                        let set = libc::ioctl(fd, libc::TUNSETVNETHDRSZ, &raw const header);
+                        assert_eq!(set, 0);
+                    }
+                }
+            }
+            file.into()
+        }
+        fn work() {
+            use libc::{IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR, O_NONBLOCK};
+            let good = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+            for (flags, open, header) in [
+                (0, O_NONBLOCK, 12),
+                (good, 0, 12),
+                (good, O_NONBLOCK, 10),
+                (IFF_TAP | IFF_NO_PI, O_NONBLOCK, 12),
+                (IFF_TAP | IFF_VNET_HDR, O_NONBLOCK, 12),
+                (IFF_TUN | IFF_NO_PI | IFF_VNET_HDR, O_NONBLOCK, 12),
+            ] {
+                let outcome = Tap::received(attached(flags, open, header), "theirs");
+                assert!(
+                    matches!(outcome, Err(TapError::Received { .. })),
+                    "{flags:#x} {open:#x} {header}: {outcome:?}"
+                );
+            }
+            Tap::received(attached(good, O_NONBLOCK, 12), "theirs").unwrap();
+
+            let source = Tap::open("tern-lost").unwrap();
+            delete("tern-lost");
+            let lent = source.handle().duplicate().unwrap();
+            let outcome = Tap::received(lent, "tern-lost");
+            assert!(
+                matches!(outcome, Err(TapError::Received { .. })),
+                "{outcome:?}"
+            );
+        }
+        in_a_network_of_its_own(work);
+    }
+
+    #[test]
+    #[ignore = "needs the privilege to create a tap"]
+    fn a_received_tap_is_left_alone_until_it_is_released() {
+        fn hand_over() {
+            const NAME: &str = "tern-lent";
+            let mut source = Tap::open(NAME).unwrap();
+            let mut host = packet_socket(NAME);
+            source.up(offload::ALL);
+            assert!(leaves_checksums(NAME));
+            for n in 1..=3 {
+                host.write_all(&numbered(n)).unwrap();
+            }
+            let lent = source.handle().duplicate().unwrap();
+            let mut destination = Tap::received(lent, NAME).unwrap();
+            let handle = destination.handle();
+            // As a restore does, for one driver that has no offloads and one that has.
+            destination.down();
+            destination.up(0);
+            destination.down();
+            destination.up(offload::ALL);
+            assert!(destination.peek().is_none());
+            destination.write(&[0; HEADER_LEN + 64]);
+            assert_eq!(destination.counters().snapshot().tx_refused, 1);
+            assert!(leaves_checksums(NAME));
+            // The source may still go on, or read what came before it stopped.
+            assert_eq!(next_number(&mut source), Some(1));
+            drop(source);
+            host.write_all(&numbered(4)).unwrap();
+            handle.release();
+            let got: Vec<_> = std::iter::from_fn(|| next_number(&mut destination)).collect();
+            assert_eq!(got, [2, 3, 4]);
+            assert!(leaves_checksums(NAME));
+            // From then on it is a tap like any other.
+            destination.down();
+            assert!(!leaves_checksums(NAME));
+            host.write_all(&numbered(5)).unwrap();
+            destination.up(offload::ALL);
+            assert!(leaves_checksums(NAME));
+            assert_eq!(next_number(&mut destination), None);
+        }
+        in_a_network_of_its_own(hand_over);
+    }
+
+    #[test]
+    #[ignore = "needs the privilege to create a tap"]
+    fn offloads_that_were_put_off_are_set_when_a_tap_is_released() {
+        fn postpone() {
+            const NAME: &str = "tern-later";
+            let mut source = Tap::open(NAME).unwrap();
+            source.up(offload::ALL);
+            let lent = source.handle().duplicate().unwrap();
+            let mut destination = Tap::received(lent, NAME).unwrap();
+            destination.up(0);
+            assert!(leaves_checksums(NAME));
+            destination.handle().release();
+            let _ = destination.peek();
+            assert!(!leaves_checksums(NAME));
+        }
+        in_a_network_of_its_own(postpone);
+    }
+
+    #[test]
+    #[ignore = "needs the privilege to create a tap"]
+    fn a_driver_that_moved_gets_the_frames_that_waited() {
+        use crate::gate::Reasons;
+        use crate::net::Net;
+        use crate::testing::{Buf, Driver};
+
+        fn moved() {
+            let source = Tap::open("tern-moved").unwrap();
+            let mut host = packet_socket("tern-moved");
+            let handle = source.handle();
+            let mac = MacAddress::new([2, 0, 0, 0, 0, 1]);
+            let before = Driver::live(Net::new(mac, source), u64::MAX);
+            before.function.close(Reasons::PAUSED);
+            for n in 1..=3 {
+                host.write_all(&numbered(n)).unwrap();
+            }
+            before.turn();
+            let tap = Tap::received(handle.duplicate().unwrap(), "tern-moved").unwrap();
+            let handle = tap.handle();
+            let mut driver = Driver::new(Net::new(mac, tap));
+            // Its events are watched before the machine is closed for a pause.
+            driver.turn();
+            driver.function.close(Reasons::PAUSED);
+            driver.start(u64::MAX);
+            let offered: Vec<_> = (0..100).map(|_| driver.add(0, &[Buf::In(2000)])).collect();
+            driver.turn();
+            assert!(driver.used(0).is_none());
+            drop(before);
+            handle.release();
+            driver.function.reopen(Reasons::PAUSED);
+            let mut got = Vec::new();
+            driver.until("the frames", |d| {
+                let Some((head, len)) = d.used(0) else {
+                    return false;
+                };
+                let buffer = offered.iter().find(|b| b.head == head).unwrap();
+                let frame = d.written(buffer)[HEADER_LEN..len as usize].to_vec();
+                if frame.len() == 64 && frame == numbered(frame[14]) {
+                    got.push(frame[14]);
+                }
+                got.len() == 3
+            });
+            assert_eq!(got, [1, 2, 3]);
+        }
+        in_a_network_of_its_own(moved);
+    }
+
+    #[test]
+    #[ignore = "needs the privilege to create a tap"]
+    fn an_address_is_announced_from_a_tap_with_a_driver() {
+        fn announce() {
+            use std::os::fd::AsFd;
+            let mac = MacAddress::new([2, 0, 0, 0, 0, 1]);
+            let mut tap = Tap::open("tern-tell").unwrap();
+            let mut host = packet_socket_for("tern-tell", 0x8035);
+            rustix::io::ioctl_fionbio(host.as_fd(), true).unwrap();
+            let mut heard = || {
+                let mut frame = [0; 100];
+                let len = host.read(&mut frame).ok()?;
+                Some((len, frame))
+            };
+            tap.announcer(mac).announce();
+            assert!(heard().is_none(), "announced without a driver");
+            tap.up(0);
+            tap.announcer(mac).announce();
+            let (len, frame) = heard().unwrap();
+            assert_eq!((len, &frame[..6]), (60, [0xff; 6].as_slice()));
+            assert_eq!(frame[6..14], [2, 0, 0, 0, 0, 1, 0x80, 0x35]);
+            assert!(heard().is_none());
+
+            let lent = tap.handle().duplicate().unwrap();
+            let mut received = Tap::received(lent, "tern-tell").unwrap();
+            received.up(0);
+            received.announcer(mac).announce();
+            assert!(heard().is_none(), "announced before the machine runs");
+            received.handle().release();
+            received.announcer(mac).announce();
+            assert!(heard().is_some());
+        }
+        in_a_network_of_its_own(announce);
     }
 
     #[test]
