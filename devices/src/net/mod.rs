@@ -28,7 +28,7 @@ pub use link::{Counters, Link, Stats};
 pub use mac::{MacAddress, MacError};
 pub use switch::{PortConfig, PortInfo, Switch, SwitchError, SwitchPort};
 pub use tap::{Tap, TapError, TapHandle};
-pub use uplink::Uplink;
+pub use uplink::{Uplink, UplinkControl};
 
 use link::{HEADER_LEN, NUM_BUFFERS};
 
