@@ -1,7 +1,7 @@
 //! The virtio functions a configuration asks for, each shown on the PCI bus and served by the I/O thread.
 //!
 //! [`Backends::open`] claims what the host must give (files, taps) before anything of the guest exists; then
-//! [`Functions::plug`] puts a function around each.
+//! [`Functions::plug`] puts a function around each. Where that comes from says a [`Provider`].
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -14,7 +14,7 @@ use devices::console::Console;
 use devices::gate::{Patience, Reasons};
 use devices::io::{IoThread, IoThreadError};
 use devices::memory::{GuestRam, MemoryError};
-use devices::net::{Net, PortConfig, Switch, SwitchError, Tap, TapError};
+use devices::net::{Net, PortConfig, Switch, SwitchError, TapError};
 use devices::parameters::BadParameter;
 use devices::rng::Rng;
 use devices::virtio::{Doors, VirtioDevice, VirtioFunction};
@@ -27,6 +27,7 @@ use pci::virtio::{Options, VirtioPci, VirtioPciError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::owner::{Group, GroupBackend};
+use super::provider::{HostSide, LeftOver, Provider};
 use crate::config::check::{HostError, console_file};
 use crate::config::{MachineSpec, NetBackend, Slot};
 use crate::console::output::{Loss, Reporting};
@@ -41,6 +42,9 @@ pub enum FunctionError {
     /// A tap.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A file that another process gave.
+    #[error(transparent)]
+    LeftOver(#[from] LeftOver),
     /// A switch.
     #[error(transparent)]
     Switch(#[from] SwitchError),
@@ -86,34 +90,51 @@ struct Backend {
 pub struct Backends {
     list: Vec<Backend>,
     groups: Vec<GroupBackend>,
+    host: HostSide,
 }
 
 impl Backends {
-    /// Opens what `spec` names. `stdin` is the virtio console's input if it is on standard input; what cannot be
+    /// Opens what `spec` names, everything by its name. `stdin` is the virtio console's input if it is on standard input; what cannot be
     /// written of its output goes to `loss`.
     pub fn open(
         spec: &MachineSpec,
         stdin: Option<OwnedFd>,
         loss: &Loss,
     ) -> Result<Self, FunctionError> {
+        Self::open_from(spec, Provider::by_name(), stdin, loss)
+    }
+
+    /// The same, with what `provider` gives.
+    pub fn open_from(
+        spec: &MachineSpec,
+        mut provider: Provider,
+        stdin: Option<OwnedFd>,
+        loss: &Loss,
+    ) -> Result<Self, FunctionError> {
         let mut backends = Self::default();
         let parameters = &spec.parameters;
         for (index, disk) in spec.disks.iter().enumerate() {
-            let device = Block::open(&BlockConfig {
+            let name = format!("disk{index}");
+            let file = provider.disk(&name, &disk.path, disk.readonly)?;
+            let config = BlockConfig {
                 path: disk.path.clone(),
                 read_only: disk.readonly,
                 serial: disk.serial.clone().unwrap_or_default(),
                 queues: disk.queues,
-            })?
-            .with_parameters(&parameters.block)?;
-            backends.add(format!("disk{index}"), disk.bus, disk.doors, device);
+            };
+            let device = Block::with_backend(file, &config)?.with_parameters(&parameters.block)?;
+            backends.add(name, disk.bus, disk.doors, device);
         }
         let mut switches = BTreeMap::<String, Switch>::new();
         for (index, net) in spec.nets.iter().enumerate() {
             let name = format!("net{index}");
             let mac = net.mac.ok_or(FunctionError::Undecided)?;
             let device = match &net.backend {
-                NetBackend::Tap(tap) => Net::new(mac, Tap::open(tap)?),
+                NetBackend::Tap(tap) => {
+                    let tap = provider.tap(&name, tap)?;
+                    provider.announcer(tap.announcer(mac));
+                    Net::new(mac, tap)
+                }
                 NetBackend::Switch(switch) => {
                     let switch = switches.entry(switch.clone()).or_default();
                     let port = switch.port(PortConfig {
@@ -121,6 +142,7 @@ impl Backends {
                         mac,
                         check_source: false,
                     })?;
+                    provider.announcer(port.announcer());
                     Net::new(mac, port)
                 }
             }
@@ -128,7 +150,8 @@ impl Backends {
             backends.add(name, net.bus, net.doors, device);
         }
         for (index, pf) in spec.pfs.iter().enumerate() {
-            let group = GroupBackend::open(format!("pf{index}"), pf, parameters, &mut switches)?;
+            let name = format!("pf{index}");
+            let group = GroupBackend::open(name, pf, parameters, &mut switches, &mut provider)?;
             backends.groups.push(group);
         }
         // There is no option for these two.
@@ -149,6 +172,7 @@ impl Backends {
             let console = Console::new(stdin, output)?.with_parameters(&parameters.console)?;
             backends.add("console".to_owned(), Slot::Root, none, console);
         }
+        backends.host = provider.finish()?;
         Ok(backends)
     }
 
@@ -177,6 +201,7 @@ pub struct Functions {
     single: Vec<Function>,
     groups: Vec<Group>,
     revived: Arc<EventFd>,
+    host: HostSide,
     /// Serves the functions; there is none without functions.
     _io: Option<IoThread>,
 }
@@ -195,6 +220,7 @@ impl Functions {
                 single: Vec::new(),
                 groups: Vec::new(),
                 revived,
+                host: backends.host,
                 _io: None,
             });
         }
@@ -233,6 +259,7 @@ impl Functions {
             single,
             groups,
             revived,
+            host: backends.host,
             _io: Some(io),
         };
         for function in functions.all() {
@@ -259,15 +286,60 @@ impl Functions {
     /// Stops all functions for `reason` and waits until nothing is in flight in any of them, `patience` in all. Requests
     /// that have not begun are recalled at once. If that is not enough, none is stopped for `reason` any more, and the
     /// names of those that were stuck are the error.
+    ///
+    /// With [`Reasons::PAUSED`], uplinks stop as well, after their senders. They begin that way.
     pub fn close_and_drain(&self, reason: Reasons, patience: Duration) -> Result<(), Vec<String>> {
-        close_and_drain(|| self.all(), reason, patience)
+        close_and_drain(|| self.all(), reason, patience)?;
+        if reason.contains(Reasons::PAUSED) {
+            self.host.close();
+        }
+        Ok(())
     }
 
-    /// Lets all functions go on that were stopped for `reason`.
+    /// Lets all functions go on that were stopped for `reason`; with [`Reasons::PAUSED`], uplinks as well, and taps that were
+    /// received are the machine's from now on.
     pub fn reopen(&self, reason: Reasons) {
+        if reason.contains(Reasons::PAUSED) {
+            self.host.open();
+        }
         for function in self.all() {
             function.reopen(reason);
         }
+    }
+
+    /// Takes the locks of all disks that are open without, all of them or none.
+    ///
+    /// # Errors
+    ///
+    /// The names of those that somebody else has.
+    pub fn take_locks(&self) -> Result<(), Vec<String>> {
+        self.host.take_locks()
+    }
+
+    /// Gives back the locks of all disks, so that another process can take them. Nothing may be in flight, and the machine
+    /// must not go on before it [took them](Self::take_locks) again. Those of disks that are lent stay, as the other process
+    /// has them too.
+    pub fn release_locks(&self) {
+        self.host.release_locks();
+    }
+
+    /// A descriptor of every disk and every tap for another process, to be taken by [`Provider::received`] there.
+    ///
+    /// # Errors
+    ///
+    /// The host refused a descriptor; none is lent then.
+    pub fn lend(&self) -> std::io::Result<Vec<(String, OwnedFd)>> {
+        self.host.lend()
+    }
+
+    /// Nobody has what was lent any more: a process that was to take the machine over did not, and is gone.
+    pub fn end_lending(&self) {
+        self.host.end_lending();
+    }
+
+    /// Tells the network where the machine is now: a frame in the name of each interface that has a driver.
+    pub fn announce(&self) {
+        self.host.announce();
     }
 
     /// All functions, whether or not they exist now, in the order of the configuration.

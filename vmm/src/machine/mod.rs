@@ -7,6 +7,7 @@
 //! | [`lease`] | who may change what a machine does: one at a time |
 //! | [`owner`] | SR-IOV owners and their members |
 //! | [`pages`] | which pages of guest memory were written, by vCPUs or by devices |
+//! | [`provider`] | where devices get their files and taps: by name, or from another process |
 //! | [`run`] | the main loop: console, signals, the end of the guest |
 //!
 //! ```text
@@ -20,6 +21,7 @@ pub mod hardware;
 pub mod lease;
 pub mod owner;
 pub mod pages;
+pub mod provider;
 pub mod run;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

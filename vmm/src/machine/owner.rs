@@ -13,7 +13,7 @@ use devices::admin::{self, FixedMembership, Member, OwnerDriver, Reply, SessionE
 use devices::block::{Block, BlockConfig, Pool};
 use devices::io::IoThread;
 use devices::memory::GuestRam;
-use devices::net::{MacAddress, Net, PortConfig, PortInfo, Switch, SwitchPort, Tap, Uplink};
+use devices::net::{MacAddress, Net, PortConfig, PortInfo, Switch, SwitchPort, Uplink};
 use devices::state::OwnerState;
 use devices::virtio::{VirtioDevice, VirtioFunction};
 use pci::function::{Children, ConfigTarget, PciFunction};
@@ -24,6 +24,7 @@ use pci::topology::{Bdf, DevFn};
 use pci::virtio::{Options, VirtioPci};
 
 use super::functions::FunctionError;
+use super::provider::Provider;
 use crate::config::pf::{member_path, nth_mac};
 use crate::config::{Parameters, Pf, PfDevice};
 
@@ -46,11 +47,12 @@ pub struct GroupBackend {
 
 impl GroupBackend {
     /// Opens what `pf` names. `switches` are those of the machine.
-    pub fn open(
+    pub(super) fn open(
         name: String,
         pf: &Pf,
         parameters: &Parameters,
         switches: &mut BTreeMap<String, Switch>,
+        provider: &mut Provider,
     ) -> Result<Self, FunctionError> {
         let mut backend = Self {
             name,
@@ -72,7 +74,7 @@ impl GroupBackend {
                     None => Switch::new(),
                 };
                 let mac = mac.ok_or(FunctionError::Undecided)?;
-                backend.open_net(switch, uplink_tap.as_deref(), mac)?;
+                backend.open_net(switch, uplink_tap.as_deref(), mac, provider)?;
             }
             PfDevice::Block {
                 path,
@@ -81,11 +83,11 @@ impl GroupBackend {
             } => {
                 let pool = Pool::new(DISK_THREADS);
                 if let Some(path) = path {
-                    backend.pf = Some(backend.open_disk(0, path, *readonly, &pool)?);
+                    backend.pf = Some(backend.open_disk(0, path, *readonly, &pool, provider)?);
                 }
                 for number in 1..=pf.vfs {
                     let path = member_path(vf_path, number);
-                    let disk = backend.open_disk(number, &path, *readonly, &pool)?;
+                    let disk = backend.open_disk(number, &path, *readonly, &pool, provider)?;
                     backend.members.push(disk);
                 }
             }
@@ -98,6 +100,7 @@ impl GroupBackend {
         switch: Switch,
         uplink_tap: Option<&str>,
         first: MacAddress,
+        provider: &mut Provider,
     ) -> Result<(), FunctionError> {
         let mac = |number| nth_mac(first, number);
         // Members may only speak for themselves; their owner may speak for others, as a bridge does.
@@ -111,18 +114,23 @@ impl GroupBackend {
         if !self.declaration.passthrough {
             let mac = mac(0);
             let port = plug(self.name.clone(), mac, false)?;
+            provider.announcer(port.announcer());
             self.pf = Some(Box::new(self.card(mac, port)?));
         }
         for number in 1..=self.declaration.vfs {
             let mac = mac(number);
             let port = plug(member_name(&self.name, number), mac, true)?;
+            provider.announcer(port.announcer());
             let card = self.card(mac, port)?;
             self.members.push(Box::new(card));
         }
         if let Some(tap) = uplink_tap {
             let mac = mac(UPLINK_NUMBER);
-            let port = plug(format!("{}-uplink", self.name), mac, false)?;
-            self.uplink = Some(Uplink::new(port, Tap::open(tap)?));
+            let name = format!("{}-uplink", self.name);
+            let port = plug(name.clone(), mac, false)?;
+            let uplink = Uplink::new(port, provider.tap(&name, tap)?);
+            provider.uplink(uplink.control());
+            self.uplink = Some(uplink);
         }
         self.switch = Some(switch);
         Ok(())
@@ -134,14 +142,17 @@ impl GroupBackend {
         path: &Path,
         read_only: bool,
         pool: &Pool,
+        provider: &mut Provider,
     ) -> Result<Box<dyn VirtioDevice>, FunctionError> {
-        let disk = Block::open(&BlockConfig {
+        let name = member_name(&self.name, number);
+        let file = provider.disk(&name, path, read_only)?;
+        let config = BlockConfig {
             path: path.to_owned(),
             read_only,
-            serial: member_name(&self.name, number),
+            serial: name,
             queues: 1,
-        })?
-        .with_parameters(&self.parameters.block)?;
+        };
+        let disk = Block::with_backend(file, &config)?.with_parameters(&self.parameters.block)?;
         Ok(Box::new(disk.sharing(pool)))
     }
 
