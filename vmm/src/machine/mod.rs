@@ -43,7 +43,7 @@ use crate::kvm::model::CpuModel;
 use crate::kvm::msi::KvmMsi;
 use crate::serial::{SerialPort, SerialState, SerialStateError};
 use crate::snapshot::report::{Meter, Progress};
-use crate::vcpu::{self, Control, ControlError, RunState, Wiring};
+use crate::vcpu::{self, Control, ControlError, RunState, Throttled, Wiring};
 use functions::Functions;
 pub use hardware::{BuildError, Hardware, Host};
 use lease::{Busy, Lease, Leases, Purpose};
@@ -154,6 +154,11 @@ impl Machine {
     /// State of its vCPUs, and the way to have them do something.
     pub(crate) fn control(&self) -> &Control {
         &self.control
+    }
+
+    /// The speed of its vCPUs, to be lowered. They have their full speed again when the result is dropped.
+    pub fn throttle(&self) -> Throttled {
+        Throttled::new(&self.control)
     }
 
     /// KVM's part of it.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -68,15 +68,19 @@ type Job<V> = Box<dyn FnOnce(&mut V) + Send>;
 pub struct Control<V = VcpuFd> {
     /// A copy of `Inner::state`, which every entry into the guest reads without a lock.
     state: AtomicU8,
+    /// A copy of whether `Inner::holds` is above 0, for the same purpose.
+    held: AtomicBool,
     inner: Mutex<Inner<V>>,
-    changed: Condvar,
+    pub(super) changed: Condvar,
     ended: EventFd,
     vcpus: usize,
 }
 
 #[derive(Debug)]
-struct Inner<V> {
-    state: RunState,
+pub(super) struct Inner<V> {
+    pub(super) state: RunState,
+    /// How many want the vCPUs of a running machine to stand still for now.
+    pub(super) holds: usize,
     outcome: Option<Outcome>,
     /// vCPU threads that can be kicked.
     threads: Vec<kick::Thread>,
@@ -131,8 +135,10 @@ impl<V> Control<V> {
     pub fn of(vcpus: usize) -> io::Result<Self> {
         Ok(Self {
             state: AtomicU8::new(RunState::Paused as u8),
+            held: AtomicBool::new(false),
             inner: Mutex::new(Inner {
                 state: RunState::Paused,
+                holds: 0,
                 outcome: None,
                 threads: Vec::new(),
                 slots: (0..vcpus).map(|_| Slot::default()).collect(),
@@ -143,7 +149,7 @@ impl<V> Control<V> {
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner<V>> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Inner<V>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -165,6 +171,22 @@ impl<V> Control<V> {
             }
         }
         self.state.store(state as u8, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Takes all vCPUs out of the guest for a while; does not wait until they are out.
+    pub(super) fn hold(&self, inner: &mut Inner<V>) {
+        inner.holds += 1;
+        self.held.store(true, Ordering::Release);
+        for thread in &inner.threads {
+            thread.kick();
+        }
+    }
+
+    /// Ends one [hold](Self::hold).
+    pub(super) fn release(&self, inner: &mut Inner<V>) {
+        inner.holds = inner.holds.saturating_sub(1);
+        self.held.store(inner.holds > 0, Ordering::Release);
         self.changed.notify_all();
     }
 
@@ -224,7 +246,7 @@ impl<V> Control<V> {
         }
     }
 
-    fn wait_at_most<'a>(
+    pub(super) fn wait_at_most<'a>(
         &self,
         inner: MutexGuard<'a, Inner<V>>,
         limit: Duration,
@@ -235,7 +257,7 @@ impl<V> Control<V> {
             .0
     }
 
-    fn wait<'a>(&self, inner: MutexGuard<'a, Inner<V>>) -> MutexGuard<'a, Inner<V>> {
+    pub(super) fn wait<'a>(&self, inner: MutexGuard<'a, Inner<V>>) -> MutexGuard<'a, Inner<V>> {
         self.changed
             .wait(inner)
             .unwrap_or_else(PoisonError::into_inner)
@@ -345,6 +367,17 @@ impl<V> Control<V> {
         }
     }
 
+    /// Waits while the vCPUs of a running machine are to stand still. For vCPU threads, before every entry into the guest.
+    pub fn stand_still(&self) {
+        if !self.held.load(Ordering::Acquire) {
+            return;
+        }
+        let mut inner = self.lock();
+        while inner.holds > 0 && inner.state == RunState::Running {
+            inner = self.wait(inner);
+        }
+    }
+
     /// Waits as long as the machine is paused, and meanwhile runs the jobs that come for vCPU `id`. For vCPU threads.
     pub fn park_while_paused(&self, id: usize, vcpu: &mut V) {
         let mut inner = self.lock();
@@ -390,15 +423,18 @@ impl<V> Drop for Membership<'_, V> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    const LONG: Duration = Duration::from_secs(60);
+    pub(crate) const LONG: Duration = Duration::from_secs(60);
 
     /// Threads that do what vCPU threads do, with sleeping in place of the guest.
     ///
     /// What each owns is a number: how often it was in the guest.
-    fn vcpus(control: &Arc<Control<u32>>, count: usize) -> Vec<std::thread::JoinHandle<u32>> {
+    pub(crate) fn vcpus(
+        control: &Arc<Control<u32>>,
+        count: usize,
+    ) -> Vec<std::thread::JoinHandle<u32>> {
         kick::install().unwrap();
         (0..count)
             .map(|id| {
@@ -407,6 +443,7 @@ mod tests {
                     let _membership = control.enter();
                     let mut rounds = 0;
                     loop {
+                        control.stand_still();
                         match control.state() {
                             RunState::Running => {
                                 rounds += 1;
@@ -473,7 +510,7 @@ mod tests {
         assert_eq!(control.resume(), Err(ControlError::Ended));
     }
 
-    fn end(control: &Control<u32>, threads: Vec<std::thread::JoinHandle<u32>>) {
+    pub(crate) fn end(control: &Control<u32>, threads: Vec<std::thread::JoinHandle<u32>>) {
         control.finish(Outcome::PowerOff);
         for thread in threads {
             thread.join().unwrap();

@@ -9,13 +9,15 @@
 //! ```
 //!
 //! A vCPU looks at the state before every entry into the guest. [`kick`] makes it leave the guest for that, without a
-//! window in which a kick could be lost.
+//! window in which a kick could be lost. So does [`throttle`], which has the vCPUs of a running machine stand still again
+//! and again.
 //!
 //! A vCPU's descriptor belongs to its thread. Whoever wants something of a paused vCPU leaves a job for that thread
 //! ([`Control::on_vcpu`]), which runs it where it waits for the end of the pause.
 
 pub mod control;
 pub mod kick;
+pub mod throttle;
 
 use std::io;
 use std::sync::Arc;
@@ -25,6 +27,7 @@ use devices::bus::{Bus, Effect};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 pub use control::{Control, ControlError, RunState};
+pub use throttle::Throttled;
 
 use crate::exit::Outcome;
 use crate::kvm::{cpu, state};
@@ -86,8 +89,9 @@ impl Vcpu {
         let _kicks = kick::receive(&mut self.fd);
         let _membership = control.enter();
         loop {
-            // Cleared before the state is read: a kick after the read sets it again.
+            // Cleared before anything is read: a kick after the read sets it again.
             self.fd.set_kvm_immediate_exit(0);
+            control.stand_still();
             match control.state() {
                 RunState::Running => {}
                 // One more entry, which returns at once, completes the port or memory access of the last exit.
