@@ -20,6 +20,13 @@ pub const STOPPED: u8 = 6;
 /// The guest powered itself off, but some of its console output was lost: a full disk, or a reader that went away.
 pub const OUTPUT_LOST: u8 = 7;
 
+/// The guest was moved to another process, and runs there.
+pub const MOVED: u8 = 8;
+
+/// The process ended while it was not known whether the guest it had given away runs elsewhere; also the answer of
+/// `tern migrate` in that case.
+pub const IN_DOUBT: u8 = 9;
+
 /// `tern inspect A B` found that the two differ. No run ends like this.
 pub const DIFFERENT: u8 = 10;
 
@@ -37,6 +44,8 @@ Exit status:
          a snapshot that was to end it
   7      the guest powered itself off, but console output was lost (full disk, reader gone, ...); a warning
          said so when it began
+  8      the guest was moved to another process, and runs there
+  9      the guest was given to another process, and it was not known whether it runs there
   128+N  the process was ended by signal N";
 
 /// Ends the process at once, whatever its other threads do: nothing is dropped and nothing waited for.
@@ -66,6 +75,10 @@ pub enum Outcome {
     Signal(i32),
     /// See [`OUTPUT_LOST`]: which console, and why.
     OutputLost(String),
+    /// See [`MOVED`]: where to.
+    Moved(String),
+    /// See [`IN_DOUBT`]: what ended the process.
+    InDoubt(String),
 }
 
 impl Outcome {
@@ -88,6 +101,8 @@ impl Outcome {
             Self::Stopped(_) => STOPPED,
             Self::Signal(number) => u8::try_from(128 + number).unwrap_or(u8::MAX),
             Self::OutputLost(_) => OUTPUT_LOST,
+            Self::Moved(_) => MOVED,
+            Self::InDoubt(_) => IN_DOUBT,
         }
     }
 }
@@ -104,6 +119,11 @@ impl fmt::Display for Outcome {
             }
             Self::Panic => f.write_str("the guest's kernel panicked"),
             Self::KvmFailure(what) => f.write_str(what),
+            Self::Moved(to) => write!(f, "the guest was moved to {to}, and runs there"),
+            Self::InDoubt(what) => write!(
+                f,
+                "{what}, while it was not known whether the guest runs in the process it was given to"
+            ),
             Self::Stopped(who) => write!(f, "the guest was ended by {who}"),
             Self::Signal(number) => write!(f, "ended by signal {number}"),
             Self::OutputLost(what) => {
@@ -132,12 +152,14 @@ mod tests {
             Outcome::Stopped("x"),
             Outcome::Signal(15),
             Outcome::OutputLost(String::new()),
+            Outcome::Moved(String::new()),
+            Outcome::InDoubt(String::new()),
         ];
         let mut all: Vec<u8> = outcomes.iter().map(Outcome::status).collect();
         all.extend([SETUP, USAGE, DIFFERENT]);
         all.sort_unstable();
         all.dedup();
-        assert_eq!(all, [0, 1, 2, 3, 4, 5, 6, 7, 10, 143]);
+        assert_eq!(all, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 143]);
     }
 
     #[test]
@@ -150,7 +172,7 @@ mod tests {
 
     #[test]
     fn the_table_names_every_status() {
-        for status in POWER_OFF..=OUTPUT_LOST {
+        for status in POWER_OFF..=IN_DOUBT {
             assert!(TABLE.contains(&format!("\n  {status}  ")), "{status}");
         }
     }

@@ -14,6 +14,7 @@ pub mod kvm;
 pub mod layout;
 pub mod limits;
 pub mod machine;
+pub mod migrate;
 pub mod serial;
 pub mod signals;
 pub mod snapshot;

@@ -52,7 +52,7 @@ pub trait SourceGuest {
     fn resume(&mut self) -> Result<(), GuestError>;
 }
 
-/// A guest that is to arrive. Dropped without [`run`](Self::run), it leaves no trace.
+/// A guest that is to arrive. Dropped before it runs, it leaves no trace.
 pub trait DestinationGuest {
     /// Its memory.
     type Memory: GuestPages + ?Sized;
@@ -65,7 +65,4 @@ pub trait DestinationGuest {
 
     /// Puts the guest into its state and verifies that nothing is missing. Nothing of it runs yet.
     fn restore(&mut self, sections: Vec<Section>) -> Result<(), GuestError>;
-
-    /// Takes what only one process may hold.
-    fn take(&mut self) -> Result<(), GuestError>;
 }

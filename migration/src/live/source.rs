@@ -22,6 +22,8 @@ use crate::wire::{Connection, Message, Received, WireError};
 pub struct Options {
     /// How memory gets there.
     pub how: Memory,
+    /// The connection passes open files.
+    pub files: bool,
     /// What it may cost the guest.
     pub limits: Limits,
     /// How often a lost destination is asked what became of the guest, and how long between.
@@ -160,6 +162,8 @@ pub enum End {
     },
     /// It stands still here, and may run at the destination: nobody can be asked.
     InDoubt {
+        /// What to ask the destination about.
+        session: SnapshotId,
         /// What failed.
         reason: Reason,
         /// What was found out since.
@@ -365,7 +369,7 @@ impl<G: SourceGuest> Run<'_, G> {
             let outcome = connection.send_section(section);
             self.sent(connection, outcome)?;
         }
-        if self.options.how == Memory::Handoff {
+        if self.options.files {
             let all = self.guest.descriptors().map_err(|e| self.failed(e))?;
             let outcome = connection.send_descriptors(&all);
             self.sent(connection, outcome)?;
@@ -594,9 +598,11 @@ impl<G: SourceGuest> Run<'_, G> {
                 self.report.total_us = micros(self.begun.elapsed());
                 End::Moved(Box::new(self.report))
             }
-            SourceAction::Ask | SourceAction::Nothing | SourceAction::Commit => {
-                End::InDoubt { reason, asked }
-            }
+            SourceAction::Ask | SourceAction::Nothing | SourceAction::Commit => End::InDoubt {
+                session,
+                reason,
+                asked,
+            },
         }
     }
 }

@@ -173,10 +173,6 @@ impl DestinationGuest for Arriving {
         self.state = sections;
         Ok(())
     }
-
-    fn take(&mut self) -> Result<(), GuestError> {
-        Ok(())
-    }
 }
 
 fn pair() -> (Connection, Connection) {
@@ -192,6 +188,7 @@ fn pair() -> (Connection, Connection) {
 fn options(how: Memory) -> Options {
     Options {
         how,
+        files: how == Memory::Handoff,
         limits: Limits::default(),
         ask: (1, Duration::ZERO),
     }

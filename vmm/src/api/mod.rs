@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`client`] | what `tern info`, `pause`, `resume`, `shutdown` and `admin` are made of |
 //! | `errors` | every error in JSON |
+//! | [`migrations`] | what it takes and says about migrations |
 //! | [`owners`] | SR-IOV owners, their members, administration commands |
 //! | [`routes`] | the requests and their answers |
 //! | [`server`] | a thread that serves them |
@@ -14,6 +15,7 @@
 
 pub mod client;
 mod errors;
+pub mod migrations;
 pub mod owners;
 pub mod routes;
 pub mod server;
@@ -22,8 +24,8 @@ pub mod socket;
 
 use serde::{Deserialize, Serialize};
 
-use crate::machine;
 use crate::snapshot::report::Progress;
+use crate::{machine, migrate};
 
 /// The OpenAPI document.
 pub const OPENAPI: &str = include_str!("../../../resources/openapi.json");
@@ -40,6 +42,12 @@ pub enum State {
     Paused,
     /// Runs, for most of the time, while a snapshot is taken.
     Saving,
+    /// Runs, for most of the time, while it is moved to another process.
+    Migrating,
+    /// Stands still: it was given to another process, and whether it runs there is not known.
+    InDoubt,
+    /// Arrives from another process.
+    Receiving,
     /// Has ended; the process is about to exit.
     Ended,
 }
@@ -51,6 +59,9 @@ impl From<machine::State> for State {
             machine::State::Running => Self::Running,
             machine::State::Paused => Self::Paused,
             machine::State::Saving => Self::Saving,
+            machine::State::Migrating => Self::Migrating,
+            machine::State::InDoubt => Self::InDoubt,
+            machine::State::Receiving => Self::Receiving,
             machine::State::Ended => Self::Ended,
         }
     }
@@ -80,6 +91,9 @@ pub struct Info {
     /// How far the snapshot is that is being taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
+    /// How the migration stands that is under way, or in doubt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<migrate::monitor::Status>,
 }
 
 /// A virtio device of the guest.

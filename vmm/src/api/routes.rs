@@ -11,11 +11,12 @@ use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post, put};
 use axum::{Json, Router};
-use tokio::sync::{Semaphore, broadcast};
+use tokio::sync::{Semaphore, broadcast, oneshot};
 use tokio_stream::wrappers::BroadcastStream;
 use tokio_stream::{Stream, StreamExt};
 
 use super::errors::{all_json, failure};
+use super::migrations::{CallOff, Resolve};
 use super::owners::{self, AdminCommand, AdminError};
 use super::snapshots::SnapshotAnswer;
 use super::{Device, Event, Info, OPENAPI, Shutdown, State, Status};
@@ -24,6 +25,7 @@ use crate::config::object::Object;
 use crate::errors::chain;
 use crate::exit::Outcome;
 use crate::machine::{self, Machine, TransitionError};
+use crate::migrate::source::{self as migrate, MigrateError};
 use crate::snapshot::report::Request;
 use crate::snapshot::save::save;
 
@@ -37,12 +39,15 @@ pub(super) struct Context {
 }
 
 /// Every path of the API, and the methods it takes. The OpenAPI document is held against this list.
-pub const PATHS: [(&str, &[&str]); 8] = [
+pub const PATHS: [(&str, &[&str]); 11] = [
     ("/api/v1/info", &["get"]),
     ("/api/v1/admin", &["post"]),
     ("/api/v1/pause", &["post", "put"]),
     ("/api/v1/resume", &["post", "put"]),
     ("/api/v1/snapshot", &["post", "put"]),
+    ("/api/v1/migrate", &["post", "put"]),
+    ("/api/v1/migrate/cancel", &["post", "put"]),
+    ("/api/v1/resolve", &["post", "put"]),
     ("/api/v1/shutdown", &["post", "put"]),
     ("/api/v1/events", &["get"]),
     ("/openapi.json", &["get"]),
@@ -55,6 +60,9 @@ fn handler(path: &str) -> MethodRouter<Context> {
         "/api/v1/pause" => put(pause).post(pause),
         "/api/v1/resume" => put(resume).post(resume),
         "/api/v1/snapshot" => put(snapshot).post(snapshot),
+        "/api/v1/migrate" => put(migrate).post(migrate),
+        "/api/v1/migrate/cancel" => put(call_off).post(call_off),
+        "/api/v1/resolve" => put(resolve).post(resolve),
         "/api/v1/shutdown" => put(shutdown).post(shutdown),
         "/api/v1/events" => get(events),
         "/openapi.json" => get(openapi),
@@ -118,6 +126,7 @@ pub fn describe(machine: &Machine) -> Info {
             .collect(),
         owners: owners::describe(machine),
         progress: machine.progress(),
+        migration: machine.migration.status(),
     }
 }
 
@@ -182,20 +191,97 @@ async fn snapshot(Extract(context): Extract<Context>, body: Bytes) -> Response {
     let mut waiting = Waiting(Some(Arc::clone(&context.machine)));
     let saved = tokio::task::spawn_blocking(move || save(&machine, &request)).await;
     waiting.0 = None;
+    tell_state(&context);
     let state = context.machine.state().into();
-    // The end is announced with its outcome. Nobody may be listening.
+    match saved {
+        Ok(Ok(report)) => Json(SnapshotAnswer { state, report }).into_response(),
+        Ok(Err(error)) if error.is_conflict() => failure(StatusCode::CONFLICT, chain(&error)),
+        Ok(Err(error)) => failure(StatusCode::INTERNAL_SERVER_ERROR, chain(&error)),
+        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
+    }
+}
+
+async fn migrate(Extract(context): Extract<Context>, body: Bytes) -> Response {
+    let request: migrate::Request = match serde_json::from_slice(&body) {
+        Ok(Object(request)) => request,
+        Err(error) => return failure(StatusCode::BAD_REQUEST, error),
+    };
+    let (tell, told) = oneshot::channel();
+    let machine = Arc::clone(&context.machine);
+    // A thread of its own: it lasts as long as a doubt does.
+    let thread = std::thread::Builder::new()
+        .name("migrate".to_owned())
+        .spawn(move || {
+            migrate::run(&machine, &request, |answer| {
+                // Whoever asked may be gone.
+                let _ = tell.send(answer);
+            });
+        });
+    if let Err(error) = thread {
+        return failure(StatusCode::INTERNAL_SERVER_ERROR, error);
+    }
+    let mut waiting = CallingOff(Some(Arc::clone(&context.machine)));
+    let answer = told.await;
+    waiting.0 = None;
+    tell_state(&context);
+    match answer {
+        Ok(Ok(answer)) => Json(answer).into_response(),
+        Ok(Err(error @ (MigrateError::Address(_) | MigrateError::Insecure(_)))) => {
+            failure(StatusCode::BAD_REQUEST, error)
+        }
+        Ok(Err(error)) => failure(StatusCode::CONFLICT, chain(&error)),
+        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
+    }
+}
+
+/// Whoever asked for a migration and waits for it; dropped if the connection is closed before the answer.
+struct CallingOff(Option<Arc<Machine>>);
+
+impl Drop for CallingOff {
+    fn drop(&mut self) {
+        if let Some(machine) = &self.0 {
+            machine.migration.call_off();
+        }
+    }
+}
+
+async fn call_off(Extract(context): Extract<Context>) -> Response {
+    if context.machine.migration.call_off() {
+        return Json(CallOff { called_off: true }).into_response();
+    }
+    failure(
+        StatusCode::CONFLICT,
+        "no migration is under way that could be called off",
+    )
+}
+
+async fn resolve(Extract(context): Extract<Context>, body: Bytes) -> Response {
+    let request: Resolve = match serde_json::from_slice(&body) {
+        Ok(Object(request)) => request,
+        Err(error) => return failure(StatusCode::BAD_REQUEST, error),
+    };
+    let machine = Arc::clone(&context.machine);
+    if !machine.migration.resolve(request.resolution) {
+        return failure(StatusCode::CONFLICT, "this guest is not in doubt");
+    }
+    let settled = tokio::task::spawn_blocking(move || machine.wait_for_leaving()).await;
+    if let Err(error) = settled {
+        return failure(StatusCode::INTERNAL_SERVER_ERROR, error);
+    }
+    tell_state(&context);
+    let state = context.machine.state().into();
+    Json(Status { state }).into_response()
+}
+
+/// Tells everyone who listens what the guest does now. Its end is announced with its outcome.
+fn tell_state(context: &Context) {
+    let state = context.machine.state().into();
     if state != State::Ended {
         let _ = context.events.send(Event {
             state,
             outcome: None,
             exit_status: None,
         });
-    }
-    match saved {
-        Ok(Ok(report)) => Json(SnapshotAnswer { state, report }).into_response(),
-        Ok(Err(error)) if error.is_conflict() => failure(StatusCode::CONFLICT, chain(&error)),
-        Ok(Err(error)) => failure(StatusCode::INTERNAL_SERVER_ERROR, chain(&error)),
-        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
     }
 }
 

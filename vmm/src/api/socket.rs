@@ -1,4 +1,4 @@
-//! The socket of the control API: one owner, mode 0600, gone at the end.
+//! A listening Unix socket, of the control API or of a migration: one owner, mode 0600, gone at the end.
 //!
 //! A socket file outlives a process that was killed. Such a stale one is recognised (nobody answers) and replaced, while
 //! one that is in use is left alone. Two processes that start at once must not take each other's fresh socket for a
@@ -22,10 +22,12 @@ pub const PATH_MAX: usize = 107;
 pub enum SocketError {
     /// The address of a Unix socket has room for 107 bytes of path.
     #[error(
-        "--api-socket {path}: the path has {len} bytes and a socket's has at most {PATH_MAX}; use a shorter one, \
+        "{what}{path}: the path has {len} bytes and a socket's has at most {PATH_MAX}; use a shorter one, \
          or change to its directory and give a relative one"
     )]
     TooLong {
+        /// What the socket is for, as it stands before the path.
+        what: &'static str,
         /// The path.
         path: PathBuf,
         /// Its length.
@@ -33,16 +35,17 @@ pub enum SocketError {
     },
     /// Another process answers there.
     #[error(
-        "--api-socket {0}: another process is serving it; end that one (`tern shutdown --api-socket {0}`) or use \
-         another path"
+        "{0}{1}: another process is serving it; end that one (`tern shutdown --api-socket PATH`) or use another path"
     )]
-    InUse(PathBuf),
+    InUse(&'static str, PathBuf),
     /// There is something else of that name.
-    #[error("--api-socket {0}: it exists and is not a socket; remove it or use another path")]
-    NotASocket(PathBuf),
+    #[error("{0}{1}: it exists and is not a socket; remove it or use another path")]
+    NotASocket(&'static str, PathBuf),
     /// The host refused.
-    #[error("--api-socket {path}: {reason}")]
+    #[error("{what}{path}: {reason}")]
     Host {
+        /// What the socket is for, as it stands before the path.
+        what: &'static str,
         /// The path.
         path: PathBuf,
         /// What it said, and the cure.
@@ -50,8 +53,8 @@ pub enum SocketError {
     },
 }
 
-/// The socket this process has bound, so that a panic can remove it.
-static BOUND: Mutex<Option<Bound>> = Mutex::new(None);
+/// The sockets this process has bound, so that a panic can remove them.
+static BOUND: Mutex<Vec<Bound>> = Mutex::new(Vec::new());
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Bound {
@@ -78,16 +81,23 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Binds `path` and listens.
+    /// Binds `path` for the control API and listens.
     pub fn bind(path: &Path) -> Result<Self, SocketError> {
+        Self::bind_as("--api-socket ", path)
+    }
+
+    /// Binds `path` and listens. `what` says in messages what the socket is for; it stands right before the path.
+    pub fn bind_as(what: &'static str, path: &Path) -> Result<Self, SocketError> {
         let len = path.as_os_str().len();
         if len > PATH_MAX {
             return Err(SocketError::TooLong {
+                what,
                 path: path.to_owned(),
                 len,
             });
         }
         let host = |e: io::Error| SocketError::Host {
+            what,
             path: path.to_owned(),
             reason: match e.kind() {
                 io::ErrorKind::NotFound => "its directory does not exist; create it".to_owned(),
@@ -98,7 +108,7 @@ impl Socket {
             },
         };
         let _lock = lock_directory(path).map_err(host)?;
-        clear(path)?;
+        clear(what, path)?;
         let listener = listen(path).map_err(host)?;
         let metadata = std::fs::symlink_metadata(path).map_err(host)?;
         let bound = Bound {
@@ -106,8 +116,8 @@ impl Socket {
             device: metadata.dev(),
             inode: metadata.ino(),
         };
-        if let Ok(mut slot) = BOUND.lock() {
-            *slot = Some(bound.clone());
+        if let Ok(mut all) = BOUND.lock() {
+            all.push(bound.clone());
         }
         Ok(Self { listener, bound })
     }
@@ -121,20 +131,18 @@ impl Socket {
 impl Drop for Socket {
     fn drop(&mut self) {
         self.bound.remove();
-        if let Ok(mut slot) = BOUND.lock()
-            && slot.as_ref() == Some(&self.bound)
-        {
-            *slot = None;
+        if let Ok(mut all) = BOUND.lock() {
+            all.retain(|bound| *bound != self.bound);
         }
     }
 }
 
-/// Removes the socket this process has bound, if any. For exits that drop nothing.
+/// Removes the sockets this process has bound. For exits that drop nothing.
 pub fn remove_bound() {
-    if let Ok(mut slot) = BOUND.try_lock()
-        && let Some(bound) = slot.take()
-    {
-        bound.remove();
+    if let Ok(mut all) = BOUND.try_lock() {
+        for bound in all.drain(..) {
+            bound.remove();
+        }
     }
 }
 
@@ -150,20 +158,20 @@ fn lock_directory(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Removes a socket nobody answers at. The directory is locked.
-fn clear(path: &Path) -> Result<(), SocketError> {
+fn clear(what: &'static str, path: &Path) -> Result<(), SocketError> {
     let Ok(metadata) = std::fs::symlink_metadata(path) else {
         // Nothing there, or nothing we may see: binding will tell.
         return Ok(());
     };
     if !metadata.file_type().is_socket() {
-        return Err(SocketError::NotASocket(path.to_owned()));
+        return Err(SocketError::NotASocket(what, path.to_owned()));
     }
     match UnixStream::connect(path) {
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
             let _ = std::fs::remove_file(path);
             Ok(())
         }
-        _ => Err(SocketError::InUse(path.to_owned())),
+        _ => Err(SocketError::InUse(what, path.to_owned())),
     }
 }
 
@@ -201,7 +209,7 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         let socket = Socket::bind(&path).unwrap();
-        assert!(matches!(Socket::bind(&path), Err(SocketError::InUse(_))));
+        assert!(matches!(Socket::bind(&path), Err(SocketError::InUse(..))));
         UnixStream::connect(&path).unwrap();
         drop(socket);
         Socket::bind(&path).unwrap();

@@ -6,6 +6,7 @@ use serde_json::Value;
 use super::routes::PATHS;
 use super::snapshots::SnapshotAnswer;
 use super::*;
+use crate::migrate::monitor::Status as Migration;
 use crate::snapshot::report::{Bytes, Pause, Phase, Report, Request, Then};
 
 fn document() -> Value {
@@ -70,6 +71,7 @@ fn the_schemas_are_those_of_the_answers() {
             done: 1,
             total: 2,
         }),
+        migration: Some(Migration::Destination { round: 1, pages: 2 }),
     };
     let status = Status {
         state: State::Paused,
@@ -79,6 +81,7 @@ fn the_schemas_are_those_of_the_answers() {
     };
     let mut always = keys(&info);
     always.remove("progress");
+    always.remove("migration");
     assert_eq!(properties("Info"), (keys(&info), always));
     for (name, keys) in [
         ("Device", keys(&device)),
@@ -216,6 +219,9 @@ fn the_states_are_the_documented_ones() {
         State::Running,
         State::Paused,
         State::Saving,
+        State::Migrating,
+        State::InDoubt,
+        State::Receiving,
         State::Ended,
     ];
     assert_eq!(documented, serde_json::to_value(states).unwrap());

@@ -6,6 +6,7 @@ use devices::net::PortInfo;
 use crate::api::owners::{Function, Member, Owner};
 use crate::api::{Device, Info, State};
 use crate::layout::format_memory_size;
+use crate::migrate::monitor::Status;
 
 /// `info` in lines.
 pub fn describe(info: &Info) -> String {
@@ -14,6 +15,9 @@ pub fn describe(info: &Info) -> String {
         State::Saving => "running, a snapshot is being taken",
         State::Running => "running",
         State::Paused => "paused",
+        State::Migrating => "running, it is being moved to another process",
+        State::InDoubt => "in doubt: given to another process, standing still here",
+        State::Receiving => "arriving from another process",
         State::Ended => "ended",
     };
     let mut lines = vec![
@@ -24,11 +28,39 @@ pub fn describe(info: &Info) -> String {
         format!("kernel   {}", info.kernel),
         format!("cmdline  {}", info.cmdline),
     ];
+    lines.extend(info.migration.as_ref().map(migration));
     lines.extend(info.devices.iter().map(device));
     for owner in &info.owners {
         lines.extend(describe_owner(owner));
     }
     lines.join("\n")
+}
+
+/// How a migration stands.
+fn migration(status: &Status) -> String {
+    match status {
+        Status::Source {
+            to,
+            phase,
+            round,
+            done,
+            total,
+            slow_down,
+            predicted_us,
+        } => {
+            let pause = predicted_us.map(|us| format!(", a pause would take {} ms", us / 1000));
+            format!(
+                "moves    to {to}: {phase}, round {round}, {} of {} MiB, slowed down by {slow_down} %{}",
+                done >> 20,
+                total >> 20,
+                pause.unwrap_or_default()
+            )
+        }
+        Status::Doubt { reason, .. } => format!("doubt    {reason}"),
+        Status::Destination { round, pages } => {
+            format!("arrives  round {round}, {} MiB so far", pages >> 8)
+        }
+    }
 }
 
 /// `number` things of which one is called `thing`.

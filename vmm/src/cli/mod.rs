@@ -4,7 +4,9 @@ pub mod admin;
 pub mod control;
 mod info;
 mod inspect;
+mod migrate;
 mod process;
+mod receive;
 mod restore;
 pub mod run;
 mod snapshot;
@@ -45,6 +47,12 @@ enum Command {
     Snapshot(snapshot::Snapshot),
     /// Continue a guest from a snapshot
     Restore(Box<restore::Restore>),
+    /// Wait for a guest from another process and run it
+    Receive(Box<receive::Receive>),
+    /// Move a running guest to another process
+    Migrate(migrate::Migrate),
+    /// End a doubt after a migration whose connection was lost
+    Resolve(migrate::Resolve),
     /// Press the guest's power button and wait until it has powered off
     Shutdown(control::ShutdownArgs),
     /// Send administration commands to an SR-IOV owner of a running guest, or stop, save, restore and watch one of its
@@ -89,6 +97,9 @@ pub fn main() -> ExitCode {
         Command::Resume(guest) => guest.resume(),
         Command::Snapshot(command) => command.run(),
         Command::Restore(command) => command.run(),
+        Command::Receive(command) => command.run(),
+        Command::Migrate(command) => command.run(),
+        Command::Resolve(command) => command.run(),
         Command::Shutdown(command) => command.run(),
         Command::Admin(command) => command.run(),
         Command::Inspect(command) => command.run(),

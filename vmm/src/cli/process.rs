@@ -15,6 +15,7 @@ use crate::console::{self, Target, terminal};
 use crate::exit::{self, Outcome};
 use crate::limits;
 use crate::machine::functions::Backends;
+use crate::machine::provider::Provider;
 use crate::machine::run::Sink;
 use crate::machine::{Machine, TransitionError, run};
 use crate::signals::{Signals, Watch};
@@ -25,6 +26,11 @@ const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// Where a guest comes from.
 pub trait Origin {
+    /// Gives devices their files.
+    fn provider(&mut self) -> Provider {
+        Provider::by_name()
+    }
+
     /// Makes a machine of `spec`.
     fn build(
         &mut self,
@@ -94,7 +100,7 @@ impl Process {
             }
             _ => (None, None),
         };
-        let backends = Backends::open(&spec, input, &loss)?;
+        let backends = Backends::open_from(&spec, origin.provider(), input, &loss)?;
         let machine = origin.build(spec, backends, output.as_ref())?;
         keep_made();
         let server = match socket {
@@ -114,7 +120,12 @@ impl Process {
         if let Some(output) = &output {
             output.flush(LAST_WORDS);
         }
-        machine.wait_for_snapshot();
+        machine.wait_for_leaving();
+        let outcome = if machine.migration.in_doubt() {
+            Outcome::InDoubt(outcome.to_string())
+        } else {
+            outcome
+        };
         if let Some(server) = server {
             server.announce(&outcome.clone().with_loss(loss.reason()));
         }

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
-use devices::memory::GuestRam;
 
 use super::process::{self, Origin, Process};
 use crate::boot::load::Prepared;
@@ -13,8 +12,8 @@ use crate::console::Target;
 use crate::console::output::Output;
 use crate::exit;
 use crate::kvm::model::CpuModel;
-use crate::layout;
 use crate::machine::functions::Backends;
+use crate::machine::hardware::fresh_ram;
 use crate::machine::{Hardware, Host, Machine};
 
 const EXAMPLES: &str = "\
@@ -161,7 +160,7 @@ impl Origin for Boot {
         output: Option<&Output>,
     ) -> anyhow::Result<Arc<Machine>> {
         let kernel = Prepared::open(spec.memory, &spec.boot)?;
-        let ram = GuestRam::new(&layout::ram_ranges(spec.memory))?;
+        let ram = fresh_ram(spec.memory)?;
         let host = Host::open(self.force)?;
         let model = CpuModel::new(host.cpu(), spec.cpus);
         let hardware = Hardware::create(host, spec, model, ram, backends, output)?;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use devices::bus::{Bus, BusError};
 use devices::gate::Reasons;
-use devices::memory::{GuestRam, MemoryError, View};
+use devices::memory::{Backing, GuestRam, MemoryError, View};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use pci::root::{AssignError, PciRoot};
 use pci::topology::{LayoutError, PciLayout};
@@ -31,6 +31,7 @@ use crate::kvm::model::{CpuModel, HostCpu};
 use crate::kvm::speed::Trial;
 use crate::kvm::{self, KvmError, Vm, cpu, doorbells::Doorbells, msi::KvmMsi};
 use crate::layout;
+use crate::migrate::monitor::Monitor;
 use crate::serial::SerialPort;
 use crate::snapshot::report::Meter;
 use crate::vcpu::{Control, Wiring, kick};
@@ -121,6 +122,11 @@ pub struct Hardware {
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     layout_changed: Arc<dyn Fn() + Send + Sync>,
+}
+
+/// RAM for a guest that begins, or whose memory is copied here: zeroes, in a memfd, so that another process can have it.
+pub fn fresh_ram(memory: u64) -> Result<Arc<GuestRam>, MemoryError> {
+    GuestRam::with_backing(&layout::ram_ranges(memory), Backing::memfd(memory)?)
 }
 
 impl Hardware {
@@ -241,6 +247,7 @@ impl Hardware {
             spec: self.spec,
             leases: Leases::starting(),
             meter: Meter::default(),
+            migration: Monitor::default(),
             start: Mutex::default(),
             input: Mutex::default(),
             control: self.control,

@@ -22,6 +22,8 @@ pub enum Purpose {
     Resume,
     /// Taking a snapshot of it.
     Snapshot,
+    /// Moving it to another process.
+    Migration,
 }
 
 impl Purpose {
@@ -29,7 +31,7 @@ impl Purpose {
     fn excludes_commands(self) -> bool {
         match self {
             Self::Start | Self::Pause | Self::Resume => false,
-            Self::Snapshot => true,
+            Self::Snapshot | Self::Migration => true,
         }
     }
 }
@@ -41,6 +43,7 @@ impl fmt::Display for Purpose {
             Self::Pause => "it is being paused",
             Self::Resume => "it is being resumed",
             Self::Snapshot => "a snapshot of it is being taken",
+            Self::Migration => "it is being moved to another process",
         })
     }
 }

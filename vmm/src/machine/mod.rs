@@ -41,6 +41,7 @@ use crate::exit::Outcome;
 use crate::kvm::Vm;
 use crate::kvm::model::CpuModel;
 use crate::kvm::msi::KvmMsi;
+use crate::migrate::monitor::Monitor;
 use crate::serial::{SerialPort, SerialState, SerialStateError};
 use crate::snapshot::report::{Meter, Progress};
 use crate::vcpu::{self, Control, ControlError, RunState, Throttled, Wiring};
@@ -66,6 +67,12 @@ pub enum State {
     Paused,
     /// A snapshot of it is being taken. The guest runs for most of the time.
     Saving,
+    /// It is being moved to another process. The guest runs for most of the time.
+    Migrating,
+    /// The guest was given to another process, and nobody could say whether it runs there. Here it stands still.
+    InDoubt,
+    /// The guest comes from another process.
+    Receiving,
     /// The guest has ended.
     Ended,
 }
@@ -82,6 +89,9 @@ pub enum TransitionError {
     /// The host refuses threads for the vCPUs.
     #[error("the host refuses a thread for a vCPU: {0}")]
     Threads(#[from] std::io::Error),
+    /// Another process has disks of the machine.
+    #[error("another process has {0} now; the guest stays as it is until that is free again")]
+    Locked(String),
     /// Devices did not finish what they had begun.
     #[error("requests are still in flight in {0}; the guest goes on running")]
     InFlight(String),
@@ -114,6 +124,8 @@ pub struct Machine {
     leases: Leases,
     /// How far the snapshot is that is being taken.
     pub(crate) meter: Meter,
+    /// How its migration stands.
+    pub(crate) migration: Monitor,
     start: Mutex<Start>,
     /// Read from standard input for the serial port, and not yet taken by it. Whatever reaches the guest from outside its
     /// devices does so with this lock held, and only while the guest runs.
@@ -171,11 +183,14 @@ impl Machine {
         &self.pages
     }
 
-    /// Waits for the end of a snapshot that is being taken: once its state is read, it is worth completing although the
-    /// guest has ended.
-    pub fn wait_for_snapshot(&self) {
-        const LOOK: Duration = Duration::from_millis(20);
-        while self.leases.holder() == Some(Purpose::Snapshot) {
+    /// Waits for the end of a snapshot or migration that is under way: once its state is read, a snapshot is worth
+    /// completing although the guest has ended, and whoever asked for a migration is told what became of it.
+    pub fn wait_for_leaving(&self) {
+        const LOOK: Duration = Duration::from_millis(5);
+        while matches!(
+            self.leases.holder(),
+            Some(Purpose::Snapshot | Purpose::Migration)
+        ) {
             std::thread::sleep(LOOK);
         }
     }
@@ -221,9 +236,12 @@ impl Machine {
         let start = self.lock_start();
         match self.control.state() {
             RunState::Ended => State::Ended,
+            _ if self.migration.in_doubt() => State::InDoubt,
             _ if self.leases.holder() == Some(Purpose::Snapshot) => State::Saving,
+            _ if self.leases.holder() == Some(Purpose::Migration) => State::Migrating,
             RunState::Running => State::Running,
             RunState::Paused if start.done || start.paused => State::Paused,
+            RunState::Paused if self.migration.status().is_some() => State::Receiving,
             RunState::Paused => State::Created,
         }
     }
@@ -360,6 +378,9 @@ impl Machine {
     }
 
     fn let_run(&self) -> Result<(), TransitionError> {
+        // They were given back if the guest was to run elsewhere.
+        let locked = self.functions.take_locks();
+        locked.map_err(|names| TransitionError::Locked(names.join(", ")))?;
         let arrival = self.lock_arrival().take();
         if arrival.is_some() {
             // Interrupts that were on their way when the state was taken are in no copy of it.

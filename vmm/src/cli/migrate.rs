@@ -1,0 +1,267 @@
+//! `tern migrate` and `tern resolve`.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use migration::live::OnTimeout;
+use migration::live::commit::Resolution;
+use migration::live::report::Report;
+use migration::wire::message::Memory;
+
+use crate::api::client::{ClientError, request, request_within};
+use crate::api::migrations::{CallOff, Resolve as ResolveRequest};
+use crate::api::{Info, Status};
+use crate::exit;
+use crate::migrate::address::Address;
+use crate::migrate::monitor::Status as Migration;
+use crate::migrate::source::{Answer, DOWNTIME_MS, Request, TIMEOUT_S};
+
+/// How long a migration may take: a day. Its progress shows that it goes on.
+const PATIENCE: Duration = Duration::from_secs(24 * 60 * 60);
+/// How often progress is shown.
+const LOOK: Duration = Duration::from_millis(200);
+
+const EXAMPLES: &str = "\
+Examples:
+  tern receive unix:move.sock --api-socket there.sock
+  tern migrate --api-socket here.sock unix:move.sock
+  tern migrate --api-socket here.sock --copy --downtime 50 --on-timeout switch unix:move.sock
+  tern migrate --api-socket here.sock --cancel
+
+Over a unix: address, memory, open disks and taps are handed over to the other process. With --copy, and over tcp:, memory is
+copied while the guest runs, again and again what it has written, until the rest fits the pause; a guest that writes faster
+is slowed down in steps.
+
+Exit status: 0 the guest runs at the destination, and its `tern run` here ends with 8; 1 the guest goes on here, and why is
+said; 9 the guest was given away and whether it runs there is not known: see `tern resolve --help`. A request that is broken
+off (Ctrl-C) is called off, as with --cancel.";
+
+/// Move a running guest to another process.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Migrate {
+    /// Unix socket of the guest, as given to `tern run --api-socket`
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+
+    /// Where `tern receive` listens: unix:PATH, or tcp:HOST:PORT
+    #[arg(value_name = "ADDR", required_unless_present = "cancel")]
+    to: Option<Address>,
+
+    /// Copy memory although it could be handed over
+    #[arg(long)]
+    copy: bool,
+
+    /// Longest pause to plan for, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = DOWNTIME_MS, value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    downtime: u64,
+
+    /// How long to copy memory at most while the guest runs, in seconds
+    #[arg(long, value_name = "S", default_value_t = TIMEOUT_S, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
+
+    /// What to do then: leave the guest here, or move it with a longer pause
+    #[arg(long, value_name = "WHAT", default_value = "cancel")]
+    on_timeout: WhenLate,
+
+    /// Let the guest's memory cross a network that others can read and change
+    #[arg(long)]
+    insecure: bool,
+
+    /// Call off the migration that is under way
+    #[arg(long, conflicts_with = "to")]
+    cancel: bool,
+
+    /// Answer in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// See [`OnTimeout`].
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum WhenLate {
+    /// The guest stays
+    Cancel,
+    /// It is moved with a longer pause
+    Switch,
+}
+
+impl Migrate {
+    /// Has the guest moved; returns the exit status.
+    pub fn run(self) -> anyhow::Result<u8> {
+        if self.cancel {
+            let _: CallOff = request(&self.api_socket, "PUT", "/api/v1/migrate/cancel", b"")?;
+            return Ok(0);
+        }
+        let to = self.to.context("an address is needed")?.absolute()?;
+        let body = serde_json::to_vec(&Request {
+            to: to.to_string(),
+            copy: self.copy,
+            downtime_ms: self.downtime,
+            timeout_s: self.timeout,
+            on_timeout: match self.on_timeout {
+                WhenLate::Cancel => OnTimeout::Cancel,
+                WhenLate::Switch => OnTimeout::Switch,
+            },
+            insecure: self.insecure,
+        })?;
+        let answer = follow(&self.api_socket, &body)?;
+        if self.json {
+            println!("{}", serde_json::to_string(&answer)?);
+        }
+        match answer {
+            Answer::Moved { report } => {
+                if !self.json {
+                    println!("{}", describe(&to, &report));
+                }
+                Ok(0)
+            }
+            Answer::Doubt { reason } => {
+                eprintln!("tern: {reason}");
+                Ok(exit::IN_DOUBT)
+            }
+        }
+    }
+}
+
+/// Sends the request, and shows how far it is until it is answered.
+fn follow(path: &Path, body: &[u8]) -> Result<Answer, ClientError> {
+    let ask = || request_within(path, "PUT", "/api/v1/migrate", body, PATIENCE);
+    if !std::io::stderr().is_terminal() {
+        return ask();
+    }
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    let template = "{msg} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    std::thread::scope(|scope| {
+        let (tell, told) = channel();
+        scope.spawn(move || {
+            // Nobody listens any more only if this function is over.
+            let _ = tell.send(ask());
+        });
+        loop {
+            match told.recv_timeout(LOOK) {
+                Ok(answer) => {
+                    bar.finish_and_clear();
+                    return answer;
+                }
+                Err(RecvTimeoutError::Timeout) => show(path, &bar),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(ClientError::Malformed("no answer"));
+                }
+            }
+        }
+    })
+}
+
+/// Shows how far the migration is now.
+fn show(path: &Path, bar: &ProgressBar) {
+    let info = request::<Info>(path, "GET", "/api/v1/info", b"");
+    if let Ok(Info {
+        migration:
+            Some(Migration::Source {
+                phase,
+                round,
+                done,
+                total,
+                slow_down,
+                ..
+            }),
+        ..
+    }) = info
+    {
+        bar.set_length(total);
+        bar.set_position(done);
+        let round = if round > 1 {
+            format!(", round {round}")
+        } else {
+            String::new()
+        };
+        let slow = if slow_down > 0 {
+            format!(", guest slowed down by {slow_down} %")
+        } else {
+            String::new()
+        };
+        bar.set_message(format!("{phase}{round}{slow}"));
+    }
+}
+
+/// The report for people.
+fn describe(to: &Address, report: &Report) -> String {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let ms = |us: u64| us as f64 / 1000.0;
+    let pause = report.pause_us;
+    let how = match report.how {
+        Memory::Copy => format!(
+            "{:.1} MiB copied in {} rounds and the pause",
+            mib(report.bytes),
+            report.rounds.len()
+        ),
+        Memory::Handoff => "memory was handed over".to_owned(),
+    };
+    format!(
+        "the guest runs at {to}: {how}, {:.2} s in all\n\
+         pause {:.1} ms: stop {:.1}, state {:.1}, {:.1} MiB sent {:.1}, restore {:.1}, resume {:.1}",
+        report.total_us as f64 / 1e6,
+        ms(pause.total),
+        ms(pause.stop),
+        ms(pause.state),
+        mib(report.paused_bytes),
+        ms(pause.send),
+        ms(pause.restore),
+        ms(pause.resume),
+    )
+}
+
+const DOUBT: &str = "\
+A guest is in doubt if the connection was lost right after it had been given away: the other process runs it, or never will,
+and could not be asked. This process keeps it, standing still, and goes on asking. If the other process cannot be reached any
+more, somebody has to look: a guest that runs twice destroys its disks.
+
+Exit status: 0 the doubt is over; 1 there was none.";
+
+/// End a doubt after a migration whose connection was lost.
+#[derive(Debug, Args)]
+#[command(after_help = DOUBT)]
+#[command(group(clap::ArgGroup::new("what").required(true)))]
+pub struct Resolve {
+    /// Unix socket of the guest, as given to `tern run --api-socket`
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+
+    /// The guest does not run elsewhere and never will: let it go on here
+    #[arg(long, group = "what")]
+    run: bool,
+
+    /// The guest runs elsewhere: end it here
+    #[arg(long, group = "what")]
+    discard: bool,
+
+    /// Answer in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Resolve {
+    /// Ends the doubt; returns the exit status.
+    pub fn run(&self) -> anyhow::Result<u8> {
+        let resolution = if self.run {
+            Resolution::Run
+        } else {
+            Resolution::Discard
+        };
+        let body = serde_json::to_vec(&ResolveRequest { resolution })?;
+        let status: Status = request(&self.api_socket, "PUT", "/api/v1/resolve", &body)?;
+        if self.json {
+            println!("{}", serde_json::to_string(&status)?);
+        }
+        Ok(0)
+    }
+}

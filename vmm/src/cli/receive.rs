@@ -1,0 +1,138 @@
+//! `tern receive`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Args;
+
+use super::process::{Origin, Process};
+use crate::config::MachineSpec;
+use crate::console::Target;
+use crate::console::output::Output;
+use crate::exit;
+use crate::machine::Machine;
+use crate::machine::functions::Backends;
+use crate::machine::provider::Provider;
+use crate::migrate::address::Address;
+use crate::migrate::destination::{ArrivedGuest, Candidate, Receiver};
+use crate::snapshot::overrides::{DiskOverride, NetOverride, Overrides};
+
+const EXAMPLES: &str = "\
+Examples:
+  tern receive unix:move.sock --api-socket there.sock
+  tern migrate --api-socket here.sock unix:move.sock
+
+The machine is built when a guest is offered, with the options it had at its source; what is not the same here is said with
+options. Over a unix: address, open disks and taps are handed over, and memory too unless the source copies it. Over tcp:,
+disks have to be there by their paths, and are locked here when the source has let go of them.
+
+Nothing of the guest happens here before all of it has arrived and its source gives it away. If that fails, this process
+ends with status 1, and the guest goes on at its source.";
+
+/// Wait for a guest from another process and run it.
+#[derive(Debug, Args)]
+#[command(after_help = format!("{EXAMPLES}\n\n{}", exit::TABLE))]
+pub struct Receive {
+    /// Where to listen: unix:PATH, or tcp:HOST:PORT
+    #[arg(value_name = "ADDR")]
+    address: Address,
+
+    /// Do not let the guest go on; `tern resume` does
+    #[arg(long, requires = "api_socket")]
+    paused: bool,
+
+    /// Unix socket of the control API, from the moment the guest arrives
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
+
+    /// Another file for a disk; may be repeated. NAME is that of `tern info`: disk0, pf0, or pf0-vf%d for all virtual
+    /// functions, with %d in PATH
+    #[arg(long, value_name = "NAME=PATH")]
+    disk: Vec<DiskOverride>,
+
+    /// Another end for a network interface; may be repeated: net0=tap=TAP, net0=switch=NAME, pf0=uplink-tap=TAP
+    #[arg(long, value_name = "NAME=END")]
+    net: Vec<NetOverride>,
+
+    /// Serial console: stdio, file=PATH or none [default: as it was]
+    #[arg(long, value_name = "TARGET")]
+    console: Option<Target>,
+
+    /// Virtio console: stdio, file=PATH or none [default: as it was]
+    #[arg(long, value_name = "TARGET")]
+    virtio_console: Option<Target>,
+
+    /// Accept a guest from a network that others can read and change
+    #[arg(long)]
+    insecure: bool,
+
+    /// Run even where KVM only interprets guest code and is a thousand times too slow
+    #[arg(long)]
+    force: bool,
+}
+
+impl Receive {
+    /// Runs the guest; returns the exit status.
+    pub fn run(self) -> anyhow::Result<u8> {
+        let process = Process::begin()?;
+        if !self.address.passes_files() && !self.insecure {
+            anyhow::bail!(
+                "{}: whoever can reach that port could have this process run their guest; use a network that only you \
+                 can reach and say --insecure, or a unix: address",
+                self.address
+            );
+        }
+        let overrides = Overrides {
+            disks: self.disk,
+            nets: self.net,
+            console: self.console,
+            virtio_console: self.virtio_console,
+        };
+        let receiver = Receiver::bind(self.address)?;
+        let candidate = receiver.wait(&overrides, self.force)?;
+        let spec = candidate.spec().clone();
+        let mut moved = Moved {
+            candidate,
+            arrived: None,
+            paused: self.paused,
+        };
+        let outcome = process.host(spec, self.api_socket.as_deref(), &mut moved);
+        if let Err(error) = &outcome {
+            moved.candidate.refuse(error);
+        }
+        outcome
+    }
+}
+
+/// A guest that comes from another process.
+struct Moved {
+    candidate: Candidate,
+    arrived: Option<ArrivedGuest>,
+    paused: bool,
+}
+
+impl Origin for Moved {
+    fn provider(&mut self) -> Provider {
+        self.candidate.provider()
+    }
+
+    fn build(
+        &mut self,
+        _spec: MachineSpec,
+        backends: Backends,
+        output: Option<&Output>,
+    ) -> anyhow::Result<Arc<Machine>> {
+        self.candidate.build(backends, output)
+    }
+
+    fn arrive(&mut self, machine: &Arc<Machine>) -> anyhow::Result<()> {
+        self.arrived = Some(self.candidate.arrive(machine)?);
+        Ok(())
+    }
+
+    fn start(&mut self, machine: &Machine) -> anyhow::Result<()> {
+        let arrived = self.arrived.take().context("no guest has arrived")?;
+        arrived.start(machine, self.paused)
+    }
+}

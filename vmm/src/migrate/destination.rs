@@ -1,0 +1,468 @@
+//! A machine whose guest comes from another process.
+//!
+//! ```text
+//! wait ─► Offered guest ─► checks ─► machine built ─► accept ─► memory, state ─► prepared ─► commit ─► runs
+//!             any error: refused, with everything that does not fit
+//! ```
+//!
+//! From the acceptance on, a thread answers a source that lost its connection and asks what became of the guest.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use devices::memory::{Backing, GuestRam};
+use migration::live::destination::{
+    Arrived, Decision, Failure, Incoming, Offered, Prepared, Receiving, answer,
+};
+use migration::live::{DestinationGuest, GuestError};
+use migration::wire::connection::{Limits, Section};
+use migration::wire::message::Memory;
+
+use super::address::{Address, Listener};
+use crate::config::MachineSpec;
+use crate::console::output::Output;
+use crate::errors::chain;
+use crate::kvm::model::{CpuModel, HostCpu};
+use crate::layout;
+use crate::machine::functions::Backends;
+use crate::machine::hardware::fresh_ram;
+use crate::machine::pages::RamPages;
+use crate::machine::provider::Provider;
+use crate::machine::{Arrival, Hardware, Host, Machine};
+use crate::snapshot::capture;
+use crate::snapshot::format::moving::{self, Guest, Offer};
+use crate::snapshot::format::parse;
+use crate::snapshot::overrides::Overrides;
+use crate::snapshot::restore::ClockChoice;
+
+/// Name of the descriptor of a guest's memory.
+pub const MEMORY: &str = "memory";
+
+/// How often a thread that waits for connections looks whether it is needed.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long a source that may be in doubt has time to ask, before this process ends without its guest.
+const GRACE: Duration = Duration::from_secs(20);
+/// How long somebody who connects may take to say what they want.
+const HELLO: Duration = Duration::from_secs(3);
+
+/// A process that waits for a guest.
+pub struct Receiver {
+    listener: Listener,
+    address: Address,
+}
+
+/// A guest that was offered and that this host can run, as far as that can be said before it is built.
+pub struct Candidate {
+    offered: Option<Box<Offered>>,
+    listener: Option<Listener>,
+    model: Option<CpuModel>,
+    spec: MachineSpec,
+    host: Option<Host>,
+    cpu: HostCpu,
+    provider: Option<Provider>,
+    memory: Option<OwnedFd>,
+    /// Files were handed over.
+    handed_over: bool,
+}
+
+impl Receiver {
+    /// Listens at `address`.
+    pub fn bind(address: Address) -> anyhow::Result<Self> {
+        let listener = Listener::bind(&address)?;
+        Ok(Self { listener, address })
+    }
+
+    /// Waits for a source that offers a guest. What does not fit is told to the source and is an error here.
+    pub fn wait(self, overrides: &Overrides, force: bool) -> anyhow::Result<Candidate> {
+        let limits = Limits {
+            silence: HELLO,
+            ..Limits::default()
+        };
+        let mut offered = loop {
+            let Some(connection) = self.listener.accept(limits, LOOK)? else {
+                continue;
+            };
+            let program = concat!("tern ", env!("CARGO_PKG_VERSION"));
+            match Incoming::accept(connection, program) {
+                Ok(Incoming::Offer(offered)) => break offered,
+                Ok(Incoming::Question { connection, .. }) => {
+                    let _ = answer(connection, migration::wire::message::Outcome::Unknown);
+                }
+                // A port scanner, or a source that thought better of it. The next one may be better.
+                Err(error) => tracing::warn!("a connection brought no guest: {}", chain(&error)),
+            }
+        };
+        let checked = check(&mut offered, overrides, &self.address, force);
+        match checked {
+            Ok(checked) => Ok(Candidate {
+                offered: Some(offered),
+                listener: Some(self.listener),
+                ..checked
+            }),
+            Err(reasons) => {
+                let told = reasons.join("\n  ");
+                offered.refuse(reasons);
+                bail!("the guest that was offered is refused:\n  {told}");
+            }
+        }
+    }
+}
+
+/// Everything that can be said without building the machine; all that does not fit is the error.
+fn check(
+    offered: &mut Offered,
+    overrides: &Overrides,
+    address: &Address,
+    force: bool,
+) -> Result<Candidate, Vec<String>> {
+    let one = |error: &dyn std::fmt::Display| vec![error.to_string()];
+    let sections = offered.sections();
+    let section = only(sections, moving::OFFER).map_err(|e| one(&e))?;
+    let mut offer: Offer = parse(&section.bytes).map_err(|e| vec![format!("machine: {e}")])?;
+    let mut files: BTreeMap<String, OwnedFd> = BTreeMap::new();
+    for (name, file) in offered.descriptors() {
+        if files.insert(name.clone(), file).is_some() {
+            return Err(vec![format!("the descriptor {name:?} came twice")]);
+        }
+    }
+    let mut reasons = Vec::new();
+    let memory = files.remove(MEMORY);
+    if (offered.how() == Memory::Handoff) != memory.is_some() {
+        reasons.push("memory: its descriptor and how it is to come here disagree".to_owned());
+    }
+    // Whoever can connect to a port may be anybody: then no path of theirs is followed.
+    if !address.passes_files()
+        && let Err(error) = overrides.check_trust(&offer.machine)
+    {
+        reasons.push(error.to_string());
+    }
+    let named = overrides.apply(&mut offer.machine);
+    reasons.extend(named.err().map(|error| error.to_string()));
+    let spec = offer.machine.to_spec().map_err(|e| {
+        let mut all = reasons.clone();
+        all.push(format!("machine: {e}"));
+        all
+    })?;
+    let ranges = layout::ram_ranges(spec.memory);
+    let expected = ranges.iter().map(|range| (range.start.0, range.len as u64));
+    if !expected.eq(offered.memory().iter().copied()) {
+        reasons.push("memory: its ranges are not those of the machine".to_owned());
+    }
+    for (name, file, _) in offer.machine.files() {
+        if files.contains_key(&name) {
+            continue;
+        }
+        match std::fs::metadata(&file.path) {
+            Err(error) => reasons.push(format!("{name}: {}: {error}", file.path.display())),
+            Ok(there) => {
+                let size = file.identity.map(|identity| identity.size);
+                if size.is_some_and(|size| there.is_file() && size != there.len()) {
+                    let (path, len) = (file.path.display(), there.len());
+                    reasons.push(format!(
+                        "{name}: {path} has {len} bytes here and another size at the source; it has to be the same disk"
+                    ));
+                }
+            }
+        }
+    }
+    let model = offer.model().map_err(|e| one(&e))?;
+    let host = match Host::open(force) {
+        Ok(host) => host,
+        Err(error) => {
+            reasons.push(chain(&error));
+            return Err(reasons);
+        }
+    };
+    let lacking = model.check_host(host.cpu());
+    reasons.extend(lacking.iter().map(ToString::to_string));
+    if !reasons.is_empty() {
+        return Err(reasons);
+    }
+    let handed_over = !files.is_empty();
+    let mut provider = Provider::by_name().received(files);
+    if !handed_over {
+        // The source has them until it gives the guest away.
+        provider = provider.without_locks();
+    }
+    Ok(Candidate {
+        offered: None,
+        listener: None,
+        model: Some(model),
+        spec,
+        cpu: host.cpu().clone(),
+        host: Some(host),
+        provider: Some(provider),
+        memory,
+        handed_over,
+    })
+}
+
+/// The one section there is, which is called `name`.
+fn only(sections: Vec<Section>, name: &'static str) -> Result<Section, Unfit> {
+    let mut found = None;
+    for section in sections {
+        if section.name != name || found.is_some() {
+            return Err(Unfit::Section(section.name));
+        }
+        if section.version != moving::NEWEST {
+            return Err(Unfit::Version(section.name, section.version));
+        }
+        found = Some(section);
+    }
+    found.ok_or(Unfit::Missing(name))
+}
+
+/// What is wrong with what came.
+#[derive(Debug, thiserror::Error)]
+enum Unfit {
+    #[error("section {0:?} is not known to this tern")]
+    Section(String),
+    #[error("section {0:?} has version {1}, which this tern does not read")]
+    Version(String, u32),
+    #[error("section {0:?} is missing")]
+    Missing(&'static str),
+    #[error("vcpus: {found} came, and the machine has {expected}")]
+    Vcpus { found: usize, expected: u8 },
+    #[error("this host cannot run the guest: {0}")]
+    Host(String),
+}
+
+impl Candidate {
+    /// What the machine is built from.
+    pub fn spec(&self) -> &MachineSpec {
+        &self.spec
+    }
+
+    /// Gives its devices their files.
+    pub fn provider(&mut self) -> Provider {
+        self.provider.take().unwrap_or_else(Provider::by_name)
+    }
+
+    /// Builds the machine around `backends`.
+    pub fn build(
+        &mut self,
+        backends: Backends,
+        output: Option<&Output>,
+    ) -> anyhow::Result<Arc<Machine>> {
+        let ram = match self.memory.take() {
+            Some(memory) => {
+                let ranges = layout::ram_ranges(self.spec.memory);
+                GuestRam::with_backing(&ranges, Backing::Memfd(memory))?
+            }
+            None => fresh_ram(self.spec.memory)?,
+        };
+        let once = "a machine is built once";
+        let (host, model) = (self.host.take(), self.model.take());
+        let hardware = Hardware::create(
+            host.context(once)?,
+            self.spec.clone(),
+            model.context(once)?,
+            ram,
+            backends,
+            output,
+        )?;
+        Ok(hardware.finish())
+    }
+
+    /// Refuses the guest, for what was found out while its machine was built.
+    pub fn refuse(&mut self, error: &anyhow::Error) {
+        if let Some(offered) = self.offered.take() {
+            offered.refuse(vec![chain(error.as_ref())]);
+        }
+    }
+
+    /// Accepts the guest, and waits until all of it has arrived in `machine`.
+    pub fn arrive(&mut self, machine: &Arc<Machine>) -> anyhow::Result<ArrivedGuest> {
+        let once = "a guest arrives once";
+        let offered = self.offered.take().context(once)?;
+        let listener = self.listener.take().context(once)?;
+        let decision = offered.decision();
+        let answering = Answering::start(listener, decision.clone())?;
+        let receiving: Receiving = offered.accept()?;
+        machine.migration.arriving(Arrived::default());
+        let mut landing = Landing {
+            machine,
+            ram: RamPages::new(machine.ram())?,
+            cpu: &self.cpu,
+            paused: false,
+        };
+        let prepared = receiving.receive(&mut landing, &mut |arrived| {
+            machine.migration.arriving(arrived);
+        })?;
+        Ok(ArrivedGuest {
+            prepared,
+            decision,
+            paused: landing.paused,
+            handed_over: self.handed_over,
+            answering,
+        })
+    }
+}
+
+/// A machine with its guest in it, as far as it has arrived.
+struct Landing<'m> {
+    machine: &'m Machine,
+    ram: RamPages,
+    cpu: &'m HostCpu,
+    paused: bool,
+}
+
+impl DestinationGuest for Landing<'_> {
+    type Memory = RamPages;
+
+    fn memory(&self) -> &RamPages {
+        &self.ram
+    }
+
+    fn early(&mut self, section: Section) -> Result<(), GuestError> {
+        Err(Unfit::Section(section.name).into())
+    }
+
+    fn restore(&mut self, sections: Vec<Section>) -> Result<(), GuestError> {
+        let section = only(sections, moving::GUEST)?;
+        let guest: Guest = parse(&section.bytes)?;
+        let cpu = guest.cpu(self.machine.model())?;
+        let expected = self.machine.spec().cpus;
+        if cpu.vcpus.len() != usize::from(expected) {
+            let found = cpu.vcpus.len();
+            return Err(Unfit::Vcpus { found, expected }.into());
+        }
+        let lacking = cpu.check_host(self.cpu);
+        if !lacking.is_empty() {
+            let all: Vec<_> = lacking.iter().map(ToString::to_string).collect();
+            return Err(Unfit::Host(all.join("; ")).into());
+        }
+        self.paused = guest.paused;
+        let devices = guest.devices();
+        let (arrival, clock) = (Arrival::Moved, ClockChoice::Host);
+        Ok(capture::put(self.machine, &devices, &cpu, arrival, clock)?)
+    }
+}
+
+/// A guest that has arrived and waits for the source to give it away.
+pub struct ArrivedGuest {
+    prepared: Prepared,
+    decision: Decision,
+    paused: bool,
+    handed_over: bool,
+    answering: Answering,
+}
+
+impl ArrivedGuest {
+    /// Waits until the source gives the guest away, and has it run in `machine`, unless it was paused or is to be.
+    pub fn start(self, machine: &Machine, paused: bool) -> anyhow::Result<()> {
+        let take = || {
+            if self.handed_over {
+                return Ok(());
+            }
+            let taken = machine.functions().take_locks();
+            taken.map_err(|names| format!("another process has {}", names.join(", ")).into())
+        };
+        let committed = match self.prepared.commit(take) {
+            Ok(committed) => committed,
+            Err(failure) => {
+                // A source that does not know yet may ask.
+                let knows = matches!(failure, Failure::Cancelled { .. } | Failure::Guest { .. });
+                if !knows {
+                    self.decision.wait_until_told(GRACE);
+                }
+                return Err(failure.into());
+            }
+        };
+        machine.migration.end();
+        machine.start(paused || self.paused)?;
+        machine.functions().announce();
+        let answering = self.answering;
+        std::thread::Builder::new()
+            .name("moved".to_owned())
+            .stack_size(256 << 10)
+            .spawn(move || {
+                if committed.running() {
+                    answering.end();
+                }
+                // Otherwise the source asks, whenever it can.
+                answering.forget();
+            })?;
+        Ok(())
+    }
+}
+
+/// Answers sources that ask what became of the guest.
+struct Answering {
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Answering {
+    fn start(listener: Listener, decision: Decision) -> anyhow::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("outcome".to_owned())
+            .stack_size(256 << 10)
+            .spawn(move || {
+                while !ended.load(Ordering::Acquire) {
+                    serve(&listener, &decision);
+                }
+            })?;
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    /// Nobody will ask any more.
+    fn end(&self) {
+        self.stop.store(true, Ordering::Release);
+    }
+
+    /// It goes on as long as it is needed.
+    fn forget(mut self) {
+        self.thread = None;
+    }
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.end();
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve(listener: &Listener, decision: &Decision) {
+    let limits = Limits {
+        silence: HELLO,
+        ..Limits::default()
+    };
+    let connection = match listener.accept(limits, LOOK) {
+        Ok(Some(connection)) => connection,
+        Ok(None) => return,
+        Err(error) => {
+            tracing::debug!(%error, "cannot accept connections");
+            std::thread::sleep(LOOK);
+            return;
+        }
+    };
+    let program = concat!("tern ", env!("CARGO_PKG_VERSION"));
+    match Incoming::accept(connection, program) {
+        Ok(Incoming::Question {
+            session,
+            connection,
+        }) => {
+            let outcome = decision.asked(&session);
+            if answer(connection, outcome).is_ok() {
+                decision.told();
+            }
+        }
+        Ok(Incoming::Offer(offered)) => {
+            offered.refuse(vec!["this process has a guest already".to_owned()]);
+        }
+        Err(error) => tracing::debug!("a connection brought no question: {}", chain(&error)),
+    }
+}

@@ -1,0 +1,13 @@
+//! Live migration of a machine: what [`migration::live`] needs of it, at both ends.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`address`] | where a destination listens |
+//! | [`destination`] | a machine whose guest comes from another process |
+//! | [`monitor`] | how far a migration is; calling it off; ending a doubt |
+//! | [`source`] | a machine whose guest goes to another process |
+
+pub mod address;
+pub mod destination;
+pub mod monitor;
+pub mod source;

@@ -1,0 +1,394 @@
+//! A machine whose guest goes to another process.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use migration::live::commit::{Source as State, SourceAction, SourceEvent};
+use migration::live::source::{self, End, Options};
+use migration::live::{GuestError, Limits, OnTimeout, Report, SourceGuest, migrate};
+use migration::wire::connection::{self, Named, Section};
+use migration::wire::message::Memory;
+use migration::{PageSet, SnapshotId};
+use serde::{Deserialize, Serialize};
+
+use super::address::Address;
+use crate::errors::chain;
+use crate::exit::Outcome;
+use crate::machine::lease::{Busy, Lease, Purpose};
+use crate::machine::pages::{Attempt, RamPages};
+use crate::machine::{Machine, Quiesced};
+use crate::snapshot::capture::{self, Devices};
+use crate::snapshot::format::machine::Machine as MachineJson;
+use crate::snapshot::format::moving::{self, Guest, Offer};
+use crate::vcpu::Throttled;
+
+/// How often a lost destination is asked at once, and how long between.
+const ASK: (u32, Duration) = (5, Duration::from_millis(500));
+/// How often it is asked again as long as the doubt lasts.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// How soon the end of a guest in doubt is noticed.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// How a guest is to be moved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Where the destination listens, as in `unix:/run/move.sock`.
+    pub to: String,
+    /// Copy memory also where it could be handed over.
+    #[serde(default)]
+    pub copy: bool,
+    /// Longest pause that is planned for, in milliseconds.
+    #[serde(default = "downtime")]
+    pub downtime_ms: u64,
+    /// How long memory is copied at most while the guest runs, in seconds.
+    #[serde(default = "timeout")]
+    pub timeout_s: u64,
+    /// What to do then.
+    #[serde(default)]
+    pub on_timeout: OnTimeout,
+    /// Whoever can read what crosses the network, or change it, may have the guest.
+    #[serde(default)]
+    pub insecure: bool,
+}
+
+/// Default of [`Request::downtime_ms`].
+pub const DOWNTIME_MS: u64 = 100;
+/// Default of [`Request::timeout_s`].
+pub const TIMEOUT_S: u64 = 300;
+
+fn downtime() -> u64 {
+    DOWNTIME_MS
+}
+
+fn timeout() -> u64 {
+    TIMEOUT_S
+}
+
+/// Why a migration was not begun, or the guest stays.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrateError {
+    /// The address.
+    #[error("{0}")]
+    Address(String),
+    /// An address that everybody can listen to.
+    #[error(
+        "{0}: whoever can read or change what crosses the network would have the guest's memory; use a network that only \
+         you can reach and say --insecure, or a unix: address"
+    )]
+    Insecure(Address),
+    /// Somebody else is changing what the machine does.
+    #[error(transparent)]
+    Busy(#[from] Busy),
+    /// Guest memory cannot be described. A mistake of the program.
+    #[error(transparent)]
+    Layout(#[from] migration::layout::LayoutError),
+    /// The guest stays.
+    #[error("the guest stays here: {0}")]
+    Kept(String),
+}
+
+/// What became of a guest that was to be moved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "lowercase")]
+pub enum Answer {
+    /// It runs at the destination.
+    Moved {
+        /// What it came to.
+        report: Report,
+    },
+    /// It may run at the destination. Here it stands still.
+    Doubt {
+        /// What happened, and how to end the doubt.
+        reason: String,
+    },
+}
+
+/// Moves the guest of `machine`. `answer` is told once what became of it; if that is in doubt, this returns only when the
+/// doubt is over.
+pub fn run(
+    machine: &Arc<Machine>,
+    request: &Request,
+    answer: impl FnOnce(Result<Answer, MigrateError>),
+) {
+    let (lease, to) = match begin(machine, request) {
+        Ok(begun) => begun,
+        Err(error) => return answer(Err(error)),
+    };
+    let ram = match RamPages::new(machine.ram()) {
+        Ok(ram) => ram,
+        Err(error) => return answer(Err(error.into())),
+    };
+    let how = match machine.ram().memfd() {
+        Some(_) if to.passes_files() && !request.copy => Memory::Handoff,
+        _ => Memory::Copy,
+    };
+    let name = to.to_string();
+    let mut leaving = Leaving {
+        machine,
+        lease: &lease,
+        ram,
+        how,
+        paused: !machine.is_running(),
+        was_tracking: machine.pages().is_recording(),
+        attempt: None,
+        first: true,
+        throttled: None,
+        quiesced: None,
+    };
+    let options = Options {
+        how,
+        files: to.passes_files(),
+        limits: Limits {
+            downtime: Duration::from_millis(request.downtime_ms),
+            timeout: Duration::from_secs(request.timeout_s),
+            on_timeout: request.on_timeout,
+        },
+        ask: ASK,
+    };
+    machine.migration.begin();
+    let mut connect = || to.connect(connection::Limits::default());
+    let mut watch = |progress: source::Progress| {
+        // A guest that has ended is moved nowhere.
+        let called_off = machine.migration.leaving(&name, &progress);
+        if called_off || machine.outcome().is_some() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    };
+    match migrate(&mut leaving, &mut connect, &options, &mut watch) {
+        End::Moved(report) => {
+            leaving.stay_stopped();
+            answer(Ok(Answer::Moved { report: *report }));
+            machine.finish(Outcome::Moved(name));
+        }
+        End::Kept(reason) => {
+            let reason = match machine.outcome() {
+                Some(outcome) => format!("{outcome} ({})", chain(&reason)),
+                None => chain(&reason),
+            };
+            answer(Err(MigrateError::Kept(reason)));
+        }
+        End::Lost { reason, error } => {
+            leaving.stay_stopped();
+            let reason = format!(
+                "{}; it stands still, since {error}; when that is free again, `tern resume` lets it go on",
+                chain(&reason)
+            );
+            answer(Err(MigrateError::Kept(reason)));
+        }
+        End::InDoubt {
+            session,
+            reason,
+            asked,
+        } => {
+            let reason = doubt(&name, &chain(&reason), &asked);
+            machine.migration.doubt(&name, reason.clone());
+            answer(Ok(Answer::Doubt { reason }));
+            if !settle(machine, &mut leaving, session, &mut connect, &name) {
+                // How the process ends says that, too.
+                return;
+            }
+        }
+    }
+    drop(leaving);
+    machine.migration.end();
+}
+
+fn begin<'m>(
+    machine: &'m Machine,
+    request: &Request,
+) -> Result<(Lease<'m>, Address), MigrateError> {
+    let to: Address = request.to.parse().map_err(MigrateError::Address)?;
+    if !to.passes_files() && !request.insecure {
+        return Err(MigrateError::Insecure(to));
+    }
+    Ok((machine.lease(Purpose::Migration)?, to))
+}
+
+fn doubt(to: &str, reason: &str, asked: &str) -> String {
+    format!(
+        "the guest was given to {to}, and whether it runs there is not known ({reason}; {asked}). It stands still here. \
+         Look whether it runs there: if it does, end it here with `tern resolve --discard`; if it does not and never will, \
+         go on here with `tern resolve --run`"
+    )
+}
+
+/// Waits until the doubt is over: a person says so, or the destination can be asked. False if the guest is ended before.
+fn settle(
+    machine: &Machine,
+    leaving: &mut Leaving<'_>,
+    session: SnapshotId,
+    connect: &mut dyn FnMut() -> Result<migration::wire::Connection, migration::wire::WireError>,
+    to: &str,
+) -> bool {
+    let mut waited = Duration::ZERO;
+    let action = loop {
+        let event = match machine.migration.wait_for_resolution(LOOK) {
+            Some(resolution) => SourceEvent::Resolve(resolution),
+            None if machine.outcome().is_some() => {
+                leaving.stay_stopped();
+                return false;
+            }
+            None if waited >= ASK_AGAIN => {
+                waited = Duration::ZERO;
+                match source::ask(connect, session) {
+                    Ok(outcome) => SourceEvent::Outcome(outcome),
+                    Err(_) => continue,
+                }
+            }
+            None => {
+                waited += LOOK;
+                continue;
+            }
+        };
+        match State::InDoubt.on(event).1 {
+            SourceAction::Nothing => {}
+            action => break action,
+        }
+    };
+    let resumed = match action {
+        SourceAction::Resume => leaving.resume(),
+        _ => {
+            leaving.stay_stopped();
+            machine.finish(Outcome::Moved(to.to_owned()));
+            return true;
+        }
+    };
+    if let Err(error) = resumed {
+        leaving.stay_stopped();
+        tracing::error!("the guest stands still: {error}");
+    }
+    true
+}
+
+/// A guest on its way to another process.
+struct Leaving<'m> {
+    machine: &'m Machine,
+    lease: &'m Lease<'m>,
+    ram: RamPages,
+    how: Memory,
+    /// It was paused before.
+    paused: bool,
+    was_tracking: bool,
+    attempt: Option<Attempt>,
+    /// Pages were not asked for yet.
+    first: bool,
+    throttled: Option<Throttled>,
+    quiesced: Option<Quiesced<'m>>,
+}
+
+impl Leaving<'_> {
+    /// The guest does not go on when this is dropped.
+    fn stay_stopped(&mut self) {
+        if let Some(quiesced) = self.quiesced.take() {
+            quiesced.keep();
+        }
+    }
+}
+
+impl SourceGuest for Leaving<'_> {
+    type Memory = RamPages;
+
+    fn memory(&self) -> &RamPages {
+        &self.ram
+    }
+
+    fn offer(&mut self) -> Result<Vec<Section>, GuestError> {
+        let machine = MachineJson::of(self.machine.spec());
+        let offer = Offer::of(machine, self.machine.model());
+        Ok(vec![Section {
+            name: moving::OFFER.to_owned(),
+            version: moving::NEWEST,
+            bytes: serde_json::to_vec(&offer)?,
+        }])
+    }
+
+    fn descriptors(&mut self) -> Result<Vec<Named>, GuestError> {
+        let mut all = self.machine.functions().lend()?;
+        if self.how == Memory::Handoff
+            && let Some(memory) = self.machine.ram().memfd()
+        {
+            all.push((
+                super::destination::MEMORY.to_owned(),
+                memory.try_clone_to_owned()?,
+            ));
+        }
+        Ok(all)
+    }
+
+    fn track(&mut self) -> Result<(), GuestError> {
+        self.machine.pages().start(None)?;
+        self.attempt = Some(self.machine.pages().attempt()?);
+        Ok(())
+    }
+
+    fn early(&mut self) -> Result<Vec<Section>, GuestError> {
+        Ok(Vec::new())
+    }
+
+    fn written(&mut self) -> Result<PageSet, GuestError> {
+        let attempt = self.attempt.as_mut().ok_or("nothing is tracked")?;
+        let written = attempt.take()?;
+        if std::mem::take(&mut self.first) {
+            // Whatever was tracked before, since some snapshot.
+            return Ok(PageSet::full(self.machine.pages().layout()));
+        }
+        Ok(written)
+    }
+
+    fn slow_down(&mut self, percent: u8) {
+        let machine = self.machine;
+        let throttled = self.throttled.get_or_insert_with(|| machine.throttle());
+        if let Err(error) = throttled.set(percent) {
+            tracing::warn!(%error, "the guest is not slowed down");
+        }
+    }
+
+    fn stop(&mut self) -> Result<(), GuestError> {
+        self.quiesced = Some(self.machine.quiesce(self.lease)?);
+        self.throttled = None;
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<Vec<Section>, GuestError> {
+        let devices = Devices::of(self.machine)?;
+        let cpu = capture::cpus(self.machine)?;
+        let guest = Guest::of(devices, &cpu, self.paused);
+        Ok(vec![Section {
+            name: moving::GUEST.to_owned(),
+            version: moving::NEWEST,
+            bytes: serde_json::to_vec(&guest)?,
+        }])
+    }
+
+    fn release(&mut self) {
+        self.machine.functions().release_locks();
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.throttled = None;
+        self.machine.functions().end_lending();
+        self.machine
+            .functions()
+            .take_locks()
+            .map_err(|names| format!("another process has {}", names.join(", ")))?;
+        self.quiesced = None;
+        Ok(())
+    }
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        // What was taken goes back first.
+        let tracked = self.attempt.take().is_some();
+        if tracked
+            && !self.was_tracking
+            && let Err(error) = self.machine.pages().stop()
+        {
+            tracing::warn!(%error, "the guest stays slower than it could be");
+        }
+    }
+}
