@@ -161,7 +161,7 @@ fn a_received_disk_reads_and_writes() {
     let destination = received(lend(&source), false).unwrap();
     drop(source);
     let config = BlockConfig::new("theirs");
-    let device = Block::with_backend(std::sync::Arc::new(destination), &config).unwrap();
+    let device = Block::with_backend(Arc::new(destination), &config).unwrap();
     let mut driver = Driver::live(device, ALL);
-    assert_eq!(super::read(&mut driver, 7, 1), [7; 512]);
+    assert_eq!(read(&mut driver, 7, 1), [7; 512]);
 }
