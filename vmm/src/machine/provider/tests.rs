@@ -6,8 +6,12 @@ use crate::config::{Config, MachineSpec};
 use crate::console::output::Loss;
 use crate::machine::functions::{Backends, FunctionError, Functions};
 use driver::host::Machine;
+use driver::pci::{Address, change_command, command};
+use driver::virtio::Transport;
+use driver::virtio::net::Net;
 use std::fs::File;
 use std::path::PathBuf;
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// Files of a machine with two disks and an owner of two.
@@ -221,4 +225,53 @@ fn descriptors_that_are_lent_do_not_leave_by_an_exec() {
         let flags = rustix::io::fcntl_getfd(&file).unwrap();
         assert!(flags.contains(rustix::io::FdFlags::CLOEXEC), "{name}");
     }
+}
+
+/// Octets 6 to 12 of a frame that announces an address, which is where its sender is.
+fn announced(frame: &[u8]) -> Option<[u8; 6]> {
+    let is_one = frame.len() == 60 && frame[..6] == [0xff; 6] && frame[12..14] == [0x80, 0x35];
+    is_one.then(|| frame[6..12].try_into().unwrap())
+}
+
+#[test]
+fn every_interface_with_a_driver_is_announced() {
+    let net = |n: u8| {
+        format!("switch=a,mac=02:00:00:00:00:{n:02x}")
+            .parse()
+            .unwrap()
+    };
+    let pf = |n: u8, more: &str| {
+        format!("net,vfs=2,switch=a,mac=02:00:00:00:{n:02x}:00{more}")
+            .parse()
+            .unwrap()
+    };
+    let config = Config {
+        kernel: Some("vmlinuz".into()),
+        rng: Some(false),
+        nets: vec![net(1), net(2), net(3)],
+        // Of the first, the owner gets a driver; of the second, member 2.
+        pfs: vec![pf(4, ""), pf(5, ",passthrough")],
+        ..Config::default()
+    };
+    let spec = config.resolve().unwrap();
+    let backends = Backends::open(&spec, None, &Loss::default()).unwrap();
+    let host = Machine::new().unwrap();
+    let functions = Functions::plug(backends, host.dma().ram(), host.root(), host.msi()).unwrap();
+    host.power_on().unwrap();
+    let start = |bus, device, function| {
+        let function = host.function(Address::new(bus, device, function));
+        change_command(&function, command::MEMORY | command::BUS_MASTER, 0);
+        let transport = Transport::new(function).unwrap();
+        Net::start(transport, host.dma().clone(), 0).unwrap()
+    };
+    let mut listener = start(0, 1, 0);
+    let live = [start(0, 2, 0), start(1, 0, 0), start(2, 0, 1)];
+    functions.announce();
+    let mut heard = Vec::new();
+    while heard.len() < live.len() {
+        let frame = listener.receive(Duration::from_secs(10)).unwrap();
+        heard.extend(announced(&frame.expect("a frame in time")));
+    }
+    assert_eq!(heard, live.each_ref().map(Net::mac));
+    assert_eq!(listener.receive(Duration::from_millis(50)).unwrap(), None);
 }
