@@ -14,6 +14,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tempfile::TempDir;
 
+mod taps;
+
 /// Files of a machine with two disks and an owner of two.
 struct Files(TempDir);
 
