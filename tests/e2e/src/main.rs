@@ -14,9 +14,11 @@
 mod api;
 mod block;
 mod boot;
+mod chance;
 mod console;
 mod control;
 mod load;
+mod migrate;
 mod net;
 mod owners;
 mod refusals;
@@ -41,6 +43,7 @@ fn main() -> std::process::ExitCode {
         stops::trials(),
         steady::trials(),
         snapshot::trials(),
+        migrate::trials(),
         refusals::trials(),
     ]
     .into_iter()

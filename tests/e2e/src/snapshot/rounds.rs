@@ -1,16 +1,15 @@
 //! Guests under load that are moved from process to process, again and again, at moments nobody chose.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 
 use super::move_over;
+use crate::chance::Chance;
 use crate::load::{Guest, Load, TICK, expect_work};
 use crate::trial;
 
-/// How often, unless `TERN_ROUNDS` says it.
-const ROUNDS: u32 = 5;
 /// Frames that may wait in a switch or in a queue when a guest is saved, and are not part of what is saved.
 const LOST: u32 = 64;
 /// Longest time from one generation to the next.
@@ -31,16 +30,9 @@ pub fn trials() -> Vec<Trial> {
     ]
 }
 
-fn count() -> Result<u32> {
-    match std::env::var("TERN_ROUNDS") {
-        Ok(text) => text.parse().with_context(|| format!("TERN_ROUNDS={text}")),
-        Err(_) => Ok(ROUNDS),
-    }
-}
-
 /// Each generation is made from the one before.
 fn rounds(adjust: impl FnOnce(Load) -> Load) -> Result<()> {
-    let rounds = count()?;
+    let rounds = crate::chance::rounds()?;
     let load = Load::with_everything(2)?.parameter(&format!("lost={}", rounds * LOST));
     let load = adjust(load);
     let mut chance = Chance::new();
@@ -83,7 +75,7 @@ fn rounds(adjust: impl FnOnce(Load) -> Load) -> Result<()> {
 /// The first generations know neither drivers nor devices. Then the guest comes up as ever, and nothing of its kernel's log
 /// is about that.
 fn booting(adjust: impl FnOnce(Load) -> Load) -> Result<()> {
-    let rounds = count()?;
+    let rounds = crate::chance::rounds()?;
     let lost = format!("lost={}", rounds * LOST);
     let load = adjust(
         Load::with_everything(2)?
@@ -114,40 +106,4 @@ fn step(guest: Guest, load: &Load, round: u32, pause: Duration) -> Result<Guest>
         std::fs::remove_dir_all(load.path(&format!("generation-{before}")))?;
     }
     Ok(next)
-}
-
-/// Moments nobody chose, which are told when a test fails.
-struct Chance {
-    seed: u64,
-    state: u64,
-}
-
-impl Chance {
-    fn new() -> Self {
-        let seed = match std::env::var("TERN_SEED").map(|text| text.parse()) {
-            Ok(Ok(seed)) => seed,
-            _ => {
-                u64::from(std::process::id())
-                    ^ Instant::now().elapsed().as_nanos() as u64
-                    ^ std::time::UNIX_EPOCH
-                        .elapsed()
-                        .map_or(0, |now| now.as_nanos() as u64)
-            }
-        };
-        Self { seed, state: seed }
-    }
-
-    /// xorshift64*
-    fn up_to(&mut self, most: Duration) -> Duration {
-        self.state |= 1;
-        self.state ^= self.state >> 12;
-        self.state ^= self.state << 25;
-        self.state ^= self.state >> 27;
-        let number = self.state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32;
-        most.mul_f64(number as f64 / f64::from(u32::MAX))
-    }
-
-    fn told(&self, round: u32) -> String {
-        format!("round {round} with TERN_SEED={}", self.seed)
-    }
 }

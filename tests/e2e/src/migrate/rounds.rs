@@ -1,0 +1,105 @@
+//! Guests under load that are moved from process to process, again and again, at moments nobody chose.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
+
+use super::move_to;
+use crate::chance::{Chance, rounds};
+use crate::load::{Load, TICK, expect_work};
+use crate::trial;
+
+/// Longest time from one move to the next.
+const APART: Duration = Duration::from_millis(2000);
+/// Longest time from the start to the last of the moves that happen while the guest boots.
+const BOOT: Duration = Duration::from_millis(12_000);
+/// Frames that may wait in a switch or in a queue when a guest is moved, and are not part of what moves.
+const LOST: u32 = 64;
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("migrate::rounds_handed_over_under_load", || {
+            under_load(&[], |load| load)
+        }),
+        trial("migrate::rounds_copied_under_load", || {
+            under_load(&["--copy"], |load| load)
+        }),
+        trial("migrate::rounds_copied_under_load_with_linux_6_1", || {
+            under_load(&["--copy"], Load::linux_6_1)
+        }),
+        trial("migrate::rounds_while_booting", || while_booting(&[])),
+        trial("migrate::rounds_copied_while_booting", || {
+            while_booting(&["--copy"])
+        }),
+    ]
+}
+
+fn under_load(options: &[&str], adjust: impl FnOnce(Load) -> Load) -> Result<()> {
+    let rounds = rounds()?;
+    let load = Load::with_everything(2)?.parameter(&format!("lost={}", rounds * LOST));
+    let load = adjust(load);
+    let mut chance = Chance::new();
+    let mut guest = load.run()?;
+    guest.ticks(2)?;
+    for round in 1..=rounds {
+        std::thread::sleep(chance.up_to(APART));
+        let moved =
+            move_to(guest, load.directory(), round, options).with_context(|| chance.told(round))?;
+        guest = moved.guest;
+        guest
+            .ticks(2)
+            .with_context(|| format!("{}\nbefore:\n{}", chance.told(round), moved.before.stdout))?;
+        ensure!(
+            !guest.vm.console().contains("FAIL"),
+            "{}: {}\n{}",
+            chance.told(round),
+            moved.answer,
+            guest.vm.console()
+        );
+    }
+    let outcome = guest.enough()?;
+    let kinds = [
+        "pages",
+        "timers",
+        "spins",
+        "registers",
+        "blocks",
+        "sent",
+        "packets",
+    ];
+    expect_work(&outcome, &kinds)?;
+    ensure!(
+        outcome.number("steady", "disks")? == 3,
+        "{}",
+        outcome.stdout
+    );
+    Ok(())
+}
+
+/// The first moves find neither drivers nor devices. Then the guest comes up as ever, and nothing of its kernel's log is
+/// about that.
+fn while_booting(options: &[&str]) -> Result<()> {
+    let rounds = rounds()?;
+    let load = Load::with_everything(2)?
+        .parameter(&format!("lost={}", rounds * LOST))
+        .and_then("dmesg-clean");
+    let mut chance = Chance::new();
+    let mut guest = load.run()?;
+    let mut said = String::new();
+    for round in 1..=rounds {
+        std::thread::sleep(chance.up_to(BOOT / rounds));
+        // A monitor that has just started has no socket yet.
+        guest.awake()?;
+        let moved = move_to(guest, load.directory(), round, options)
+            .with_context(|| format!("{}\n{said}", chance.told(round)))?;
+        guest = moved.guest;
+        said += &moved.before.stdout;
+    }
+    guest
+        .vm
+        .wait_for(TICK, 0)
+        .with_context(|| format!("{}\n{said}", chance.told(rounds)))?;
+    guest.ticks(2)?;
+    guest.enough().map(drop)
+}
