@@ -88,6 +88,26 @@ fn a_restored_port_raises_what_it_owes_when_it_is_resumed() {
 }
 
 #[test]
+fn a_restored_port_raises_what_its_driver_has_disabled_for_a_moment() {
+    const IER_TRANSMIT: u8 = 2;
+    let (port, line) = wired();
+    let _ = port.write(1, &[IER_TRANSMIT]);
+    let _ = port.write(0, b"a");
+    assert_eq!(line.read().unwrap(), 1);
+    // The kernel writes a message.
+    let _ = port.write(1, &[0]);
+    port.pause();
+    let (other, line) = wired();
+    other.restore(&port.save()).unwrap();
+    other.resume();
+    assert_eq!(line.read().unwrap(), 1);
+    let _ = other.write(1, &[IER_TRANSMIT]);
+    assert_eq!(read(&other, 2) & 0xf, 2, "transmitter empty");
+    let _ = other.write(0, b"b");
+    assert_eq!(line.read().unwrap(), 1, "and so on");
+}
+
+#[test]
 fn output_goes_where_it_went_before_a_restore() {
     #[derive(Clone, Default)]
     struct Sink(Arc<Mutex<Vec<u8>>>);
