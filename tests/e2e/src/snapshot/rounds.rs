@@ -15,7 +15,7 @@ const LOST: u32 = 64;
 /// Longest time from one generation to the next.
 const APART: Duration = Duration::from_millis(3000);
 /// Longest time from the start to the first of the generations that are saved while the guest boots.
-const BOOT: Duration = Duration::from_millis(6000);
+const BOOT: Duration = Duration::from_millis(12000);
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -84,15 +84,21 @@ fn booting(adjust: impl FnOnce(Load) -> Load) -> Result<()> {
     );
     let mut chance = Chance::new();
     let mut guest = load.run()?;
+    // Until then a monitor has nothing to save.
+    guest.awake()?;
     for round in 1..=rounds {
-        guest = step(guest, &load, round, chance.up_to(BOOT / rounds))?;
+        let pause = chance.up_to(BOOT / rounds);
+        guest = step(guest, &load, round, pause).with_context(|| chance.told(round))?;
     }
     guest
         .vm
         .wait_for(TICK, 0)
         .with_context(|| chance.told(rounds))?;
-    guest.ticks(2)?;
-    guest.enough().map(drop)
+    guest.ticks(2).with_context(|| chance.told(rounds))?;
+    guest
+        .enough()
+        .map(drop)
+        .with_context(|| chance.told(rounds))
 }
 
 /// After a while, the guest in another process.
