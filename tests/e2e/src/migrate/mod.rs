@@ -6,6 +6,8 @@
 //! TERN_ROUNDS=50 cargo xtask test --e2e --timeout 7200 migrate::rounds
 //! ```
 
+mod faults;
+mod proxy;
 mod rounds;
 
 use std::path::Path;
@@ -23,7 +25,10 @@ use crate::vm::{Outcome, PATIENCE, Running, tern};
 const MOVED: i32 = 8;
 
 pub fn trials() -> Vec<Trial> {
-    rounds::trials()
+    [rounds::trials(), faults::trials()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// `tern receive` at the address, with the guest's console and a control socket.
