@@ -2,7 +2,8 @@
 //!
 //! Nobody waits for ever: if no byte moves for [`Limits::silence`], the other side counts as lost. A side that is busy, and
 //! has nothing to say, says so: a thread sends a keep-alive frame whenever nothing was sent for [`Limits::beat`]. So a slow
-//! side is not taken for a dead one, and one that is stopped or cut off is noticed.
+//! side is not taken for a dead one, and one that is stopped or cut off is noticed. Once begun, a frame has to move at
+//! [`MIN_RATE`] at least: keep-alive frames that fill what a damaged frame lacks do not count as progress.
 
 #![allow(unsafe_code)]
 
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
@@ -28,6 +29,8 @@ use crate::guest::{GuestPages, Piece};
 const MAX_DESCRIPTORS: usize = 64;
 /// Memory that is allocated for a body before any of it has arrived.
 const FIRST_STEP: usize = 1 << 20;
+/// Bytes of a frame that have to move in each [`Limits::silence`], on average.
+pub const MIN_RATE: usize = 1 << 20;
 
 /// Times that a connection keeps.
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +116,8 @@ impl Connection {
     /// The host refuses a thread, or `socket` is none.
     pub fn new(socket: OwnedFd, limits: Limits) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
+        // The other side waits for small frames. A Unix socket has no such delay and refuses the option.
+        let _ = rustix::net::sockopt::set_tcp_nodelay(&socket, true);
         let shared = Arc::new(Shared {
             socket,
             limits,
@@ -219,6 +224,10 @@ impl Connection {
             if let Some(received) = self.frame()? {
                 return Ok(Some(received));
             }
+            // A flood of keep-alive frames is nothing, too.
+            if left.is_zero() {
+                return Ok(None);
+            }
         }
     }
 
@@ -226,9 +235,9 @@ impl Connection {
     fn frame(&mut self) -> Result<Option<Received>, WireError> {
         let mut header = [0; HEADER_LEN];
         self.shared.read(&mut header)?;
-        let header = Header::parse(&header)?;
+        let header = Header::parse(&header, self.expected)?;
         let body = self.body(header.len as usize)?;
-        header.check(&body, self.expected)?;
+        header.check(&body)?;
         self.expected += 1;
         Ok(Some(match header.kind {
             Kind::KeepAlive => return Ok(None),
@@ -317,8 +326,15 @@ impl Shared {
         while !sender.ended && !sender.broken {
             let quiet = sender.last.elapsed();
             if quiet >= self.limits.beat {
-                // Whoever sends next learns of the failure.
-                let _ = self.send_frame(&mut sender, Kind::KeepAlive, &[], &[]);
+                match self.ready(PollFlags::OUT, Duration::ZERO) {
+                    // The other side has enough to read that says that this one is alive. Filling its buffer with more
+                    // would break the connection, although it may have good reason not to read for long.
+                    Ok(false) => sender.last = Instant::now(),
+                    // Whoever sends next learns of a failure.
+                    _ => {
+                        let _ = self.send_frame(&mut sender, Kind::KeepAlive, &[], &[]);
+                    }
+                }
                 continue;
             }
             sender = self
@@ -383,6 +399,14 @@ impl Shared {
         sender: &mut Sender,
         fds: &[std::os::fd::BorrowedFd<'_>],
     ) -> Result<(), WireError> {
+        let outcome = self.try_send_fds(fds);
+        sender.bytes += 1;
+        sender.last = Instant::now();
+        sender.broken |= outcome.is_err();
+        outcome
+    }
+
+    fn try_send_fds(&self, fds: &[std::os::fd::BorrowedFd<'_>]) -> Result<(), WireError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         loop {
             let mut control = SendAncillaryBuffer::new(&mut space);
@@ -391,21 +415,14 @@ impl Shared {
             }
             let byte = [IoSlice::new(&[0])];
             match sendmsg(&self.socket, &byte, &mut control, SendFlags::NOSIGNAL) {
-                Ok(_) => {
-                    sender.bytes += 1;
-                    return Ok(());
-                }
+                Ok(_) => return Ok(()),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
                     if !self.ready(PollFlags::OUT, self.limits.silence)? {
-                        sender.broken = true;
                         return Err(WireError::Silent(self.limits.silence));
                     }
                 }
-                Err(error) => {
-                    sender.broken = true;
-                    return Err(lost(error.into()));
-                }
+                Err(error) => return Err(lost(error.into())),
             }
         }
     }
@@ -423,6 +440,11 @@ impl Shared {
                 flags,
             ) {
                 Ok(received) if received.bytes == 0 => return Err(WireError::Closed),
+                Ok(received) if received.flags.contains(ReturnFlags::CTRUNC) => {
+                    let why =
+                        "there are more than one frame passes, or than this process may have open";
+                    return Err(WireError::malformed(Kind::Descriptors, why));
+                }
                 Ok(_) => {
                     return Ok(control
                         .drain()
@@ -465,13 +487,19 @@ impl Shared {
         })
     }
 
-    /// Has `call` move all bytes of `parts`, waiting for `direction` in between.
+    /// Has `call` move all bytes of `parts`, waiting for `direction` in between. Fails if none moves for
+    /// [`Limits::silence`], or all of them are slower than [`MIN_RATE`].
     fn transfer(
         &self,
         parts: &mut [libc::iovec],
         direction: PollFlags,
         call: impl Fn(&mut [libc::iovec]) -> isize,
     ) -> Result<(), WireError> {
+        let silence = self.limits.silence;
+        let bytes: usize = parts.iter().map(|part| part.iov_len).sum();
+        let limit = silence.saturating_mul(1 + (bytes / MIN_RATE) as u32);
+        let begun = Instant::now();
+        let mut last = begun;
         let mut first = 0;
         loop {
             while parts.get(first).is_some_and(|part| part.iov_len == 0) {
@@ -482,15 +510,24 @@ impl Shared {
             };
             match call(left) {
                 0 => return Err(WireError::Closed),
-                moved if moved > 0 => advance(left, moved as usize),
+                moved if moved > 0 => {
+                    advance(left, moved as usize);
+                    last = Instant::now();
+                }
                 _ => {
                     let error = io::Error::last_os_error();
                     match Errno::from_io_error(&error) {
                         Some(Errno::INTR) => {}
                         Some(Errno::AGAIN) => {
-                            if !self.ready(direction, self.limits.silence)? {
-                                return Err(WireError::Silent(self.limits.silence));
+                            let left = limit.saturating_sub(begun.elapsed());
+                            if self.ready(direction, silence.min(left))? && !left.is_zero() {
+                                continue;
                             }
+                            return Err(if last.elapsed() >= silence {
+                                WireError::Silent(silence)
+                            } else {
+                                WireError::Slow(limit)
+                            });
                         }
                         _ => return Err(lost(error)),
                     }
@@ -586,3 +623,6 @@ impl Section {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

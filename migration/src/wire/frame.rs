@@ -7,19 +7,23 @@
 //! | 0 | 4 | kind |
 //! | 4 | 4 | length of the body in bytes |
 //! | 8 | 8 | sequence number: frames of one direction are counted from 0 |
-//! | 16 | 8 | XXH3 of bytes 0 to 15 and of the body |
-//! | 24 | | body |
+//! | 16 | 8 | XXH3 of the body |
+//! | 24 | 8 | XXH3 of bytes 0 to 23 |
+//! | 32 | | body |
+//!
+//! The header has a checksum of its own since its length is believed before the body is there: with a wrong one, keep-alive
+//! frames would be waited for to fill the body.
 //!
 //! The body of a [`Kind::Pages`] frame is followed by the pages themselves, which have checksums of their own in the body:
 //! see [`PageTable`].
 
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::WireError;
 use crate::layout::{PAGE_SIZE, RamLayout};
 
 /// Bytes of a header.
-pub const HEADER_LEN: usize = 24;
+pub const HEADER_LEN: usize = 32;
 /// Longest body of a frame, in bytes, but for sections.
 pub const MAX_BODY: u32 = 1 << 16;
 /// Longest section, in bytes.
@@ -81,54 +85,44 @@ pub struct Header {
     pub len: u32,
     /// Sequence number.
     pub sequence: u64,
-    checksum: u64,
+    body: u64,
 }
 
 impl Header {
     /// The header of a frame with this body.
     pub fn new(kind: Kind, sequence: u64, body: &[u8]) -> Self {
-        let mut header = Self {
+        Self {
             kind,
             len: body.len() as u32,
             sequence,
-            checksum: 0,
-        };
-        header.checksum = header.digest(body);
-        header
-    }
-
-    fn start(&self) -> [u8; 16] {
-        let mut bytes = [0; 16];
-        let (kind, rest) = bytes.split_at_mut(4);
-        let (len, sequence) = rest.split_at_mut(4);
-        kind.copy_from_slice(&(self.kind as u32).to_le_bytes());
-        len.copy_from_slice(&self.len.to_le_bytes());
-        sequence.copy_from_slice(&self.sequence.to_le_bytes());
-        bytes
-    }
-
-    fn digest(&self, body: &[u8]) -> u64 {
-        let mut digest = Xxh3::new();
-        digest.update(&self.start());
-        digest.update(body);
-        digest.digest()
+            body: xxh3_64(body),
+        }
     }
 
     /// The bytes of the header.
     pub fn to_bytes(&self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
-        let (start, checksum) = bytes.split_at_mut(16);
-        start.copy_from_slice(&self.start());
-        checksum.copy_from_slice(&self.checksum.to_le_bytes());
+        let (start, checksum) = bytes.split_at_mut(24);
+        for (word, value) in start.chunks_exact_mut(4).zip([
+            self.kind as u32,
+            self.len,
+            self.sequence as u32,
+            (self.sequence >> 32) as u32,
+            self.body as u32,
+            (self.body >> 32) as u32,
+        ]) {
+            word.copy_from_slice(&value.to_le_bytes());
+        }
+        checksum.copy_from_slice(&xxh3_64(start).to_le_bytes());
         bytes
     }
 
-    /// Reads a header.
+    /// Reads a header. `expected` is the sequence number that it should have.
     ///
     /// # Errors
     ///
-    /// An unknown kind, a body that is too long.
-    pub fn parse(bytes: &[u8; HEADER_LEN]) -> Result<Self, WireError> {
+    /// An unknown kind, a header that is damaged, a body that is too long, another frame than the next one.
+    pub fn parse(bytes: &[u8; HEADER_LEN], expected: u64) -> Result<Self, WireError> {
         let word = |at: usize| {
             let mut word = [0; 4];
             word.copy_from_slice(&bytes[at..at + 4]);
@@ -136,12 +130,21 @@ impl Header {
         };
         let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
         let kind = Kind::of(word(0))?;
+        if xxh3_64(&bytes[..24]) != long(24) {
+            return Err(WireError::Checksum { sequence: expected });
+        }
         let header = Self {
             kind,
             len: word(4),
             sequence: long(8),
-            checksum: long(16),
+            body: long(16),
         };
+        if header.sequence != expected {
+            return Err(WireError::Sequence {
+                expected,
+                found: header.sequence,
+            });
+        }
         if header.len > kind.max_len() {
             return Err(WireError::TooLong {
                 kind,
@@ -152,18 +155,15 @@ impl Header {
         Ok(header)
     }
 
-    /// Checks the body against the checksum, and the sequence number against the expected one.
-    pub fn check(&self, body: &[u8], expected: u64) -> Result<(), WireError> {
-        if self.digest(body) != self.checksum {
-            return Err(WireError::Checksum { sequence: expected });
+    /// Checks the body against its checksum.
+    pub fn check(&self, body: &[u8]) -> Result<(), WireError> {
+        if xxh3_64(body) == self.body {
+            Ok(())
+        } else {
+            Err(WireError::Checksum {
+                sequence: self.sequence,
+            })
         }
-        if self.sequence != expected {
-            return Err(WireError::Sequence {
-                expected,
-                found: self.sequence,
-            });
-        }
-        Ok(())
     }
 }
 
@@ -294,17 +294,13 @@ mod tests {
     #[test]
     fn a_header_is_the_same_after_being_bytes() {
         let header = Header::new(Kind::Pages, 77, b"body");
-        let parsed = Header::parse(&header.to_bytes()).unwrap();
+        let parsed = Header::parse(&header.to_bytes(), 77).unwrap();
         assert_eq!(parsed, header);
-        parsed.check(b"body", 77).unwrap();
-        let twice = parsed.check(b"body", 78).unwrap_err();
-        assert!(matches!(
-            twice,
-            WireError::Sequence {
-                expected: 78,
-                found: 77
-            }
-        ));
+        parsed.check(b"body").unwrap();
+        for expected in [76, 78] {
+            let other = Header::parse(&header.to_bytes(), expected).unwrap_err();
+            assert!(matches!(other, WireError::Sequence { found: 77, .. }));
+        }
     }
 
     #[test]
@@ -314,28 +310,26 @@ mod tests {
         for bit in 0..HEADER_LEN * 8 {
             let mut bytes = header.to_bytes();
             bytes[bit / 8] ^= 1 << (bit % 8);
-            let noticed = match Header::parse(&bytes) {
-                Err(_) => true,
-                // Another length means another body.
-                Ok(parsed) => parsed.len != header.len || parsed.check(body, 3).is_err(),
-            };
+            let noticed = Header::parse(&bytes, 3).is_err();
             assert!(noticed, "bit {bit} of the header");
         }
         for bit in 0..body.len() * 8 {
             let mut damaged = *body;
             damaged[bit / 8] ^= 1 << (bit % 8);
-            assert!(header.check(&damaged, 3).is_err(), "bit {bit} of the body");
+            assert!(header.check(&damaged).is_err(), "bit {bit} of the body");
         }
     }
 
     #[test]
     fn lengths_beyond_the_limit_are_refused_before_anything_is_allocated() {
-        let mut bytes = Header::new(Kind::Section, 0, b"").to_bytes();
-        bytes[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert!(matches!(
-            Header::parse(&bytes),
-            Err(WireError::TooLong { .. })
-        ));
+        for kind in [Kind::Message, Kind::Section, Kind::Pages, Kind::KeepAlive] {
+            let mut header = Header::new(kind, 0, b"");
+            header.len = kind.max_len();
+            assert_eq!(Header::parse(&header.to_bytes(), 0).unwrap(), header);
+            header.len += 1;
+            let error = Header::parse(&header.to_bytes(), 0).unwrap_err();
+            assert!(matches!(error, WireError::TooLong { .. }), "{error}");
+        }
     }
 
     fn layout() -> RamLayout {

@@ -28,6 +28,9 @@ pub enum WireError {
     /// No byte arrived or could be sent for this long.
     #[error("the other side has been silent for {} s", .0.as_secs())]
     Silent(Duration),
+    /// A frame was begun, and did not come or go within this long.
+    #[error("a frame took longer than {} s", .0.as_secs())]
+    Slow(Duration),
     /// The socket.
     #[error("the connection failed: {0}")]
     Io(#[from] io::Error),
