@@ -16,6 +16,9 @@ use crate::wire::Connection;
 use crate::wire::connection::{self, Named, Section};
 use crate::wire::message::Memory;
 
+mod faults;
+mod proxy;
+
 const PAGES: u64 = 1000;
 
 /// RAM of a guest.
@@ -26,10 +29,15 @@ struct Ram {
 
 impl Ram {
     fn new() -> Self {
+        Self::of(
+            RamLayout::new([(0, 600 * PAGE_SIZE), (1 << 32, (PAGES - 600) * PAGE_SIZE)]).unwrap(),
+        )
+    }
+
+    fn of(layout: RamLayout) -> Self {
         Self {
-            layout: RamLayout::new([(0, 600 * PAGE_SIZE), (1 << 32, (PAGES - 600) * PAGE_SIZE)])
-                .unwrap(),
-            bytes: vec![0; (PAGES * PAGE_SIZE / 8) as usize],
+            bytes: vec![0; (layout.bytes() / 8) as usize],
+            layout,
         }
     }
 

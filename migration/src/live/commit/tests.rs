@@ -120,14 +120,14 @@ impl World {
         match action {
             SourceAction::Commit => {
                 state.source.runs = false;
-                state.to_destination(Message::Commit);
+                state.tell_destination(Message::Commit);
             }
             SourceAction::Resume => {
                 state.source.runs = true;
                 state.source.close();
             }
             SourceAction::End => {
-                state.to_destination(Message::Bye);
+                state.tell_destination(Message::Bye);
                 state.source.close();
             }
             SourceAction::Ask => state.source.close(),
@@ -139,13 +139,13 @@ impl World {
         let (machine, action) = (self.destination)(state.destination.machine, event);
         state.destination.machine = machine;
         match action {
-            DestinationAction::Prepared => state.to_source(Message::Prepared),
+            DestinationAction::Prepared => state.tell_source(Message::Prepared),
             DestinationAction::Run => {
                 state.destination.runs = true;
-                state.to_source(Message::Running);
+                state.tell_source(Message::Running);
             }
             DestinationAction::Discard => {
-                state.to_source(Message::Refuse);
+                state.tell_source(Message::Refuse);
                 state.destination.close();
             }
             DestinationAction::Answer(outcome) => state.question = Question::Answered(outcome),
@@ -203,13 +203,13 @@ impl<S> End<S> {
 }
 
 impl State {
-    fn to_source(&mut self, message: Message) {
+    fn tell_source(&mut self, message: Message) {
         if self.destination.link == Link::Up && self.source.link != Link::Closed {
             self.source.arriving.push_back(message);
         }
     }
 
-    fn to_destination(&mut self, message: Message) {
+    fn tell_destination(&mut self, message: Message) {
         if self.source.link == Link::Up && self.destination.link != Link::Closed {
             self.destination.arriving.push_back(message);
         }
@@ -327,10 +327,10 @@ impl Model for World {
         match step {
             Step::SourceSends => {
                 state.sent = true;
-                state.to_destination(Message::Complete);
+                state.tell_destination(Message::Complete);
             }
             Step::SourceCancels => {
-                state.to_destination(Message::Cancel);
+                state.tell_destination(Message::Cancel);
                 self.on_source(&mut state, SourceEvent::Failed);
             }
             Step::SourceReads => self.source_reads(&mut state),
