@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 /// What a migration may cost the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Longest pause that is planned for.
+    /// Longest pause that is planned for. Less than a few tens of milliseconds count as these.
     pub downtime: Duration,
     /// How long memory is copied at most while the guest runs.
     pub timeout: Duration,
@@ -67,6 +67,8 @@ pub enum Decision {
 
 /// Time that a pause takes beside copying, in a guess: devices, vCPUs, both ways of the connection.
 const FIXED: Duration = Duration::from_millis(20);
+/// The shortest pause there is any sense in waiting for: a guest that wrote next to nothing has no shorter one.
+const SHORTEST: Duration = Duration::from_millis(25);
 /// How much the guest is slowed down, one step after the other, in percent.
 const STEPS: [u8; 7] = [20, 40, 60, 80, 90, 95, 99];
 /// A round converges if less than this many percent of what it copied was written meanwhile.
@@ -78,7 +80,7 @@ pub struct Policy {
     limits: Limits,
     /// How many of [`STEPS`] were taken.
     steps: usize,
-    /// Bytes a second that arrived in the fastest round of some size.
+    /// Bytes a second that arrived in the last round of some size, or in a smaller one that was faster.
     rate: f64,
 }
 
@@ -111,11 +113,12 @@ impl Policy {
     pub fn after(&mut self, round: &Round) -> Decision {
         let seconds = round.time.as_secs_f64().max(1e-6);
         let rate = round.bytes as f64 / seconds;
-        // Small rounds say more about latency than about the rate, unless there was nothing better.
-        if self.rate == 0.0 || round.bytes >= 1 << 20 {
+        // Small rounds say more about latency than about the rate, unless there was nothing better: a first round may have
+        // looked at much and sent little.
+        if round.bytes >= 1 << 20 || rate > self.rate {
             self.rate = rate;
         }
-        if self.predicted(round.written) <= self.limits.downtime {
+        if self.predicted(round.written) <= self.limits.downtime.max(SHORTEST) {
             return Decision::Stop;
         }
         if round.elapsed >= self.limits.timeout {
@@ -175,6 +178,33 @@ mod tests {
             }
         }
         assert_eq!(seen, [20, 40, 60, 80, 90, 95, 99, 99, 99]);
+    }
+
+    #[test]
+    fn a_pause_shorter_than_any_there_can_be_is_not_waited_for() {
+        for (downtime, written, decision) in [
+            (0, 0, Decision::Stop),
+            (0, 4096, Decision::Stop),
+            (0, 8 * MIB, Decision::Again { slow_down: 0 }),
+            (19, 0, Decision::Stop),
+        ] {
+            let mut policy = Policy::new(Limits {
+                downtime: Duration::from_millis(downtime),
+                ..Limits::default()
+            });
+            let round = round(100 * MIB, 1.0, written, 1);
+            assert_eq!(policy.after(&round), decision, "{downtime} ms, {written}");
+        }
+    }
+
+    #[test]
+    fn a_small_round_that_was_faster_is_believed() {
+        // Most of a first round went into looking at empty memory.
+        let mut policy = Policy::new(Limits::default());
+        let first = policy.after(&round(MIB / 2, 10.0, MIB / 2, 10));
+        assert!(matches!(first, Decision::Again { .. }));
+        let second = policy.after(&round(MIB / 2, 0.005, MIB / 2, 10));
+        assert_eq!(second, Decision::Stop);
     }
 
     #[test]
