@@ -9,8 +9,10 @@ use crate::layout::RamLayout;
 
 /// The version of the protocol.
 pub const VERSION: u32 = 1;
-/// Longest reason in a message, in bytes; longer ones are cut.
-const MAX_REASON: usize = 16 << 10;
+/// Longest reasons in a message, in bytes; longer ones are cut. They fit a frame even if each byte has to be escaped.
+const MAX_REASON: usize = 8 << 10;
+/// What each reason takes beside its text.
+const REASON_EXTRA: usize = 8;
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,7 +162,7 @@ impl Message {
         let mut left = MAX_REASON;
         let reasons = reasons.into_iter().map_while(|reason| {
             let reason = cut(reason, left);
-            left -= reason.len();
+            left = left.saturating_sub(reason.len() + REASON_EXTRA);
             (!reason.is_empty()).then_some(reason)
         });
         Self::Refuse {
@@ -260,6 +262,18 @@ mod tests {
             unreachable!()
         };
         assert_eq!(reasons.len(), 1, "no room for the second");
+    }
+
+    #[test]
+    fn reasons_fit_a_frame_whatever_has_to_be_escaped() {
+        for reasons in [
+            vec!["\0".repeat(20000)],
+            vec!["\0".to_owned(); 20000],
+            vec!["x".to_owned(); 20000],
+        ] {
+            Message::refuse(reasons.clone()).to_bytes().unwrap();
+            Message::cancel(reasons.concat()).to_bytes().unwrap();
+        }
     }
 
     #[test]
