@@ -64,6 +64,17 @@ pub enum Failure {
     },
 }
 
+impl Failure {
+    /// Tells the source, unless it knows or does not listen.
+    fn tell(&self, connection: &mut Connection) {
+        if !matches!(self, Self::Cancelled { .. } | Self::GivenUp { .. }) {
+            let _ = connection.send(&Message::refuse(vec![self.to_string()]));
+            // The source hangs up when it has read that.
+            let _ = connection.receive_within(Duration::from_millis(200));
+        }
+    }
+}
+
 /// What this destination knows of one migration; shared with whoever answers questions about it.
 #[derive(Clone, Debug)]
 pub struct Decision(Arc<(Mutex<Decided>, Condvar)>);
@@ -203,8 +214,13 @@ impl Incoming {
             how: Memory::Copy,
             connection,
         };
-        offered.receive()?;
-        Ok(Self::Offer(Box::new(offered)))
+        match offered.receive() {
+            Ok(()) => Ok(Self::Offer(Box::new(offered))),
+            Err(failure) => {
+                failure.tell(&mut offered.connection);
+                Err(failure)
+            }
+        }
     }
 }
 
@@ -272,6 +288,9 @@ impl Offered {
                         .iter()
                         .map(|range| (range.start, range.len))
                         .collect();
+                    // Whoever builds the machine need not look again.
+                    RamLayout::new(self.memory.iter().copied())
+                        .map_err(|e| wire(WireError::malformed(crate::wire::Kind::Message, e)))?;
                     self.how = how;
                     return Ok(());
                 }
@@ -332,6 +351,7 @@ impl Offered {
         Ok(Receiving {
             connection: self.connection,
             decision: self.decision,
+            memory: self.memory,
             how: self.how,
         })
     }
@@ -341,6 +361,7 @@ impl Offered {
 pub struct Receiving {
     connection: Connection,
     decision: Decision,
+    memory: Vec<(u64, u64)>,
     how: Memory,
 }
 
@@ -369,15 +390,7 @@ impl Receiving {
             }),
             Err(failure) => {
                 self.decision.on(DestinationEvent::Failed);
-                let refusal = match &failure {
-                    // Nobody listens, or knows already.
-                    Failure::Cancelled { .. } | Failure::GivenUp { .. } => None,
-                    other => Some(other.to_string()),
-                };
-                if let Some(reason) = refusal {
-                    let _ = self.connection.send(&Message::refuse(vec![reason]));
-                    let _ = self.connection.receive_within(Duration::from_millis(200));
-                }
+                failure.tell(&mut self.connection);
                 Err(failure)
             }
         }
@@ -389,6 +402,14 @@ impl Receiving {
         progress: &mut dyn FnMut(Arrived),
     ) -> Result<u64, Failure> {
         let layout: RamLayout = crate::GuestPages::layout(guest.memory()).clone();
+        let ranges = layout.ranges().iter().map(|range| (range.start, range.len));
+        if !ranges.eq(self.memory.iter().copied()) {
+            // Pages are numbered by the ranges: they would get into the wrong places, intact.
+            return Err(Failure::Guest {
+                during: "memory",
+                source: "the machine was built with other RAM than the source has".into(),
+            });
+        }
         let mut arriving = Arriving::new(&layout);
         let mut arrived = Arrived::default();
         let mut sections = Sections::default();
@@ -479,7 +500,8 @@ impl Prepared {
         self.decision.clone()
     }
 
-    /// Waits for the commit. `take` takes what only one process may hold; if it cannot, the source keeps the guest.
+    /// Waits for the commit. `take` takes what only one process may hold; if it cannot, it lets go of all that it took, and
+    /// the source keeps the guest. While it does, nobody who asks is answered.
     ///
     /// After `Ok`, the guest is this process's, and nobody else's.
     pub fn commit(

@@ -44,7 +44,8 @@ pub trait SourceGuest {
     /// Lets go of what only one process may hold, right before the commit.
     fn release(&mut self);
 
-    /// The guest stays: takes back what was released and lets it go on, if it ran.
+    /// The guest stays: takes back what was released and lets it go on, if it ran, at full speed. It may never have been
+    /// stopped, tracked or offered.
     ///
     /// # Errors
     ///
@@ -60,7 +61,8 @@ pub trait DestinationGuest {
     /// Its memory: zeroes, if it is copied.
     fn memory(&self) -> &Self::Memory;
 
-    /// State that was read while the guest ran. What is wrong with it is wrong with all of the migration.
+    /// State that was read while the guest ran. What is wrong with it is wrong with all of the migration. The source decides
+    /// how often, and with what.
     fn early(&mut self, section: Section) -> Result<(), GuestError>;
 
     /// Puts the guest into its state and verifies that nothing is missing. Nothing of it runs yet.

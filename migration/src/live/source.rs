@@ -17,6 +17,12 @@ use crate::pages::PageSet;
 use crate::wire::message::{Memory, Outcome, Purpose, VERSION};
 use crate::wire::{Connection, Message, Received, WireError};
 
+/// How long a destination is listened to that does not take what it is sent.
+const LAST_WORDS: Duration = Duration::from_millis(200);
+/// How long a destination may take what only one may hold, in periods of silence. After that it is asked.
+const COMMIT_SILENCES: u32 = 6;
+const NOTHING: &str = "nothing but signs of life";
+
 /// How a guest is moved.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -281,7 +287,8 @@ impl<G: SourceGuest> Run<'_, G> {
         const LOOK: Duration = Duration::from_millis(100);
         // Keep-alive frames come all the time: not a byte for longer than that is too long.
         let silence = connection.silence();
-        let mut heard = Instant::now();
+        let begun = Instant::now();
+        let mut heard = begun;
         loop {
             let before = connection.received();
             match connection.receive_within(LOOK) {
@@ -301,12 +308,15 @@ impl<G: SourceGuest> Run<'_, G> {
                 Ok(None) if heard.elapsed() > silence => {
                     return Err(self.wire(WireError::Silent(silence)));
                 }
-                Ok(None) => {
-                    // Nobody calls off what was committed.
-                    if self.state == Source::Moving {
-                        self.look()?;
-                    }
+                // Whoever waits too long before the commit can call it off. Nobody calls off what was committed.
+                Ok(None) if self.state == Source::Moving => self.look()?,
+                Ok(None) if begun.elapsed() > silence * COMMIT_SILENCES => {
+                    return Err(self.wire(WireError::Unexpected {
+                        found: NOTHING.to_owned(),
+                        expected,
+                    }));
                 }
+                Ok(None) => {}
                 Err(error) => return Err(self.wire(error)),
             }
             if connection.received() != before {
@@ -328,12 +338,14 @@ impl<G: SourceGuest> Run<'_, G> {
         connection: &mut Connection,
         outcome: Result<T, WireError>,
     ) -> Result<T, Reason> {
-        const LAST_WORDS: Duration = Duration::from_millis(200);
         let error = match outcome {
             Ok(value) => return Ok(value),
             Err(error) => error,
         };
-        while let Ok(Some(received)) = connection.receive_within(LAST_WORDS) {
+        let begun = Instant::now();
+        while begun.elapsed() < LAST_WORDS
+            && let Ok(Some(received)) = connection.receive_within(LAST_WORDS)
+        {
             if let Received::Message(Message::Refuse { reasons }) = received {
                 return Err(Reason::Refused {
                     phase: self.progress.phase,
@@ -614,16 +626,18 @@ pub fn ask(
 ) -> Result<Outcome, WireError> {
     let mut connection = connect()?;
     connection.send(&Message::hello(Purpose::Outcome, session))?;
-    match connection.message("outcome")? {
-        Message::Outcome { outcome } => {
+    let found = match connection.receive_within(connection.silence())? {
+        Some(Received::Message(Message::Outcome { outcome })) => {
             let _ = connection.send(&Message::Bye);
-            Ok(outcome)
+            return Ok(outcome);
         }
-        other => Err(WireError::Unexpected {
-            found: other.name().to_owned(),
-            expected: "outcome",
-        }),
-    }
+        Some(other) => other.name(),
+        None => NOTHING.to_owned(),
+    };
+    Err(WireError::Unexpected {
+        found,
+        expected: "outcome",
+    })
 }
 
 fn micros(time: Duration) -> u64 {

@@ -10,8 +10,8 @@ use super::*;
 use crate::live::commit;
 use crate::live::destination::{self, Decision, Failure};
 use crate::live::source::{Phase, Reason};
-use crate::wire::WireError;
 use crate::wire::message::Outcome;
+use crate::wire::{Message, WireError};
 
 /// For a connection on which something goes wrong.
 const HASTY: connection::Limits = connection::Limits {
@@ -192,6 +192,10 @@ struct Habits {
     fails: Option<&'static str>,
     /// Its process vanishes when it runs the guest, before it says so.
     vanishes: bool,
+    /// Taking what only one may hold takes this long.
+    stalls: Option<Duration>,
+    /// It built a machine with other RAM than was offered.
+    other_ram: bool,
 }
 
 /// A destination: whatever connects is heard in a thread of its own.
@@ -261,8 +265,12 @@ fn hear(
     runs: &AtomicBool,
     gone: &AtomicBool,
 ) -> Option<Vec<u64>> {
+    let layout = match habits.other_ram {
+        true => RamLayout::new([(0, 8 * PAGE_SIZE), (1 << 32, 16 * PAGE_SIZE)]).unwrap(),
+        false => layout(),
+    };
     let mut guest = There {
-        ram: Ram::of(layout()),
+        ram: Ram::of(layout),
         fails: habits.fails,
     };
     let mut offered = match Incoming::accept(connection, "test").ok()? {
@@ -285,7 +293,12 @@ fn hear(
     assert_eq!(offered.sections(), [section("machine", "a machine")]);
     let receiving = offered.accept().ok()?;
     let prepared = receiving.receive(&mut guest, &mut |_| {}).ok()?;
-    let committed = prepared.commit(|| guest.call("take")).ok()?;
+    let committed = prepared
+        .commit(|| {
+            std::thread::sleep(habits.stalls.unwrap_or_default());
+            guest.call("take")
+        })
+        .ok()?;
     if habits.vanishes {
         gone.store(true, Ordering::SeqCst);
         return None;
@@ -686,4 +699,110 @@ fn a_stranger_is_no_destination() {
         stranger.unwrap().join().unwrap();
         again(&mut guest, Memory::Copy);
     }
+}
+
+#[test]
+fn a_destination_that_built_other_memory_is_no_destination() {
+    for how in [Memory::Copy, Memory::Handoff] {
+        let host = Host::new(Habits {
+            other_ram: true,
+            ..Habits::default()
+        });
+        let mut guest = Here::new();
+        let connect = &mut || host.connect(PATIENT);
+        let end = migrate(&mut guest, connect, &patient(how), &mut go_on());
+        let there = host.end();
+        let refused = matches!(end, End::Kept(Reason::Refused { .. }));
+        assert!(refused, "{how:?}: {end:?}");
+        settled(&end, &guest, there.as_deref(), how);
+        again(&mut guest, how);
+    }
+}
+
+#[test]
+fn a_destination_that_hangs_after_the_commit_leaves_doubt() {
+    let host = Host::new(Habits {
+        stalls: Some(Duration::from_secs(8)),
+        ..Habits::default()
+    });
+    let mut guest = Here::new();
+    let quick = Options {
+        ask: (2, Duration::ZERO),
+        ..patient(Memory::Copy)
+    };
+    let begun = std::time::Instant::now();
+    let connect = &mut || {
+        let (near, far) = UnixStream::pair().unwrap();
+        host.connections.send(open(far, PATIENT)).unwrap();
+        let silence = Duration::from_millis(500);
+        Ok(open(near, connection::Limits { silence, ..HASTY }))
+    };
+    let end = migrate(&mut guest, connect, &quick, &mut go_on());
+    assert!(begun.elapsed() < Duration::from_secs(8), "{end:?}");
+    let in_doubt = matches!(end, End::InDoubt { .. } | End::Kept(_));
+    assert!(in_doubt, "{end:?}");
+    let there = host.end();
+    settled(&end, &guest, there.as_deref(), Memory::Copy);
+}
+
+/// Hears `work` out in bounded time.
+fn bounded<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || sender.send(work()));
+    receiver.recv_timeout(FOR_EVER).unwrap()
+}
+
+#[test]
+fn an_offer_that_makes_no_sense_is_refused_with_a_reason() {
+    let range = |start, len| crate::wire::message::Range { start, len };
+    for (memory, reason) in [
+        (vec![], "0 RAM ranges"),
+        (vec![range(1, PAGE_SIZE)], "RAM"),
+        (vec![range(0, PAGE_SIZE), range(0, PAGE_SIZE)], "RAM"),
+    ] {
+        let (near, far) = UnixStream::pair().unwrap();
+        let mut near = open(near, PATIENT);
+        let session = crate::SnapshotId([1; 16]);
+        let purpose = crate::wire::message::Purpose::Migrate;
+        near.send(&Message::hello(purpose, session)).unwrap();
+        let how = Memory::Copy;
+        near.send(&Message::Offer { memory, how }).unwrap();
+        let accepted = std::thread::spawn(move || Incoming::accept(open(far, PATIENT), "test"));
+        let reasons = bounded(move || {
+            near.message("welcome").unwrap();
+            near.message("refuse").unwrap()
+        });
+        assert!(accepted.join().unwrap().is_err());
+        let Message::Refuse { reasons } = reasons else {
+            panic!("{reasons:?}");
+        };
+        assert!(reasons[0].contains(reason), "{reasons:?}");
+    }
+}
+
+#[test]
+fn a_destination_that_talks_without_end_is_given_up() {
+    let (near, far) = UnixStream::pair().unwrap();
+    // It reads nothing and sends as much as there is room for.
+    far.shutdown(std::net::Shutdown::Read).unwrap();
+    let mut far = open(far, HASTY);
+    let talk = std::thread::spawn(move || {
+        for _ in 0..10_000_000 {
+            if far.send(&Message::Accept).is_err() {
+                break;
+            }
+        }
+    });
+    let end = bounded(move || {
+        let mut near = Some(open(near, PATIENT));
+        let connect = &mut || near.take().ok_or(WireError::Closed);
+        migrate(
+            &mut Here::new(),
+            connect,
+            &patient(Memory::Copy),
+            &mut go_on(),
+        )
+    });
+    assert!(matches!(end, End::Kept(_)), "{end:?}");
+    talk.join().unwrap();
 }
