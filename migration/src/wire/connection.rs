@@ -60,7 +60,7 @@ pub enum Received {
     Message(Message),
     /// A section.
     Section(Section),
-    /// Pages follow, which are to be read by [`Connection::read_pages`].
+    /// Pages follow this table.
     Pages(Vec<u8>),
     /// The table of zero pages.
     Zeroes(Vec<u8>),
