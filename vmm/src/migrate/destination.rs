@@ -34,7 +34,8 @@ use crate::machine::pages::RamPages;
 use crate::machine::provider::Provider;
 use crate::machine::{Arrival, Hardware, Host, Machine};
 use crate::snapshot::capture;
-use crate::snapshot::format::moving::{self, Guest, Offer};
+use crate::snapshot::devices::check_contexts;
+use crate::snapshot::format::moving::{self, Contexts, Guest, Offer};
 use crate::snapshot::format::parse;
 use crate::snapshot::overrides::Overrides;
 use crate::snapshot::restore::ClockChoice;
@@ -319,7 +320,12 @@ impl DestinationGuest for Landing<'_> {
     }
 
     fn early(&mut self, section: Section) -> Result<(), GuestError> {
-        Err(Unfit::Section(section.name).into())
+        let section = only(vec![section], moving::CONTEXTS)?;
+        let contexts: Contexts = parse(&section.bytes)?;
+        Ok(check_contexts(
+            self.machine.functions(),
+            &contexts.functions,
+        )?)
     }
 
     fn restore(&mut self, sections: Vec<Section>) -> Result<(), GuestError> {

@@ -19,8 +19,9 @@ use crate::machine::lease::{Busy, Lease, Purpose};
 use crate::machine::pages::{Attempt, RamPages};
 use crate::machine::{Machine, Quiesced};
 use crate::snapshot::capture::{self, Devices};
+use crate::snapshot::devices::Watched;
 use crate::snapshot::format::machine::Machine as MachineJson;
-use crate::snapshot::format::moving::{self, Guest, Offer};
+use crate::snapshot::format::moving::{self, Contexts, Guest, Offer};
 use crate::vcpu::Throttled;
 
 /// How often a lost destination is asked at once, and how long between.
@@ -135,6 +136,7 @@ pub fn run(
         attempt: None,
         first: true,
         throttled: None,
+        watched: None,
         quiesced: None,
     };
     let options = Options {
@@ -277,6 +279,7 @@ struct Leaving<'m> {
     /// Pages were not asked for yet.
     first: bool,
     throttled: Option<Throttled>,
+    watched: Option<Watched<'m>>,
     quiesced: Option<Quiesced<'m>>,
 }
 
@@ -322,16 +325,31 @@ impl SourceGuest for Leaving<'_> {
     fn track(&mut self) -> Result<(), GuestError> {
         self.machine.pages().start(None)?;
         self.attempt = Some(self.machine.pages().attempt()?);
+        let layout = self.machine.pages().layout();
+        self.watched = Some(Watched::start(self.machine.functions(), layout));
         Ok(())
     }
 
     fn early(&mut self) -> Result<Vec<Section>, GuestError> {
-        Ok(Vec::new())
+        let contexts = self.watched.as_ref().map(Watched::contexts);
+        let contexts = contexts.unwrap_or_default();
+        if contexts.is_empty() {
+            return Ok(Vec::new());
+        }
+        Ok(vec![Section {
+            name: moving::CONTEXTS.to_owned(),
+            version: moving::NEWEST,
+            bytes: serde_json::to_vec(&Contexts::of(contexts))?,
+        }])
     }
 
     fn written(&mut self) -> Result<PageSet, GuestError> {
         let attempt = self.attempt.as_mut().ok_or("nothing is tracked")?;
-        let written = attempt.take()?;
+        let mut written = attempt.take()?;
+        // What members wrote is in there too: the devices behind them are this process's own.
+        if let Some(watched) = &self.watched {
+            watched.written(&mut written);
+        }
         if std::mem::take(&mut self.first) {
             // Whatever was tracked before, since some snapshot.
             return Ok(PageSet::full(self.machine.pages().layout()));

@@ -11,6 +11,7 @@ use devices::admin::SessionError;
 use devices::context;
 use devices::state::{FunctionState, Shape, Unsavable};
 use devices::virtio::{RestoreError, VirtioFunction};
+use migration::{PageSet, RamLayout};
 use pci::root::PciRoot;
 use pci::state::PciStateError;
 
@@ -156,6 +157,97 @@ pub fn save_functions(functions: &Functions) -> Result<Vec<Function>, SaveError>
         saved.push(Function::of(name, context, &transient));
     }
     Ok(saved)
+}
+
+/// Members that run while memory is copied: their writes are recorded and their contexts read by administration commands.
+///
+/// All of it is done again, or is in the VM's own record, when the machine is at rest. So a member whose owner refuses a
+/// command now, since the guest resets or disables it, is left out.
+pub struct Watched<'m> {
+    functions: &'m Functions,
+    recorded: Vec<(&'m Group, u16)>,
+}
+
+impl<'m> Watched<'m> {
+    /// Records from now on what the members write that exist.
+    pub fn start(functions: &'m Functions, ram: &RamLayout) -> Self {
+        let mut watched = Self {
+            functions,
+            recorded: Vec::new(),
+        };
+        let mut engines = Engines::default();
+        for (function, member) in existing(functions) {
+            let Some((group, id)) = member else { continue };
+            let Ok(Some(engine)) = engines.of(group) else {
+                continue;
+            };
+            match engine.start_records(id, ram) {
+                Ok(()) => watched.recorded.push((group, id)),
+                Err(error) => tracing::debug!(%error, name = function.name(), "is not recorded"),
+            }
+        }
+        watched
+    }
+
+    /// Adds the pages to `pages` that were recorded since the last call.
+    pub fn written(&self, pages: &mut PageSet) {
+        let mut engines = Engines::default();
+        for (group, id) in &self.recorded {
+            if let Ok(Some(engine)) = engines.of(group)
+                && let Err(error) = engine.read_records(*id, pages)
+            {
+                tracing::debug!(%error, member = id, "has no records");
+            }
+        }
+    }
+
+    /// The contexts of members as they are.
+    pub fn contexts(&self) -> Vec<Function> {
+        let mut engines = Engines::default();
+        let mut read = Vec::new();
+        for (function, member) in existing(self.functions) {
+            let Some((group, id)) = member else { continue };
+            let Ok(Some(engine)) = engines.of(group) else {
+                continue;
+            };
+            let context = engine.read_active(id).ok();
+            if let Some(context) = context.and_then(|bytes| Context::decode(&bytes).ok()) {
+                read.push(Function::of(function.name(), context, &Default::default()));
+            }
+        }
+        read
+    }
+}
+
+impl Drop for Watched<'_> {
+    fn drop(&mut self) {
+        let mut engines = Engines::default();
+        for (group, id) in &self.recorded {
+            if let Ok(Some(engine)) = engines.of(group) {
+                let _ = engine.stop_records(*id);
+            }
+        }
+    }
+}
+
+/// Looks whether the members of this machine, which may not exist yet, could have these contexts.
+pub fn check_contexts(functions: &Functions, contexts: &[Function]) -> Result<(), DeviceError> {
+    let all: BTreeMap<_, _> = functions.all().map(|f| (f.name(), f)).collect();
+    for (index, saved) in contexts.iter().enumerate() {
+        let here = |error| in_function(index, error);
+        let name = saved.name.as_str();
+        let function = all.get(name);
+        let function = function.ok_or_else(|| DeviceError::Unknown(name.to_owned()))?;
+        let state = saved.context.state(&function.shape());
+        let state = state.field("context").map_err(here)?;
+        function
+            .check(&state)
+            .map_err(|source| DeviceError::Function {
+                name: name.to_owned(),
+                source,
+            })?;
+    }
+    Ok(())
 }
 
 /// The sessions of all owners.

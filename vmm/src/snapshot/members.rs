@@ -3,9 +3,12 @@
 //!
 //! It disturbs neither the guest's session with the owner nor that of a person at `tern admin`.
 
+use devices::admin::envelope::Answer;
 use devices::admin::queue::MAX_DATA;
 use devices::admin::{Failure, GroupType, Migration, OwnerDriver, Profile};
 use devices::gate::Mode;
+
+use migration::{PAGE_SIZE, PageSet, RamLayout};
 
 use crate::machine::owner::Group;
 
@@ -58,6 +61,50 @@ impl Engine {
         context
     }
 
+    /// The context of member `id` as it is, for a destination to check: the member goes on meanwhile.
+    pub fn read_active(&mut self, id: u16) -> Result<Vec<u8>, MemberError> {
+        let context = self.read_all(id);
+        if context.is_err() {
+            // What was read in part would keep the mode from being changed.
+            let _ = self.command(Migration::ContextDiscard, id, &[]);
+        }
+        context
+    }
+
+    /// Records what member `id` writes to guest memory, all of it.
+    pub fn start_records(&mut self, id: u16, ram: &RamLayout) -> Result<(), MemberError> {
+        let mut data = Vec::new();
+        data.extend(PAGE_SIZE.to_le_bytes());
+        data.extend((ram.ranges().len() as u32).to_le_bytes());
+        data.extend([0; 4]);
+        for range in ram.ranges() {
+            data.extend(range.start.to_le_bytes());
+            data.extend((range.len / PAGE_SIZE).to_le_bytes());
+        }
+        self.command(Migration::RecordStart, id, &data).map(drop)
+    }
+
+    /// Adds the pages that member `id` wrote since they were read last to `pages`.
+    pub fn read_records(&mut self, id: u16, pages: &mut PageSet) -> Result<(), MemberError> {
+        let ranges: Vec<_> = pages.layout().ranges().to_vec();
+        for range in ranges {
+            let data = [range.start.to_le_bytes(), range.len.to_le_bytes()].concat();
+            let answer = self.answer(Migration::RecordRead, id, &data)?;
+            let (addresses, _) = answer.result.as_chunks();
+            for address in addresses {
+                if let Some(page) = pages.layout().page_at(u64::from_le_bytes(*address)) {
+                    pages.insert(page);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the recording for member `id`.
+    pub fn stop_records(&mut self, id: u16) -> Result<(), MemberError> {
+        self.command(Migration::RecordStop, id, &[]).map(drop)
+    }
+
     fn read_all(&mut self, id: u16) -> Result<Vec<u8>, MemberError> {
         let mut context = Vec::new();
         loop {
@@ -90,16 +137,19 @@ impl Engine {
         id: u16,
         data: &[u8],
     ) -> Result<Vec<u8>, MemberError> {
+        let answer = self.answer(command, id, data)?;
+        let mut result = answer.result;
+        result.truncate(answer.output as usize);
+        Ok(result)
+    }
+
+    fn answer(&mut self, command: Migration, id: u16, data: &[u8]) -> Result<Answer, MemberError> {
         let opcode = self
             .profile
             .opcode(command)
             .ok_or(MemberError::Missing(command))?;
-        let answer = self
-            .driver
+        self.driver
             .command(GroupType::SrIov, opcode, id.into(), data)
-            .map_err(|failure| MemberError::Refused { command, failure })?;
-        let mut result = answer.result;
-        result.truncate(answer.output as usize);
-        Ok(result)
+            .map_err(|failure| MemberError::Refused { command, failure })
     }
 }

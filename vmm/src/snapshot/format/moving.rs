@@ -1,4 +1,5 @@
-//! Documents of a live migration: what a machine is built from, and the state of a guest but for its memory.
+//! Documents of a live migration: what a machine is built from, contexts that are read early, and the state of a guest but
+//! for its memory.
 //!
 //! Their members are those of [`state.json`](super::state).
 
@@ -22,10 +23,12 @@ use super::version::Version;
 use crate::kvm::{model, state};
 use crate::snapshot::capture::Devices;
 
-/// Newest version of both documents.
+/// Newest version of these documents.
 pub const NEWEST: u32 = 1;
 /// Name of the section with an [`Offer`].
 pub const OFFER: &str = "machine";
+/// Name of the section with [`Contexts`].
+pub const CONTEXTS: &str = "contexts";
 /// Name of the section with a [`Guest`].
 pub const GUEST: &str = "guest";
 
@@ -61,6 +64,11 @@ format_name!(
     Offer::FORMAT
 );
 format_name!(
+    /// `format` of [`Contexts`].
+    ContextsFormat,
+    Contexts::FORMAT
+);
+format_name!(
     /// `format` of a [`Guest`].
     GuestFormat,
     Guest::FORMAT
@@ -78,6 +86,43 @@ pub struct Offer {
     pub machine: Machine,
     /// The processor the guest sees.
     pub cpu_model: CpuModel,
+}
+
+/// Contexts of virtual functions, read while the guest ran: for the destination to check before the guest is stopped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Contexts {
+    /// Name of the format.
+    pub format: ContextsFormat,
+    /// Version of the format.
+    pub version: Version<NEWEST>,
+    /// The functions.
+    pub functions: Vec<Function>,
+}
+
+impl Document for Contexts {
+    const FORMAT: &'static str = "tern-migration-contexts";
+    const VERSIONS: RangeInclusive<u64> = 1..=NEWEST as u64;
+
+    fn validate(&self) -> Result<(), Invalid> {
+        convert_all(&self.functions, |function| {
+            check_name(&function.name)?;
+            function.context_bytes()
+        })
+        .field("functions")
+        .map(drop)
+    }
+}
+
+impl Contexts {
+    /// Of these functions.
+    pub fn of(functions: Vec<Function>) -> Self {
+        Self {
+            format: ContextsFormat,
+            version: Version::default(),
+            functions,
+        }
+    }
 }
 
 /// State of a guest but for its memory.
