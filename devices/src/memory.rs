@@ -25,7 +25,8 @@ use std::ops::{Deref, Range};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use mapping::Mapping;
+use mapping::{LARGE_PAGE, Mapping};
+use rustix::fs::{FallocateFlags, fallocate};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice, WithBitmapSlice};
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
@@ -248,6 +249,50 @@ impl GuestRam {
                 mapping.collapse(within(start.0), within(end).min(range.len))
             })
             .sum()
+    }
+
+    /// Gives `start..start + len` large pages, if it is in a memfd, for somebody who is about to write most of it. Returns
+    /// how many bytes have them then.
+    ///
+    /// Large pages at its ends may reach beyond it. Nothing changes where the kernel cannot (before Linux 6.1) or there is
+    /// no memory for it, except that one page may count as occupied.
+    pub fn enlarge(&self, start: GuestAddress, len: u64) -> u64 {
+        let Backing::Memfd(fd) = &self.backing else {
+            return 0;
+        };
+        let large = LARGE_PAGE as u64;
+        let end = start.0.saturating_add(len);
+        let mut packed = 0;
+        let mut done = 0;
+        for (index, range) in self.ranges.iter().enumerate() {
+            let within = |at: u64| at.clamp(range.start.0, range.start.0 + range.len as u64);
+            let (from, to) = (within(start.0), within(end));
+            let first = (from - range.start.0) / large;
+            let last = match from < to {
+                // The last one may be cut off by the end of the range.
+                true => ((to - range.start.0).div_ceil(large)).min(range.len as u64 / large),
+                false => first,
+            };
+            for page in first..last {
+                let at = page * large;
+                // The kernel takes large pages in place of small ones only: there has to be one.
+                let is_empty =
+                    occupied::data(fd, packed, at as usize, (at + large) as usize).is_none();
+                if is_empty
+                    && fallocate(fd, FallocateFlags::empty(), packed + at, PAGE_SIZE as u64)
+                        .is_err()
+                {
+                    return done;
+                }
+                let address = GuestAddress(range.start.0 + at);
+                if self.collapse(address, large) == 0 {
+                    return done;
+                }
+                done += large;
+            }
+            packed += range.len as u64;
+        }
+        done
     }
 
     /// Reads in what has to come from the file behind the RAM, so that the guest does not wait for it later.

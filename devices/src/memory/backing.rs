@@ -16,7 +16,7 @@ use super::{MemoryError, PAGE_SIZE, RamRange};
 /// | backing | large pages | can be given to another process | pages that were never touched |
 /// |---|---|---|---|
 /// | anonymous | by `MADV_HUGEPAGE`, as they are touched | no | cost nothing |
-/// | memfd | by [`GuestRam::collapse`](super::GuestRam::collapse), once touched | yes | cost nothing until they are *read* through the mapping |
+/// | memfd | by [`GuestRam::enlarge`](super::GuestRam::enlarge) or, once touched, [`GuestRam::collapse`](super::GuestRam::collapse) | yes | cost nothing until they are *read* through the mapping |
 /// | file | none | no | are read from the file when touched |
 #[derive(Debug)]
 pub enum Backing {

@@ -336,6 +336,37 @@ fn collapse_leaves_the_bytes_and_the_untouched_pages_alone() {
 }
 
 #[test]
+fn what_is_about_to_be_written_gets_large_pages_and_nothing_else_does() {
+    const LARGE: usize = 2 << 20;
+    let range = |start, len| RamRange {
+        start: GuestAddress(start),
+        len,
+    };
+    let ranges = [range(0, 4 * LARGE), range(1 << 32, 3 * LARGE)];
+    let backing = Backing::memfd(7 * LARGE as u64).unwrap();
+    let ram = GuestRam::with_backing(&ranges, backing).unwrap();
+    let view = ram.view().unwrap();
+    view.write_obj(7u8, GuestAddress(LARGE as u64 + 5)).unwrap();
+    let pages = |index, from| ram.occupied(index, from);
+    if ram.enlarge(GuestAddress(LARGE as u64 + 1), LARGE as u64) == 0 {
+        // The kernel cannot.
+        return;
+    }
+    assert_eq!(pages(0, 0), Some(LARGE..3 * LARGE));
+    assert_eq!((pages(0, 3 * LARGE), pages(1, 0)), (None, None));
+    let value: u8 = view.read_obj(GuestAddress(LARGE as u64 + 5)).unwrap();
+    assert_eq!(value, 7);
+    let second = ram.enlarge(GuestAddress((1 << 32) + 2 * LARGE as u64), 1 << 40);
+    assert_eq!(second, LARGE as u64);
+    assert_eq!(pages(1, 0), Some(2 * LARGE..3 * LARGE));
+    assert_eq!(ram.enlarge(GuestAddress(1 << 40), u64::MAX), 0);
+    assert_eq!(ram.enlarge(GuestAddress(0), 0), 0);
+    let anonymous = GuestRam::new(&ranges).unwrap();
+    assert_eq!(anonymous.enlarge(GuestAddress(0), LARGE as u64), 0);
+    assert!(ram.dirty_pages().take()[1].iter().all(|word| *word == 0));
+}
+
+#[test]
 fn marks_are_taken_once_and_can_be_put_back() {
     let ram = two_ranges();
     let view = ram.view().unwrap();

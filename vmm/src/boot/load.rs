@@ -140,6 +140,7 @@ impl Prepared {
         let initrd = match self.initrd.take() {
             Some((mut file, place)) => {
                 let len = (place.end - place.start) as usize;
+                memory.ram().enlarge(GuestAddress(place.start), len as u64);
                 memory
                     .read_exact_volatile_from(GuestAddress(place.start), &mut file, len)
                     .map_err(|e| LoadError::File {
@@ -227,6 +228,10 @@ fn load_kernel(
         path: path.to_owned(),
         reason: e.to_string(),
     };
+    // Not to the end of the image: much of that may never be touched.
+    let len = file.metadata().map_or(0, |metadata| metadata.len());
+    let len = len.min(image.end.saturating_sub(image.start));
+    memory.ram().enlarge(GuestAddress(image.start), len);
     match image.format {
         Format::BzImage => {
             let start = GuestAddress(image.start);

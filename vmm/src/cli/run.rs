@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::process::{self, Origin, Process};
 use crate::boot::load::Prepared;
-use crate::config::{Config, Disk, MAX_CPUS, MachineSpec, Net, Pf};
+use crate::config::{Config, Disk, MAX_CPUS, MachineSpec, MemoryBacking, Net, Pf};
 use crate::console::Target;
 use crate::console::output::Output;
 use crate::exit;
@@ -49,6 +49,10 @@ pub struct Run {
     /// Memory, 64M to 256G [default: 256M]
     #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     memory: Option<String>,
+
+    /// What that memory is kept in [default: anonymous]
+    #[arg(long, value_name = "BACKING")]
+    memory_backing: Option<MemoryBacking>,
 
     /// Disk from a raw image or block device; may be repeated:
     /// path=PATH[,readonly][,serial=ID][,queues=N][,bus=root|port][,DOORS]. DOORS are what a driver can stop the device
@@ -114,6 +118,7 @@ impl Run {
             cmdline: self.cmdline.take(),
             cpus: self.cpus,
             memory: self.memory.take(),
+            memory_backing: self.memory_backing,
             disks: std::mem::take(&mut self.disk),
             nets: std::mem::take(&mut self.net),
             pfs: std::mem::take(&mut self.pf),
@@ -137,8 +142,10 @@ impl Run {
         };
         let config = base.overlaid(self.config());
         let api_socket = config.api_socket.clone();
+        let memory_backing = config.memory_backing.unwrap_or_default();
         let spec = config.resolve()?;
         let mut boot = Boot {
+            memory_backing,
             force: self.force,
             paused: self.paused,
         };
@@ -148,6 +155,7 @@ impl Run {
 
 /// A guest that boots.
 struct Boot {
+    memory_backing: MemoryBacking,
     force: bool,
     paused: bool,
 }
@@ -160,7 +168,7 @@ impl Origin for Boot {
         output: Option<&Output>,
     ) -> anyhow::Result<Arc<Machine>> {
         let kernel = Prepared::open(spec.memory, &spec.boot)?;
-        let ram = fresh_ram(spec.memory)?;
+        let ram = fresh_ram(spec.memory, self.memory_backing)?;
         let host = Host::open(self.force)?;
         let model = CpuModel::new(host.cpu(), spec.cpus);
         let hardware = Hardware::create(host, spec, model, ram, backends, output)?;

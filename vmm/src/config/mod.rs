@@ -51,6 +51,8 @@ pub struct Config {
     pub cpus: Option<u32>,
     /// Memory, as in `256M`; [`DEFAULT_MEMORY`] if absent.
     pub memory: Option<String>,
+    /// What that memory is kept in; anonymous if absent.
+    pub memory_backing: Option<MemoryBacking>,
     /// Disks, in the order the guest sees them.
     #[serde(deserialize_with = "object::list")]
     pub disks: Vec<Disk>,
@@ -68,6 +70,19 @@ pub struct Config {
     pub virtio_console: Option<Target>,
     /// Unix socket of the control API.
     pub api_socket: Option<PathBuf>,
+}
+
+/// What the memory of a new guest is kept in. No guest sees it, so it is no part of a [`MachineSpec`].
+///
+/// The default is what guests boot faster with: hosts do not give a memfd large pages as it is touched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum MemoryBacking {
+    /// Memory of this process alone; on most hosts in large pages, with which guests are faster
+    #[default]
+    Anonymous,
+    /// A memfd, which another process on this host can take over without copying it
+    Memfd,
 }
 
 /// Specification of a machine: plain, with every default filled in and every choice made, so that the same machine can be
@@ -244,6 +259,7 @@ impl Config {
             cmdline: over.cmdline.or(self.cmdline),
             cpus: over.cpus.or(self.cpus),
             memory: over.memory.or(self.memory),
+            memory_backing: over.memory_backing.or(self.memory_backing),
             disks,
             nets,
             pfs,

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::machine::hardware::fresh_ram;
 
 fn with_kernel() -> Config {
     Config {
@@ -113,6 +114,25 @@ fn numbers_out_of_range_are_refused_with_the_range() {
         assert!(message.starts_with("--memory"), "{message}");
         assert!(message.contains("between 64M and 256G"), "{message}");
     }
+}
+
+#[test]
+fn memory_is_kept_in_what_was_asked_for() {
+    let file: Config = serde_json::from_str(r#"{"memory_backing": "memfd"}"#).unwrap();
+    assert_eq!(file.memory_backing, Some(MemoryBacking::Memfd));
+    let over = Config {
+        memory_backing: Some(MemoryBacking::Anonymous),
+        ..Config::default()
+    };
+    assert_eq!(
+        file.clone().overlaid(over).memory_backing,
+        Some(MemoryBacking::Anonymous)
+    );
+    let same = file.overlaid(Config::default());
+    assert_eq!(same.memory_backing, Some(MemoryBacking::Memfd));
+    let ram = |backing| fresh_ram(64 * layout::MIB, backing).unwrap();
+    assert!(ram(MemoryBacking::Memfd).memfd().is_some());
+    assert!(ram(MemoryBacking::default()).memfd().is_none());
 }
 
 #[test]

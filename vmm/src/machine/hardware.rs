@@ -23,8 +23,8 @@ use crate::acpi::{self, AcpiError};
 use crate::boot::load::{LoadError, Prepared};
 use crate::boot::long_mode;
 use crate::chipset::{self, VmGeneration};
-use crate::config::MachineSpec;
 use crate::config::check::HostError;
+use crate::config::{MachineSpec, MemoryBacking};
 use crate::console::output::Output;
 use crate::exit::Outcome;
 use crate::kvm::model::{CpuModel, HostCpu};
@@ -124,9 +124,13 @@ pub struct Hardware {
     layout_changed: Arc<dyn Fn() + Send + Sync>,
 }
 
-/// RAM for a guest that begins, or whose memory is copied here: zeroes, in a memfd, so that another process can have it.
-pub fn fresh_ram(memory: u64) -> Result<Arc<GuestRam>, MemoryError> {
-    GuestRam::with_backing(&layout::ram_ranges(memory), Backing::memfd(memory)?)
+/// RAM for a guest that begins, or whose memory is copied here: zeroes.
+pub fn fresh_ram(memory: u64, backing: MemoryBacking) -> Result<Arc<GuestRam>, MemoryError> {
+    let backing = match backing {
+        MemoryBacking::Anonymous => Backing::Anonymous,
+        MemoryBacking::Memfd => Backing::memfd(memory)?,
+    };
+    GuestRam::with_backing(&layout::ram_ranges(memory), backing)
 }
 
 impl Hardware {

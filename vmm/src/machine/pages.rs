@@ -259,10 +259,14 @@ mod tests {
             .collect()
     }
 
-    /// Guests whose log is cleared page by page, and by reading it. None where there is no KVM.
+    /// Guests whose log is cleared page by page, and by reading it, with memory of both kinds. None where there is no KVM.
     fn sources() -> impl Iterator<Item = (Scribbler, Arc<PageSource>)> {
         [true, false].into_iter().filter_map(|manual| {
-            let guest = Scribbler::new(Backing::Anonymous, manual)?;
+            let backing = match manual {
+                true => Backing::memfd(198 * 4096).unwrap(),
+                false => Backing::Anonymous,
+            };
+            let guest = Scribbler::new(backing, manual)?;
             let source = PageSource::new(guest.vm.slots()).unwrap();
             Some((guest, source))
         })

@@ -23,7 +23,7 @@ use migration::wire::connection::{Limits, Section};
 use migration::wire::message::Memory;
 
 use super::address::{Address, Listener};
-use crate::config::MachineSpec;
+use crate::config::{MachineSpec, MemoryBacking};
 use crate::console::output::Output;
 use crate::errors::chain;
 use crate::kvm::model::{CpuModel, HostCpu};
@@ -254,7 +254,7 @@ impl Candidate {
                 let ranges = layout::ram_ranges(self.spec.memory);
                 GuestRam::with_backing(&ranges, Backing::Memfd(memory))?
             }
-            None => fresh_ram(self.spec.memory)?,
+            None => fresh_ram(self.spec.memory, MemoryBacking::Memfd)?,
         };
         let once = "a machine is built once";
         let (host, model) = (self.host.take(), self.model.take());
