@@ -18,6 +18,7 @@ pub mod records;
 pub use backing::Backing;
 pub use dirty::DirtyPages;
 pub use lent::{GuestRead, GuestWrite};
+pub use mapping::LARGE_PAGE;
 pub use records::Records;
 
 use std::io;
@@ -25,7 +26,7 @@ use std::ops::{Deref, Range};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use mapping::{LARGE_PAGE, Mapping};
+use mapping::Mapping;
 use rustix::fs::{FallocateFlags, fallocate};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice, WithBitmapSlice};
 use vm_memory::{
@@ -235,6 +236,22 @@ impl GuestRam {
         }
     }
 
+    /// How many bytes of `piece` of range number `index` are [occupied](Self::occupied).
+    pub fn occupied_bytes(&self, index: usize, piece: Range<usize>) -> usize {
+        let mut bytes = 0;
+        let mut at = piece.start;
+        while let Some(next) = self.occupied(index, at)
+            && next.start < piece.end
+        {
+            at = next.end.min(piece.end);
+            bytes += at - next.start;
+            if at == piece.end {
+                break;
+            }
+        }
+        bytes
+    }
+
     /// Makes large pages of the small ones in `start..start + len`, and returns how many large pages there are then.
     ///
     /// For a memfd this is the only way to get them that does not depend on the host's policy. It takes pages that were
@@ -264,7 +281,7 @@ impl GuestRam {
         let end = start.0.saturating_add(len);
         let mut packed = 0;
         let mut done = 0;
-        for (index, range) in self.ranges.iter().enumerate() {
+        for range in self.ranges.iter() {
             let within = |at: u64| at.clamp(range.start.0, range.start.0 + range.len as u64);
             let (from, to) = (within(start.0), within(end));
             let first = (from - range.start.0) / large;

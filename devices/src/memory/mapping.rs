@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr;
 
 /// Bytes of a large page on x86-64.
-pub(super) const LARGE_PAGE: usize = 2 << 20;
+pub const LARGE_PAGE: usize = 2 << 20;
 
 /// `madvise`: reads pages in, as reading each would (Linux 5.14).
 const MADV_POPULATE_READ: libc::c_int = 22;

@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Machine;
 use super::functions::{Backends, FunctionError, Functions};
+use super::large::LargePages;
 use super::lease::Leases;
 use super::pages::PageSource;
 use crate::acpi::{self, AcpiError};
@@ -118,6 +119,7 @@ pub struct Hardware {
     pub(crate) pci: Arc<PciRoot>,
     pub(crate) functions: Functions,
     pub(crate) pages: Arc<PageSource>,
+    large_pages: Option<LargePages>,
     msi: KvmMsi,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
@@ -162,6 +164,7 @@ impl Hardware {
         }
 
         let pages = PageSource::new(vm.slots())?;
+        let large_pages = LargePages::spawn(vm.slots())?;
         let control = Arc::new(Control::new(vcpus.len())?);
         let (ports, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         chipset::attach(&ports, &control)?;
@@ -210,6 +213,7 @@ impl Hardware {
             pci,
             functions,
             pages,
+            large_pages,
             msi,
             ports,
             mmio,
@@ -262,6 +266,7 @@ impl Hardware {
             pci: self.pci,
             functions: self.functions,
             pages: self.pages,
+            _large_pages: self.large_pages,
             msi: self.msi,
             layout_changed: self.layout_changed,
             unstarted: Mutex::new(Some((wiring, self.vcpus))),

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`functions`] | the virtio functions a specification asks for |
 //! | [`hardware`] | a machine before anything of a guest is in it |
+//! | [`large`] | large pages for memory in a memfd |
 //! | [`lease`] | who may change what a machine does: one at a time |
 //! | [`owner`] | SR-IOV owners and their members |
 //! | [`pages`] | which pages of guest memory were written, by vCPUs or by devices |
@@ -18,6 +19,7 @@
 
 pub mod functions;
 pub mod hardware;
+pub mod large;
 pub mod lease;
 pub mod owner;
 pub mod pages;
@@ -141,6 +143,7 @@ pub struct Machine {
     functions: Functions,
     /// The pages of its memory that were written.
     pages: Arc<PageSource>,
+    _large_pages: Option<large::LargePages>,
     /// Registers the doorbells that should exist, and removes those that should not.
     layout_changed: Arc<dyn Fn() + Send + Sync>,
     /// Its vCPUs, until they get their threads.
