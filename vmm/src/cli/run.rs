@@ -50,7 +50,7 @@ pub struct Run {
     #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     memory: Option<String>,
 
-    /// What that memory is kept in [default: anonymous]
+    /// What that memory is kept in [default: memfd with --api-socket, since such a guest can be moved; else anonymous]
     #[arg(long, value_name = "BACKING")]
     memory_backing: Option<MemoryBacking>,
 
@@ -142,7 +142,7 @@ impl Run {
         };
         let config = base.overlaid(self.config());
         let api_socket = config.api_socket.clone();
-        let memory_backing = config.memory_backing.unwrap_or_default();
+        let memory_backing = config.memory_backing();
         let spec = config.resolve()?;
         let mut boot = Boot {
             memory_backing,

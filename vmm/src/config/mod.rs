@@ -51,7 +51,7 @@ pub struct Config {
     pub cpus: Option<u32>,
     /// Memory, as in `256M`; [`DEFAULT_MEMORY`] if absent.
     pub memory: Option<String>,
-    /// What that memory is kept in; anonymous if absent.
+    /// What that memory is kept in; see [`Config::memory_backing`] if absent.
     pub memory_backing: Option<MemoryBacking>,
     /// Disks, in the order the guest sees them.
     #[serde(deserialize_with = "object::list")]
@@ -74,12 +74,11 @@ pub struct Config {
 
 /// What the memory of a new guest is kept in. No guest sees it, so it is no part of a [`MachineSpec`].
 ///
-/// The default is what guests boot faster with: hosts do not give a memfd large pages as it is touched.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+/// Guests boot faster with anonymous memory: hosts do not give a memfd large pages as it is touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum MemoryBacking {
     /// Memory of this process alone; on most hosts in large pages, with which guests are faster
-    #[default]
     Anonymous,
     /// A memfd, which another process on this host can take over without copying it
     Memfd,
@@ -198,6 +197,16 @@ fn memory(given: Option<&str>) -> Result<u64, String> {
 const MAX_FILE: u64 = 1 << 20;
 
 impl Config {
+    /// What the memory of the guest is kept in: unless it is said, a memfd for a guest that can be asked to move, since it
+    /// has a control API, and anonymous memory for any other.
+    pub fn memory_backing(&self) -> MemoryBacking {
+        match (self.memory_backing, &self.api_socket) {
+            (Some(backing), _) => backing,
+            (None, Some(_)) => MemoryBacking::Memfd,
+            (None, None) => MemoryBacking::Anonymous,
+        }
+    }
+
     /// Reads a configuration file.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
         let refuse = |reason: String| ConfigError::Read {

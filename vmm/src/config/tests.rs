@@ -132,7 +132,13 @@ fn memory_is_kept_in_what_was_asked_for() {
     assert_eq!(same.memory_backing, Some(MemoryBacking::Memfd));
     let ram = |backing| fresh_ram(64 * layout::MIB, backing).unwrap();
     assert!(ram(MemoryBacking::Memfd).memfd().is_some());
-    assert!(ram(MemoryBacking::default()).memfd().is_none());
+    assert!(ram(MemoryBacking::Anonymous).memfd().is_none());
+    let movable = Config {
+        api_socket: Some("a.sock".into()),
+        ..Config::default()
+    };
+    assert_eq!(movable.memory_backing(), MemoryBacking::Memfd);
+    assert_eq!(Config::default().memory_backing(), MemoryBacking::Anonymous);
 }
 
 #[test]
