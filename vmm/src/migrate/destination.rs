@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -20,7 +21,7 @@ use migration::live::destination::{
 };
 use migration::live::{DestinationGuest, GuestError};
 use migration::wire::connection::{Limits, Section};
-use migration::wire::message::Memory;
+use migration::wire::message::{Memory, Outcome};
 
 use super::address::{Address, Listener};
 use crate::config::{MachineSpec, MemoryBacking};
@@ -45,10 +46,14 @@ pub const MEMORY: &str = "memory";
 
 /// How often a thread that waits for connections looks whether it is needed.
 const LOOK: Duration = Duration::from_millis(100);
+/// The same, while somebody is about to say what they want.
+const SOON: Duration = Duration::from_millis(2);
 /// How long a source that may be in doubt has time to ask, before this process ends without its guest.
 const GRACE: Duration = Duration::from_secs(20);
-/// How long somebody who connects may take to say what they want.
-const HELLO: Duration = Duration::from_secs(3);
+/// Connections that have said nothing yet, at most.
+const STRANGERS: usize = 8;
+/// What a source is told of this program.
+const PROGRAM: &str = concat!("tern ", env!("CARGO_PKG_VERSION"));
 
 /// A process that waits for a guest.
 pub struct Receiver {
@@ -79,24 +84,7 @@ impl Receiver {
 
     /// Waits for a source that offers a guest. What does not fit is told to the source and is an error here.
     pub fn wait(self, overrides: &Overrides, force: bool) -> anyhow::Result<Candidate> {
-        let limits = Limits {
-            silence: HELLO,
-            ..Limits::default()
-        };
-        let mut offered = loop {
-            let Some(connection) = self.listener.accept(limits, LOOK)? else {
-                continue;
-            };
-            let program = concat!("tern ", env!("CARGO_PKG_VERSION"));
-            match Incoming::accept(connection, program) {
-                Ok(Incoming::Offer(offered)) => break offered,
-                Ok(Incoming::Question { connection, .. }) => {
-                    let _ = answer(connection, migration::wire::message::Outcome::Unknown);
-                }
-                // A port scanner, or a source that thought better of it. The next one may be better.
-                Err(error) => tracing::warn!("a connection brought no guest: {}", chain(&error)),
-            }
-        };
+        let mut offered = self.offer()?;
         let checked = check(&mut offered, overrides, &self.address, force);
         match checked {
             Ok(checked) => Ok(Candidate {
@@ -109,6 +97,47 @@ impl Receiver {
                 offered.refuse(reasons);
                 bail!("the guest that was offered is refused:\n  {told}");
             }
+        }
+    }
+}
+
+impl Receiver {
+    /// The first guest that is offered. Whoever connects has a thread, so that one who says nothing holds nobody up.
+    fn offer(&self) -> anyhow::Result<Box<Offered>> {
+        let (tell, told) = channel();
+        let mut waiting = 0;
+        loop {
+            while let Ok(heard) = told.try_recv() {
+                waiting -= 1;
+                match heard {
+                    Ok(Incoming::Offer(offered)) => return Ok(offered),
+                    Ok(Incoming::Question { connection, .. }) => {
+                        let _ = answer(connection, Outcome::Unknown);
+                    }
+                    // A port scanner, or a source that thought better of it. The next one may be better.
+                    Err(error) => {
+                        tracing::warn!("a connection brought no guest: {}", chain(&error));
+                    }
+                }
+            }
+            if waiting >= STRANGERS {
+                std::thread::sleep(LOOK);
+                continue;
+            }
+            // As soon as somebody says something, that is looked at.
+            let patience = if waiting == 0 { LOOK } else { SOON };
+            let Some(connection) = self.listener.accept(Limits::default(), patience)? else {
+                continue;
+            };
+            let tell = tell.clone();
+            waiting += 1;
+            std::thread::Builder::new()
+                .name("hello".to_owned())
+                .stack_size(256 << 10)
+                .spawn(move || {
+                    // Nobody listens any more once there is an offer.
+                    let _ = tell.send(Incoming::accept(connection, PROGRAM));
+                })?;
         }
     }
 }
@@ -442,11 +471,7 @@ impl Drop for Answering {
 }
 
 fn serve(listener: &Listener, decision: &Decision) {
-    let limits = Limits {
-        silence: HELLO,
-        ..Limits::default()
-    };
-    let connection = match listener.accept(limits, LOOK) {
+    let connection = match listener.accept(Limits::default(), LOOK) {
         Ok(Some(connection)) => connection,
         Ok(None) => return,
         Err(error) => {
@@ -455,8 +480,7 @@ fn serve(listener: &Listener, decision: &Decision) {
             return;
         }
     };
-    let program = concat!("tern ", env!("CARGO_PKG_VERSION"));
-    match Incoming::accept(connection, program) {
+    match Incoming::accept(connection, PROGRAM) {
         Ok(Incoming::Question {
             session,
             connection,
