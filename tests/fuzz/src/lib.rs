@@ -12,6 +12,7 @@ mod context;
 mod fixture;
 mod host;
 mod input;
+mod migrations;
 mod net;
 mod queues;
 mod records;
@@ -24,6 +25,7 @@ mod sriov;
 pub use admin::admin_commands;
 pub use context::context;
 pub use host::{configuration, kernel_image};
+pub use migrations::migration_stream;
 pub use net::net_frames;
 pub use queues::{queue_device_side, queue_driver_side};
 pub use records::write_records;
@@ -43,6 +45,7 @@ pub const TARGETS: &[Target] = &[
     ("context", context),
     ("context_sessions", context_sessions),
     ("kernel_image", kernel_image),
+    ("migration_stream", migration_stream),
     ("net_frames", net_frames),
     ("pci_config", pci_config),
     ("queue_device_side", queue_device_side),

@@ -75,6 +75,7 @@ smoke! {
     context
     context_sessions
     kernel_image
+    migration_stream
     net_frames
     pci_config
     queue_device_side
