@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 /// Bytes of a frame's header; see `docs/migration-protocol.md`.
-const HEADER: usize = 24;
+const HEADER: usize = 32;
 /// Kinds of frames.
 const MESSAGE: u32 = 0x4e52_4554;
 const PAGES: u32 = 2;
