@@ -18,6 +18,7 @@ use crate::api::migrations::{CallOff, Resolve as ResolveRequest};
 use crate::api::{Info, Status};
 use crate::exit;
 use crate::migrate::address::Address;
+use crate::migrate::html;
 use crate::migrate::monitor::Status as Migration;
 use crate::migrate::source::{Answer, DOWNTIME_MS, Request, TIMEOUT_S};
 
@@ -30,7 +31,7 @@ const EXAMPLES: &str = "\
 Examples:
   tern receive unix:move.sock --api-socket there.sock
   tern migrate --api-socket here.sock unix:move.sock
-  tern migrate --api-socket here.sock --copy --downtime 50 --on-timeout switch unix:move.sock
+  tern migrate --api-socket here.sock --copy --downtime 50 --report moved.html unix:move.sock
   tern migrate --api-socket here.sock --cancel
 
 Over a unix: address, memory, open disks and taps are handed over to the other process. With --copy, and over tcp:, memory is
@@ -72,6 +73,10 @@ pub struct Migrate {
     /// Let the guest's memory cross a network that others can read and change
     #[arg(long)]
     insecure: bool,
+
+    /// Write a report with pictures to this file
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
 
     /// Call off the migration that is under way
     #[arg(long, conflicts_with = "to")]
@@ -116,6 +121,15 @@ impl Migrate {
         }
         match answer {
             Answer::Moved { report } => {
+                if let Some(path) = &self.report {
+                    let written = std::fs::write(path, html::page(&to.to_string(), &report));
+                    written.with_context(|| {
+                        format!(
+                            "the guest was moved, but {} cannot be written",
+                            path.display()
+                        )
+                    })?;
+                }
                 if !self.json {
                     println!("{}", describe(&to, &report));
                 }

@@ -4,10 +4,12 @@
 //! |---|---|
 //! | [`address`] | where a destination listens |
 //! | [`destination`] | a machine whose guest comes from another process |
+//! | [`html`] | the report as one HTML file |
 //! | [`monitor`] | how far a migration is; calling it off; ending a doubt |
 //! | [`source`] | a machine whose guest goes to another process |
 
 pub mod address;
 pub mod destination;
+pub mod html;
 pub mod monitor;
 pub mod source;
