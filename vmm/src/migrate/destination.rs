@@ -161,6 +161,8 @@ fn check(
     }
     let mut reasons = Vec::new();
     let memory = files.remove(MEMORY);
+    // What an option names is that, whatever was handed over.
+    files.retain(|name, _| !overrides.replaces(name));
     if (offered.how() == Memory::Handoff) != memory.is_some() {
         reasons.push("memory: its descriptor and how it is to come here disagree".to_owned());
     }

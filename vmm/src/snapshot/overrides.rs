@@ -193,6 +193,15 @@ impl Overrides {
         Err(OverrideError::Untrusted(open.join(", ")))
     }
 
+    /// True if there is an option for what the host gives to `name`: a disk, an interface, or an uplink (`pf0-uplink`).
+    pub fn replaces(&self, name: &str) -> bool {
+        let net = |net: &NetOverride| match net.kind {
+            NetKind::Tap | NetKind::Switch => net.name == name,
+            NetKind::UplinkTap => name.strip_suffix("-uplink") == Some(&net.name),
+        };
+        self.names_file(name) || self.nets.iter().any(net)
+    }
+
     /// True if there is an option for the file of disk `name`.
     fn names_file(&self, name: &str) -> bool {
         let all = name.split_once("-vf");
@@ -396,6 +405,25 @@ mod tests {
         let spec = machine.to_spec().unwrap();
         assert!(spec.nets[0].to_string().starts_with("switch=lan,mac="));
         assert!(spec.pfs[1].to_string().contains("uplink-tap=t1"));
+    }
+
+    #[test]
+    fn options_replace_what_they_name_and_nothing_else() {
+        let given = overrides(
+            &["disk0=/e0", "pf0-vf%d=/w%d"],
+            &["net0=switch=lan", "pf1=uplink-tap=t1"],
+        );
+        for (name, replaced) in [
+            ("disk0", true),
+            ("disk1", false),
+            ("pf0", false),
+            ("pf0-vf2", true),
+            ("net0", true),
+            ("pf1", false),
+            ("pf1-uplink", true),
+        ] {
+            assert_eq!(given.replaces(name), replaced, "{name}");
+        }
     }
 
     #[test]

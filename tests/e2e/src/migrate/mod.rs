@@ -6,6 +6,7 @@
 //! TERN_ROUNDS=50 cargo xtask test --e2e --timeout 7200 migrate::rounds
 //! ```
 
+mod control;
 mod faults;
 mod proxy;
 mod rounds;
@@ -25,7 +26,7 @@ use crate::vm::{Outcome, PATIENCE, Running, tern};
 const MOVED: i32 = 8;
 
 pub fn trials() -> Vec<Trial> {
-    [rounds::trials(), faults::trials()]
+    [rounds::trials(), control::trials(), faults::trials()]
         .into_iter()
         .flatten()
         .collect()

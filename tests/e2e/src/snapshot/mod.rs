@@ -91,7 +91,7 @@ fn restore(directory: &Path, socket: &Path, options: &[&str]) -> Result<Guest> {
 
 /// Saves a guest, which ends, and restores it in a new process with the same socket. The snapshot is gone afterwards
 /// unless it is kept.
-fn move_over(guest: Guest, directory: &Path, options: &[&str]) -> Result<Guest> {
+pub fn move_over(guest: Guest, directory: &Path, options: &[&str]) -> Result<Guest> {
     let socket = guest.control.socket.clone();
     save(&guest, directory, &["--stop"])?;
     let end = guest.vm.wait()?;

@@ -1,0 +1,175 @@
+//! What a person can ask for and be told: refusals, calling off, guests that do not converge, guests that are paused.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
+
+use super::{await_socket, move_to, receive};
+use crate::load::{Guest, Load, TICK};
+use crate::trial;
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("migrate::what_does_not_fit_is_refused_by_name", refused),
+        trial("migrate::a_guest_that_writes_too_fast_stays", too_fast),
+        trial("migrate::a_migration_is_called_off", called_off),
+        trial("migrate::a_paused_guest_stays_paused", paused),
+        trial(
+            "migrate::a_moved_guest_is_saved_and_restored_and_moved",
+            saved,
+        ),
+    ]
+}
+
+fn refused() -> Result<()> {
+    let load = Load::of_disks(1, "")?.parameter("pfs=0").disk("")?;
+    let mut guest = load.run()?;
+    guest.ticks(1)?;
+    let control = &guest.control;
+    let nobody = format!("unix:{}", load.path("nobody.sock").display());
+    control.refuse(
+        "migrate",
+        &[&nobody],
+        &["the guest stays here", "start `tern receive`"],
+    )?;
+    control.refuse("migrate", &["tcp:127.0.0.1:9"], &["--insecure"])?;
+    control.refuse("migrate", &["file:x"], &["unix:PATH"])?;
+    control.refuse("resolve", &["--run"], &["not in doubt"])?;
+    control.refuse("migrate", &["--cancel"], &["no migration is under way"])?;
+    let path = load.path("move.sock");
+    let address = format!("unix:{}", path.display());
+    let options = ["--disk", "disk0=/missing-0", "--disk", "pf0=/missing-1"];
+    let mut there = receive(&address, &load.path("there.sock"), &options)?;
+    await_socket(&path, &mut there)?;
+    let both = [
+        "disk0: /missing-0",
+        "pf0: /missing-1",
+        "the guest stays here",
+    ];
+    control.refuse("migrate", &[&address], &both)?;
+    let end = there.wait()?;
+    end.expect_code(1)?;
+    ensure!(
+        both[..2].iter().all(|part| end.stderr.contains(part)),
+        "{end:?}"
+    );
+    guest.ticks(1)?;
+    let mut guest = move_to(guest, load.directory(), 1, &[])?.guest;
+    guest.ticks(1)?;
+    guest.enough().map(drop)
+}
+
+/// Memory that is written all the time, and a pause that is too short for it.
+fn too_fast() -> Result<()> {
+    let load = Load::new(2)?;
+    let mut guest = load.run()?;
+    guest.ticks(1)?;
+    let path = load.path("move.sock");
+    let address = format!("unix:{}", path.display());
+    let mut there = receive(&address, &load.path("there.sock"), &[])?;
+    await_socket(&path, &mut there)?;
+    let words = ["--copy", "--downtime", "21", "--timeout", "3", &address];
+    let reasons = [
+        "faster than it can be copied",
+        "--downtime",
+        "--on-timeout switch",
+    ];
+    let output = guest.control.run("migrate", &words)?;
+    // On a host that is fast enough for it the guest is moved, which is no fault.
+    if output.status.success() {
+        guest.vm.wait()?;
+        let mut moved = Guest::new(there, load.path("there.sock"));
+        moved.ticks(1)?;
+        return moved.enough().map(drop);
+    }
+    crate::control::refused(&output, &reasons)?;
+    there.wait()?.expect_code(1)?;
+    guest.ticks(2).context("after a migration that gave up")?;
+    let moved = move_to(
+        guest,
+        load.directory(),
+        1,
+        &["--copy", "--timeout", "3", "--on-timeout", "switch"],
+    )?;
+    let mut guest = moved.guest;
+    guest.ticks(1)?;
+    guest.enough().map(drop)
+}
+
+fn called_off() -> Result<()> {
+    let load = Load::new(2)?;
+    let mut guest = load.run()?;
+    guest.ticks(1)?;
+    let path = load.path("move.sock");
+    let address = format!("unix:{}", path.display());
+    let mut there = receive(&address, &load.path("there.sock"), &[])?;
+    await_socket(&path, &mut there)?;
+    // A destination that stands still keeps the migration where it is.
+    there.signal(rustix::process::Signal::STOP)?;
+    let words = ["--copy", address.as_str()];
+    let child = guest
+        .control
+        .command("migrate", &words)?
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()?;
+    guest.control.await_state("migrating")?;
+    guest
+        .control
+        .refuse("snapshot", &["elsewhere"], &["being moved"])?;
+    guest
+        .control
+        .refuse("migrate", &[&address], &["being moved"])?;
+    guest.control.ask("migrate", &["--cancel"])?;
+    let output = child.wait_with_output()?;
+    crate::control::refused(&output, &["the guest stays here", "called off"])?;
+    there.signal(rustix::process::Signal::CONT)?;
+    ensure!(
+        guest.control.state()? == "running",
+        "{}",
+        guest.control.state()?
+    );
+    guest.ticks(1)?;
+    drop(there);
+    guest.enough().map(drop)
+}
+
+fn paused() -> Result<()> {
+    let load = Load::new(1)?;
+    let mut guest = load.run()?;
+    guest.ticks(1)?;
+    guest.control.ask("pause", &[])?;
+    let path = load.path("move.sock");
+    let address = format!("unix:{}", path.display());
+    let socket = load.path("there.sock");
+    let mut there = receive(&address, &socket, &[])?;
+    await_socket(&path, &mut there)?;
+    guest.control.ask("migrate", &[&address])?;
+    guest.vm.wait()?.expect_code(super::MOVED)?;
+    let mut guest = Guest::new(there, socket);
+    guest.control.await_state("paused")?;
+    std::thread::sleep(Duration::from_secs(2));
+    ensure!(
+        !guest.vm.console().contains(TICK),
+        "it runs: {}",
+        guest.vm.console()
+    );
+    guest.control.ask("resume", &[])?;
+    guest.ticks(1)?;
+    guest.enough().map(drop)
+}
+
+fn saved() -> Result<()> {
+    let load = Load::with_everything(1)?;
+    let mut guest = load.run()?;
+    guest.ticks(1)?;
+    let mut guest = move_to(guest, load.directory(), 1, &[])?.guest;
+    guest.ticks(1)?;
+    let mut guest = crate::snapshot::move_over(guest, &load.path("saved"), &[])?;
+    guest.ticks(1)?;
+    // Its memory is that of a file now.
+    let mut guest = move_to(guest, load.directory(), 2, &[])?.guest;
+    guest.ticks(1)?;
+    guest.enough().map(drop)
+}
