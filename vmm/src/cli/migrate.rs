@@ -214,9 +214,12 @@ fn describe(to: &Address, report: &Report) -> String {
     let pause = report.pause_us;
     let how = match report.how {
         Memory::Copy => format!(
-            "{:.1} MiB copied in {} rounds and the pause",
+            "{:.1} MiB copied in {} and the pause",
             mib(report.bytes),
-            report.rounds.len()
+            match report.rounds.len() {
+                1 => "1 round".to_owned(),
+                count => format!("{count} rounds"),
+            }
         ),
         Memory::Handoff => "memory was handed over".to_owned(),
     };

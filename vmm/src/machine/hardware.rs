@@ -101,6 +101,27 @@ impl Host {
     pub fn cpu(&self) -> &HostCpu {
         &self.cpu
     }
+
+    /// Sizes of a machine of `spec` that this host does not have.
+    pub fn lacks(&self, spec: &MachineSpec) -> Vec<HostError> {
+        let mut lacking = Vec::new();
+        let max_cpus = self.kvm.get_max_vcpus();
+        if usize::from(spec.cpus) > max_cpus {
+            lacking.push(HostError::Cpus(format!(
+                "{} is more than this host's KVM runs; ask for at most {max_cpus}",
+                spec.cpus
+            )));
+        }
+        let bits = self.cpu.physical_address_bits();
+        let end = layout::pci_mmio64(spec.memory).end;
+        if bits < 64 && end > 1 << bits {
+            lacking.push(HostError::Memory(format!(
+                "{} needs guest addresses of more than the {bits} bits this processor has; ask for less",
+                layout::format_memory_size(spec.memory)
+            )));
+        }
+        lacking
+    }
 }
 
 /// See the [module documentation](self).
@@ -147,11 +168,9 @@ impl Hardware {
         backends: Backends,
         output: Option<&Output>,
     ) -> Result<Self, BuildError> {
-        check_limits(
-            &spec,
-            host.kvm.get_max_vcpus(),
-            host.cpu.physical_address_bits(),
-        )?;
+        if let Some(error) = host.lacks(&spec).into_iter().next() {
+            return Err(error.into());
+        }
         let msrs = host.cpu.saved_msrs(&model);
         let vm = Vm::new(host.kvm, &ram)?;
         model.prepare_vm(vm.fd())?;
@@ -275,22 +294,4 @@ impl Hardware {
             vm: self.vm,
         })
     }
-}
-
-/// What only the host can say about sizes.
-fn check_limits(spec: &MachineSpec, max_cpus: usize, address_bits: u32) -> Result<(), HostError> {
-    if usize::from(spec.cpus) > max_cpus {
-        return Err(HostError::Cpus(format!(
-            "{} is more than this host's KVM runs; ask for at most {max_cpus}",
-            spec.cpus
-        )));
-    }
-    let end = layout::pci_mmio64(spec.memory).end;
-    if address_bits < 64 && end > 1 << address_bits {
-        return Err(HostError::Memory(format!(
-            "{} needs guest addresses of more than the {address_bits} bits this processor has; ask for less",
-            layout::format_memory_size(spec.memory)
-        )));
-    }
-    Ok(())
 }

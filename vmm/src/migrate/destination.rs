@@ -211,6 +211,7 @@ fn check(
     };
     let lacking = model.check_host(host.cpu());
     reasons.extend(lacking.iter().map(ToString::to_string));
+    reasons.extend(host.lacks(&spec).iter().map(ToString::to_string));
     if !reasons.is_empty() {
         return Err(reasons);
     }

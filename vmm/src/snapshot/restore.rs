@@ -16,7 +16,7 @@ use super::format::state::State;
 use super::overrides::{OverrideError, Overrides};
 use crate::config::MachineSpec;
 use crate::console::output::Output;
-use crate::kvm::model::{CpuModel, Mismatch};
+use crate::kvm::model::CpuModel;
 pub use crate::kvm::state::ClockChoice;
 use crate::kvm::state::{self, StateError};
 use crate::layout;
@@ -60,9 +60,9 @@ pub enum RestoreError {
     /// Files it names.
     #[error(transparent)]
     Override(#[from] OverrideError),
-    /// A host that lacks what the guest relies on.
+    /// A host that lacks what the guest relies on: all of it.
     #[error("this host cannot run the guest:{}", listed(.0))]
-    Host(Vec<Mismatch>),
+    Host(Vec<String>),
     /// The machine cannot be built.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -80,7 +80,7 @@ pub enum RestoreError {
     Io(#[from] std::io::Error),
 }
 
-fn listed(all: &[Mismatch]) -> String {
+fn listed(all: &[String]) -> String {
     all.iter().map(|one| format!("\n  {one}")).collect()
 }
 
@@ -102,6 +102,8 @@ pub struct Source {
     model: CpuModel,
     cpu: state::State,
     image: Image,
+    /// What is wrong with the files it names.
+    unfit: Option<String>,
 }
 
 /// A snapshot that this host can run.
@@ -136,8 +138,9 @@ impl Source {
             digest: Some(state.digest()?),
         };
         let image = Image::open(&reader, Some(&expected), bases)?;
-        overrides.check_files(&state.machine)?;
+        let files = overrides.check_files(&state.machine);
         Ok(Self {
+            unfit: files.err().map(|error| error.to_string()),
             state,
             spec,
             model,
@@ -157,8 +160,11 @@ impl Source {
         let host = Host::open(force)?;
         let mut lacking = self.model.check_host(host.cpu());
         lacking.extend(self.cpu.check_host(host.cpu()));
-        if !lacking.is_empty() {
-            return Err(RestoreError::Host(lacking));
+        let mut all: Vec<_> = lacking.iter().map(ToString::to_string).collect();
+        all.extend(host.lacks(&self.spec).iter().map(ToString::to_string));
+        all.extend(self.unfit.clone());
+        if !all.is_empty() {
+            return Err(RestoreError::Host(all));
         }
         Ok(Fit { source: self, host })
     }

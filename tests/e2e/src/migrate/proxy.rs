@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -44,6 +44,7 @@ pub enum Fault {
 pub struct Proxy {
     /// Where it listens, as `tern migrate` takes it.
     pub address: String,
+    plan: Arc<Plan>,
     told: mpsc::Receiver<mpsc::Sender<()>>,
 }
 
@@ -67,6 +68,7 @@ impl Proxy {
             happened: Mutex::new(false),
             tell,
         });
+        let shared = Arc::clone(&plan);
         std::thread::spawn(move || {
             for near in listener.incoming() {
                 let Ok(near) = near else { return };
@@ -84,7 +86,16 @@ impl Proxy {
                 std::thread::spawn(move || back.carry(far_too, near_too));
             }
         });
-        Ok(Self { address, told })
+        Ok(Self {
+            address,
+            plan: shared,
+            told,
+        })
+    }
+
+    /// Whether the frame came.
+    pub fn happened(&self) -> bool {
+        *self.plan.lock()
     }
 
     /// Waits until the moment of [`Fault::Tell`] has come; the frame waits until the
@@ -97,6 +108,10 @@ impl Proxy {
 }
 
 impl Plan {
+    fn lock(&self) -> MutexGuard<'_, bool> {
+        self.happened.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn carry(&self, mut from: TcpStream, mut to: TcpStream) {
         while let Some(mut frame) = read_frame(&mut from) {
             let now = {
