@@ -4,14 +4,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-/// How often, unless `TERN_ROUNDS` says it.
-const ROUNDS: u32 = 5;
-
-/// How often.
-pub fn rounds() -> Result<u32> {
+/// How often: so often, unless `TERN_ROUNDS` says otherwise.
+pub fn rounds(default: u32) -> Result<u32> {
     match std::env::var("TERN_ROUNDS") {
         Ok(text) => text.parse().with_context(|| format!("TERN_ROUNDS={text}")),
-        Err(_) => Ok(ROUNDS),
+        Err(_) => Ok(default),
     }
 }
 

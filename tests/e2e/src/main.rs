@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `TERN` | the monitor under test |
 //! | `TERN_IMAGES` | the directory `cargo xtask image` made: kernels and initramfs |
-//! | `TERN_ROUNDS` | how often guests are saved and restored by tests that do so again and again; 5 if not set |
+//! | `TERN_ROUNDS` | how often guests are saved and restored, or moved, by tests that do so again and again; a few times if not set |
 //! | `TERN_SEED` | the moments at which they do so, as a test that failed told it |
 
 mod api;

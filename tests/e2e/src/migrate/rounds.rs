@@ -10,6 +10,10 @@ use crate::chance::{Chance, rounds};
 use crate::load::{Load, TICK, expect_work};
 use crate::trial;
 
+/// How often, unless `TERN_ROUNDS` says it.
+const ROUNDS: u32 = 3;
+/// Copies memory. Emulated hosts are slow: with a shorter pause the guests would be slowed down all the time.
+const COPY: [&str; 3] = ["--copy", "--downtime", "500"];
 /// Longest time from one move to the next.
 const APART: Duration = Duration::from_millis(2000);
 /// Longest time from the start to the last of the moves that happen while the guest boots.
@@ -23,20 +27,20 @@ pub fn trials() -> Vec<Trial> {
             under_load(&[], |load| load)
         }),
         trial("migrate::rounds_copied_under_load", || {
-            under_load(&["--copy"], |load| load)
+            under_load(&COPY, |load| load)
         }),
         trial("migrate::rounds_copied_under_load_with_linux_6_1", || {
-            under_load(&["--copy"], Load::linux_6_1)
+            under_load(&COPY, Load::linux_6_1)
         }),
         trial("migrate::rounds_while_booting", || while_booting(&[])),
         trial("migrate::rounds_copied_while_booting", || {
-            while_booting(&["--copy"])
+            while_booting(&COPY)
         }),
     ]
 }
 
 fn under_load(options: &[&str], adjust: impl FnOnce(Load) -> Load) -> Result<()> {
-    let rounds = rounds()?;
+    let rounds = rounds(ROUNDS)?;
     let load = Load::with_everything(2)?.parameter(&format!("lost={}", rounds * LOST));
     let load = adjust(load);
     let mut chance = Chance::new();
@@ -80,7 +84,7 @@ fn under_load(options: &[&str], adjust: impl FnOnce(Load) -> Load) -> Result<()>
 /// The first moves find neither drivers nor devices. Then the guest comes up as ever, and nothing of its kernel's log is
 /// about that.
 fn while_booting(options: &[&str]) -> Result<()> {
-    let rounds = rounds()?;
+    let rounds = rounds(ROUNDS)?;
     let load = Load::with_everything(2)?
         .parameter(&format!("lost={}", rounds * LOST))
         .and_then("dmesg-clean");

@@ -10,6 +10,8 @@ use crate::chance::Chance;
 use crate::load::{Guest, Load, TICK, expect_work};
 use crate::trial;
 
+/// How often, unless `TERN_ROUNDS` says it.
+const ROUNDS: u32 = 5;
 /// Frames that may wait in a switch or in a queue when a guest is saved, and are not part of what is saved.
 const LOST: u32 = 64;
 /// Longest time from one generation to the next.
@@ -32,7 +34,7 @@ pub fn trials() -> Vec<Trial> {
 
 /// Each generation is made from the one before.
 fn rounds(adjust: impl FnOnce(Load) -> Load) -> Result<()> {
-    let rounds = crate::chance::rounds()?;
+    let rounds = crate::chance::rounds(ROUNDS)?;
     let load = Load::with_everything(2)?.parameter(&format!("lost={}", rounds * LOST));
     let load = adjust(load);
     let mut chance = Chance::new();
@@ -75,7 +77,7 @@ fn rounds(adjust: impl FnOnce(Load) -> Load) -> Result<()> {
 /// The first generations know neither drivers nor devices. Then the guest comes up as ever, and nothing of its kernel's log
 /// is about that.
 fn booting(adjust: impl FnOnce(Load) -> Load) -> Result<()> {
-    let rounds = crate::chance::rounds()?;
+    let rounds = crate::chance::rounds(ROUNDS)?;
     let lost = format!("lost={}", rounds * LOST);
     let load = adjust(
         Load::with_everything(2)?
