@@ -1,5 +1,6 @@
 //! `tern receive`.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -89,7 +90,10 @@ impl Receive {
             console: self.console,
             virtio_console: self.virtio_console,
         };
-        let receiver = Receiver::bind(self.address)?;
+        let receiver = Receiver::bind(self.address.clone())?;
+        if std::io::stderr().is_terminal() {
+            eprintln!("tern: waiting for a guest at {}", self.address);
+        }
         let candidate = receiver.wait(&overrides, self.force)?;
         let spec = candidate.spec().clone();
         let mut moved = Moved {

@@ -413,7 +413,6 @@ impl ArrivedGuest {
         };
         machine.migration.end();
         machine.start(paused || self.paused)?;
-        machine.functions().announce();
         let answering = self.answering;
         std::thread::Builder::new()
             .name("moved".to_owned())
@@ -425,6 +424,7 @@ impl ArrivedGuest {
                 // Otherwise the source asks, whenever it can.
                 answering.forget();
             })?;
+        machine.functions().announce();
         Ok(())
     }
 }
