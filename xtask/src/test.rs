@@ -47,10 +47,11 @@ const END_TO_END_MEMORY: u64 = 8 * 1024;
 const END_TO_END_CPUS: u32 = 1;
 /// How many emulated hosts there are at a time, on a machine with as many CPUs.
 const END_TO_END_HOSTS: usize = 2;
-/// The group of unit tests that need privilege, and so a machine: those of taps.
+/// The groups of unit tests that need privilege, and so a machine: those of taps, and of machines that hand taps over.
 const TAPS: &str = "taps::";
+const HANDED_OVER: &str = "handed-over::";
 /// The groups that take longest.
-const LONGEST: [&str; 2] = ["snapshot::", "sriov::"];
+const LONGEST: [&str; 3] = ["snapshot::", "migrate::", "sriov::"];
 /// Tests that run at the same time in one host: most of the time some guest waits for its own kernel.
 const END_TO_END_THREADS: &str = "--test-threads=2";
 
@@ -99,14 +100,15 @@ impl Test {
         let step = Step::begin("building tern and its end-to-end tests");
         let tern = workspace::release_binary("vmm", "tern")?;
         let tests = workspace::test_binary("e2e", "e2e")?;
-        let unit_tests = workspace::unit_tests("devices")?;
+        let of_devices = workspace::unit_tests("devices")?;
+        let of_machines = workspace::unit_tests("vmm")?;
         step.done();
         image::guests(&Kernel::ALL, false)?;
         let groups = match self.filter {
             Some(filter) => vec![filter],
             None => {
                 let mut groups = groups(&tests)?;
-                groups.push(TAPS.into());
+                groups.extend([TAPS.into(), HANDED_OVER.into()]);
                 groups
             }
         };
@@ -123,7 +125,8 @@ impl Test {
         }
         let command = |group: &str| -> Vec<OsString> {
             let (program, filter) = match group {
-                TAPS => (&unit_tests, "--ignored"),
+                TAPS => (&of_devices, "--ignored"),
+                HANDED_OVER => (&of_machines, "--ignored"),
                 filter => (&tests, filter),
             };
             vec![
