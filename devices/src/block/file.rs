@@ -40,6 +40,8 @@ struct Lock {
     taken: bool,
     /// Another process was given the descriptor, and with it the lock.
     lent: bool,
+    /// It was lent, and the other process may have given it back.
+    stale: bool,
 }
 
 impl RawFile {
@@ -133,12 +135,13 @@ impl RawFile {
     /// [`BlockError::InUse`] if somebody else has it.
     pub fn take_lock(&self) -> Result<bool, BlockError> {
         let mut state = self.lock();
-        if state.taken {
+        if state.taken && !state.stale {
             return Ok(false);
         }
         lock(&self.path, &self.file, self.read_only)?;
-        state.taken = true;
-        Ok(true)
+        let before = std::mem::replace(&mut state.taken, true);
+        state.stale = false;
+        Ok(!before)
     }
 
     /// Gives the lock back, if it was taken; the file stays open. Nothing may be in flight. Without effect on a file that
@@ -165,8 +168,30 @@ impl RawFile {
     }
 
     /// Whether another process has a descriptor, or is about to get one.
+    ///
+    /// Whoever had one can have given the lock of both back, and to somebody else: once it is over, the lock has to be
+    /// [taken](Self::take_lock) again, which has no effect if nobody did.
     pub fn set_lent(&self, lent: bool) {
-        self.lock().lent = lent;
+        let mut state = self.lock();
+        state.stale |= state.lent && !lent;
+        state.lent = lent;
+    }
+
+    /// Has on the storage what was written.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn sync(&self) -> io::Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.file.sync_data()
+    }
+
+    /// Whether another process has a descriptor.
+    pub fn is_lent(&self) -> bool {
+        self.lock().lent
     }
 
     fn lock(&self) -> MutexGuard<'_, Lock> {
