@@ -5,6 +5,7 @@
 //!                        └─ refuse
 //! ```
 
+use std::ops::ControlFlow;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -123,6 +124,11 @@ impl Decision {
             DestinationAction::Answer(outcome) => outcome,
             _ => Outcome::Unknown,
         }
+    }
+
+    /// Whether the source has learnt the outcome.
+    pub fn is_known(&self) -> bool {
+        self.lock().known
     }
 
     /// The source has learnt the outcome.
@@ -503,19 +509,26 @@ impl Prepared {
     /// Waits for the commit. `take` takes what only one process may hold; if it cannot, it lets go of all that it took, and
     /// the source keeps the guest. While it does, nobody who asks is answered.
     ///
-    /// After `Ok`, the guest is this process's, and nobody else's.
+    /// After `Ok`, the guest is this process's, and nobody else's. `watch` is asked now and then; with `Break` the guest is
+    /// refused.
     pub fn commit(
         mut self,
+        watch: &mut dyn FnMut() -> ControlFlow<()>,
         take: impl FnOnce() -> Result<(), GuestError>,
     ) -> Result<Committed, Failure> {
         let during = "commit";
-        let outcome = match self.connection.message("commit") {
-            Ok(Message::Commit) => {
+        let called_off = || Failure::Guest {
+            during,
+            source: "called off here".into(),
+        };
+        let outcome = match self.wait(watch) {
+            Ok(None) => Err(called_off()),
+            Ok(Some(Message::Commit)) => {
                 let begun = Instant::now();
                 self.decide(take).map(|()| begun)
             }
-            Ok(Message::Cancel { reason }) => Err(Failure::Cancelled { during, reason }),
-            Ok(other) => Err(Failure::Wire {
+            Ok(Some(Message::Cancel { reason })) => Err(Failure::Cancelled { during, reason }),
+            Ok(Some(other)) => Err(Failure::Wire {
                 during,
                 source: WireError::Unexpected {
                     found: other.name().to_owned(),
@@ -540,6 +553,32 @@ impl Prepared {
                     let _ = self.connection.receive_within(Duration::from_secs(1));
                 }
                 Err(failure)
+            }
+        }
+    }
+
+    /// The next message; `None` if it was called off here.
+    fn wait(
+        &mut self,
+        watch: &mut dyn FnMut() -> ControlFlow<()>,
+    ) -> Result<Option<Message>, WireError> {
+        const LOOK: Duration = Duration::from_millis(50);
+        let silence = self.connection.silence();
+        let mut heard = Instant::now();
+        loop {
+            let before = self.connection.received();
+            match self.connection.receive_within(LOOK)? {
+                Some(Received::Message(message)) => return Ok(Some(message)),
+                Some(other) => {
+                    return Err(WireError::Unexpected {
+                        found: other.name(),
+                        expected: "commit",
+                    });
+                }
+                None if watch().is_break() => return Ok(None),
+                None if self.connection.received() != before => heard = Instant::now(),
+                None if heard.elapsed() > silence => return Err(WireError::Silent(silence)),
+                None => {}
             }
         }
     }

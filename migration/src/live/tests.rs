@@ -217,7 +217,12 @@ fn a_guest_is_moved_with_all_its_memory() {
         };
         let receiving = offered.accept().unwrap();
         let prepared = receiving.receive(&mut guest, &mut |_: Arrived| {}).unwrap();
-        assert!(prepared.commit(|| Ok(())).unwrap().running());
+        assert!(
+            prepared
+                .commit(&mut || ControlFlow::Continue(()), || Ok(()))
+                .unwrap()
+                .running()
+        );
         guest
     });
     let mut guest = Leaving::new();
@@ -265,7 +270,12 @@ fn a_guest_is_handed_over_with_its_files() {
         };
         let receiving = offered.accept().unwrap();
         let prepared = receiving.receive(&mut guest, &mut |_| {}).unwrap();
-        assert!(prepared.commit(|| Ok(())).unwrap().running());
+        assert!(
+            prepared
+                .commit(&mut || ControlFlow::Continue(()), || Ok(()))
+                .unwrap()
+                .running()
+        );
     });
     let mut guest = Leaving::new();
     let mut near = Some(near);

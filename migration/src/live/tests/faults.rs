@@ -301,7 +301,7 @@ fn hear(
     let receiving = offered.accept().ok()?;
     let prepared = receiving.receive(&mut guest, &mut |_| {}).ok()?;
     let committed = prepared
-        .commit(|| {
+        .commit(&mut || ControlFlow::Continue(()), || {
             while habits.stalls && !go_on.load(Ordering::SeqCst) {
                 std::thread::sleep(Duration::from_millis(10));
             }
