@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::body::Bytes;
@@ -208,11 +209,13 @@ async fn migrate(Extract(context): Extract<Context>, body: Bytes) -> Response {
     };
     let (tell, told) = oneshot::channel();
     let machine = Arc::clone(&context.machine);
+    let called_off = Arc::new(AtomicBool::new(false));
+    let mut waiting = CallingOff(Some(Arc::clone(&called_off)));
     // A thread of its own: it lasts as long as a doubt does.
     let thread = std::thread::Builder::new()
         .name("migrate".to_owned())
         .spawn(move || {
-            migrate::run(&machine, &request, |answer| {
+            migrate::run(&machine, &request, &called_off, |answer| {
                 // Whoever asked may be gone.
                 let _ = tell.send(answer);
             });
@@ -220,7 +223,6 @@ async fn migrate(Extract(context): Extract<Context>, body: Bytes) -> Response {
     if let Err(error) = thread {
         return failure(StatusCode::INTERNAL_SERVER_ERROR, error);
     }
-    let mut waiting = CallingOff(Some(Arc::clone(&context.machine)));
     let answer = told.await;
     waiting.0 = None;
     tell_state(&context);
@@ -235,12 +237,12 @@ async fn migrate(Extract(context): Extract<Context>, body: Bytes) -> Response {
 }
 
 /// Whoever asked for a migration and waits for it; dropped if the connection is closed before the answer.
-struct CallingOff(Option<Arc<Machine>>);
+struct CallingOff(Option<Arc<AtomicBool>>);
 
 impl Drop for CallingOff {
     fn drop(&mut self) {
-        if let Some(machine) = &self.0 {
-            machine.migration.call_off();
+        if let Some(called_off) = &self.0 {
+            called_off.store(true, Ordering::Relaxed);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! `tern migrate` and `tern resolve`.
 
-use std::io::IsTerminal;
+use std::fs::File;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
@@ -115,20 +116,22 @@ impl Migrate {
             },
             insecure: self.insecure,
         })?;
+        // Before anything happens: a guest that was moved is not moved back for it.
+        let report_file = match &self.report {
+            Some(path) => Some(File::create(path).with_context(|| path.display().to_string())?),
+            None => None,
+        };
         let answer = follow(&self.api_socket, &body)?;
         if self.json {
             println!("{}", serde_json::to_string(&answer)?);
         }
         match answer {
             Answer::Moved { report } => {
-                if let Some(path) = &self.report {
-                    let written = std::fs::write(path, html::page(&to.to_string(), &report));
-                    written.with_context(|| {
-                        format!(
-                            "the guest was moved, but {} cannot be written",
-                            path.display()
-                        )
-                    })?;
+                let html = html::page(&to.to_string(), &report);
+                if let Some(mut file) = report_file
+                    && let Err(error) = file.write_all(html.as_bytes())
+                {
+                    eprintln!("tern: the report cannot be written: {error}");
                 }
                 if !self.json {
                     println!("{}", describe(&to, &report));
@@ -240,7 +243,8 @@ fn describe(to: &Address, report: &Report) -> String {
 const DOUBT: &str = "\
 A guest is in doubt if the connection was lost right after it had been given away: the other process runs it, or never will,
 and could not be asked. This process keeps it, standing still, and goes on asking. If the other process cannot be reached any
-more, somebody has to look: a guest that runs twice destroys its disks.
+more, somebody has to look. A guest that ran there, however briefly, has changed its disks, and its memory if that was handed
+over: going on with it here destroys them, as running it twice does.
 
 Exit status: 0 the doubt is over; 1 there was none.";
 
@@ -253,11 +257,11 @@ pub struct Resolve {
     #[arg(long, value_name = "PATH")]
     api_socket: PathBuf,
 
-    /// The guest does not run elsewhere and never will: let it go on here
+    /// The guest did not run elsewhere and never will: let it go on here
     #[arg(long, group = "what")]
     run: bool,
 
-    /// The guest runs elsewhere: end it here
+    /// The guest runs elsewhere, or ran there: end it here
     #[arg(long, group = "what")]
     discard: bool,
 

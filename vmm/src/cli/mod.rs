@@ -5,7 +5,7 @@ pub mod control;
 mod info;
 mod inspect;
 mod migrate;
-mod process;
+pub(crate) mod process;
 mod receive;
 mod restore;
 pub mod run;

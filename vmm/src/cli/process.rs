@@ -44,8 +44,8 @@ pub trait Origin {
         Ok(())
     }
 
-    /// Starts the machine.
-    fn start(&mut self, machine: &Machine) -> anyhow::Result<()>;
+    /// Starts the machine. Nobody else takes `signals` meanwhile.
+    fn start(&mut self, machine: &Machine, signals: &mut Signals) -> anyhow::Result<()>;
 }
 
 /// Starts `machine`. One that ended before is no error: it says itself how.
@@ -102,15 +102,15 @@ impl Process {
         };
         let backends = Backends::open_from(&spec, origin.provider(), input, &loss)?;
         let machine = origin.build(spec, backends, output.as_ref())?;
-        keep_made();
         let server = match socket {
             Some(socket) => Some(Server::start(socket, Arc::clone(&machine))?),
             None => None,
         };
         origin.arrive(&machine)?;
+        keep_made();
         let mut signals = self.watch.finish()?;
-        let outcome = run::run(&machine, &mut signals, sink, |machine| {
-            origin.start(machine)
+        let outcome = run::run(&machine, &mut signals, sink, |machine, signals| {
+            origin.start(machine, signals)
         });
         // What follows waits for threads, which may hang together with a disk. Another signal then ends the process
         // at once, so that nothing may be left to do that outlives it.

@@ -1,6 +1,7 @@
 //! `tern receive`.
 
 use std::io::IsTerminal;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use crate::machine::functions::Backends;
 use crate::machine::provider::Provider;
 use crate::migrate::address::Address;
 use crate::migrate::destination::{ArrivedGuest, Candidate, Receiver};
+use crate::signals::{Signal, Signals};
 use crate::snapshot::overrides::{DiskOverride, NetOverride, Overrides};
 
 const EXAMPLES: &str = "\
@@ -25,8 +27,9 @@ Examples:
   tern migrate --api-socket here.sock unix:move.sock
 
 The machine is built when a guest is offered, with the options it had at its source; what is not the same here is said with
-options. Over a unix: address, open disks and taps are handed over, and memory too unless the source copies it. Over tcp:,
-disks have to be there by their paths, and are locked here when the source has let go of them.
+options. Over a unix: address, open disks and taps are handed over, and memory too unless the source copies it; a console on a
+file is not: give another one with --console. Over tcp:, no path of the source is followed: every disk and tap is named with
+--disk and --net, and disks are locked here when the source has let go of them.
 
 Nothing of the guest happens here before all of it has arrived and its source gives it away. If that fails, this process
 ends with status 1, and the guest goes on at its source.";
@@ -135,8 +138,12 @@ impl Origin for Moved {
         Ok(())
     }
 
-    fn start(&mut self, machine: &Machine) -> anyhow::Result<()> {
+    fn start(&mut self, machine: &Machine, signals: &mut Signals) -> anyhow::Result<()> {
         let arrived = self.arrived.take().context("no guest has arrived")?;
-        arrived.start(machine, self.paused)
+        let mut ended = || match signals.take() {
+            Some(Signal::End(_)) => ControlFlow::Break(()),
+            Some(Signal::Continued) | None => ControlFlow::Continue(()),
+        };
+        arrived.start(machine, self.paused, &mut ended)
     }
 }

@@ -13,6 +13,7 @@ use crate::console::output::Output;
 use crate::exit;
 use crate::machine::Machine;
 use crate::machine::functions::Backends;
+use crate::signals::Signals;
 use crate::snapshot::overrides::{DiskOverride, NetOverride, Overrides};
 use crate::snapshot::restore::{ClockChoice, Fit, Options, Source};
 
@@ -133,7 +134,7 @@ impl Origin for Saved {
         Ok(source.restore(backends, output, self.options)?)
     }
 
-    fn start(&mut self, machine: &Machine) -> anyhow::Result<()> {
+    fn start(&mut self, machine: &Machine, _signals: &mut Signals) -> anyhow::Result<()> {
         process::start(machine, self.paused)
     }
 }

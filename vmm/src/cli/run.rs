@@ -15,6 +15,7 @@ use crate::kvm::model::CpuModel;
 use crate::machine::functions::Backends;
 use crate::machine::hardware::fresh_ram;
 use crate::machine::{Hardware, Host, Machine};
+use crate::signals::Signals;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -176,7 +177,7 @@ impl Origin for Boot {
         Ok(hardware.finish())
     }
 
-    fn start(&mut self, machine: &Machine) -> anyhow::Result<()> {
+    fn start(&mut self, machine: &Machine, _signals: &mut Signals) -> anyhow::Result<()> {
         process::start(machine, self.paused)
     }
 }

@@ -316,6 +316,16 @@ impl Functions {
         self.host.take_locks()
     }
 
+    /// Has everything on the storage that was written to disks, before another host reads it there. Those that are lent are
+    /// left out: whoever has them sees what was written.
+    ///
+    /// # Errors
+    ///
+    /// The name of a disk, and the host's answer.
+    pub fn sync(&self) -> Result<(), String> {
+        self.host.sync()
+    }
+
     /// Gives back the locks of all disks, so that another process can take them. Nothing may be in flight, and the machine
     /// must not go on before it [took them](Self::take_locks) again. Those of disks that are lent stay, as the other process
     /// has them too.

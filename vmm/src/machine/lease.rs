@@ -30,8 +30,9 @@ impl Purpose {
     /// True if no administration command may be under way meanwhile.
     fn excludes_commands(self) -> bool {
         match self {
-            Self::Start | Self::Pause | Self::Resume => false,
-            Self::Snapshot | Self::Migration => true,
+            Self::Pause | Self::Resume => false,
+            // A state may just have been put into a machine that has not been started.
+            Self::Start | Self::Snapshot | Self::Migration => true,
         }
     }
 }

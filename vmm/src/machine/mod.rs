@@ -106,6 +106,8 @@ pub enum Arrival {
     Restored,
     /// From another process, which does not run it any more.
     Moved,
+    /// The same, after it was restored there and never ran: it was not told of its new VM generation ID.
+    MovedUntold,
 }
 
 /// How the start of the guest stands.
@@ -339,6 +341,14 @@ impl Machine {
         Ok(Quiesced { machine: self, ran })
     }
 
+    /// Whether the guest was not told yet that its VM generation ID is another one.
+    pub(crate) fn owes_generation(&self) -> bool {
+        matches!(
+            *self.lock_arrival(),
+            Some(Arrival::Restored | Arrival::MovedUntold)
+        )
+    }
+
     /// Has `put` put a state into the machine, which was not started: its vCPUs have no threads yet. Interrupt routes are
     /// set up together at the end.
     pub(crate) fn put<E>(
@@ -353,7 +363,7 @@ impl Machine {
     }
 
     /// Gives every vCPU its thread, where it waits until the guest runs.
-    fn give_threads(&self) -> Result<(), TransitionError> {
+    pub(crate) fn give_threads(&self) -> Result<(), TransitionError> {
         let Some((wiring, vcpus)) = self.lock_unstarted().take() else {
             return Ok(());
         };
@@ -381,6 +391,10 @@ impl Machine {
     }
 
     fn let_run(&self) -> Result<(), TransitionError> {
+        // Nothing of a guest that has ended happens any more, in devices either.
+        if self.control.state() == RunState::Ended {
+            return Err(ControlError::Ended.into());
+        }
         // They were given back if the guest was to run elsewhere.
         let locked = self.functions.take_locks();
         locked.map_err(|names| TransitionError::Locked(names.join(", ")))?;
@@ -391,12 +405,16 @@ impl Machine {
                 function.signal_again();
             }
         }
-        if arrival == Some(Arrival::Restored) {
+        if matches!(arrival, Some(Arrival::Restored | Arrival::MovedUntold)) {
             let _ = self.generation.write(1);
         }
         self.functions.reopen(Reasons::PAUSED);
         self.serial.resume();
-        Ok(self.control.resume()?)
+        self.control.resume()?;
+        if matches!(arrival, Some(Arrival::Moved | Arrival::MovedUntold)) {
+            self.functions.announce();
+        }
+        Ok(())
     }
 
     /// Registers the doorbells of functions that became live without a write of their drivers.

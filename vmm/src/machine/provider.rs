@@ -140,6 +140,14 @@ impl HostSide {
         }
     }
 
+    /// See [`Functions::sync`](super::functions::Functions::sync).
+    pub(super) fn sync(&self) -> Result<(), String> {
+        for (name, disk) in self.disks.iter().filter(|(_, disk)| !disk.is_lent()) {
+            disk.sync().map_err(|error| format!("{name}: {error}"))?;
+        }
+        Ok(())
+    }
+
     /// See [`Functions::lend`](super::functions::Functions::lend).
     pub(super) fn lend(&self) -> io::Result<Vec<(String, OwnedFd)>> {
         let disks = self.disks.iter();

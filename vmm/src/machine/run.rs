@@ -48,7 +48,7 @@ pub fn run(
     machine: &Machine,
     signals: &mut Signals,
     sink: Option<Sink>,
-    start: impl FnOnce(&Machine) -> anyhow::Result<()>,
+    start: impl FnOnce(&Machine, &mut Signals) -> anyhow::Result<()>,
 ) -> anyhow::Result<Outcome> {
     let raw = match sink {
         Some(_) => RawMode::enter()?,
@@ -65,7 +65,7 @@ pub fn run(
         sink,
         escape: terminal.then(Escape::default),
     };
-    start(machine)?;
+    start(machine, signals)?;
     loop {
         let ready = wait(machine, signals, &input)?;
         if ready.ended {

@@ -5,14 +5,15 @@ use std::io;
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migration::wire::connection::Limits;
 use migration::wire::{Connection, WireError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::sockopt;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
 use crate::api::socket::Socket;
 
@@ -97,7 +98,7 @@ impl Address {
     pub fn connect(&self, limits: Limits) -> Result<Connection, WireError> {
         let socket = match self {
             Self::Unix(path) => {
-                let stream = UnixStream::connect(path).map_err(|error| self.unreachable(&error))?;
+                let stream = connect_unix(path).map_err(|error| self.unreachable(&error))?;
                 trusted(&stream)?;
                 OwnedFd::from(stream)
             }
@@ -130,6 +131,24 @@ impl Address {
             _ => "",
         };
         io::Error::new(error.kind(), format!("cannot reach {self}: {error}{cure}"))
+    }
+}
+
+/// Connects to a Unix socket. One whose listener accepts nothing is not waited for without end, as `connect` would.
+fn connect_unix(path: &Path) -> io::Result<UnixStream> {
+    const AGAIN: Duration = Duration::from_millis(20);
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let deadline = Instant::now() + CONNECT;
+    loop {
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => return Ok(UnixStream::from(socket)),
+            Err(Errno::AGAIN) if Instant::now() < deadline => std::thread::sleep(AGAIN),
+            Err(Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
@@ -192,7 +211,7 @@ impl Listener {
             Self::Tcp(listener) => listener.as_fd(),
         };
         match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)) {
-            Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(None),
+            Ok(0) | Err(Errno::INTR) => return Ok(None),
             Ok(_) => {}
             Err(error) => return Err(error.into()),
         }

@@ -8,9 +8,10 @@
 //! From the acceptance on, a thread answers a source that lost its connection and asks what became of the guest.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use migration::live::destination::{
     Arrived, Decision, Failure, Incoming, Offered, Prepared, Receiving, answer,
 };
 use migration::live::{DestinationGuest, GuestError};
+use migration::wire::Connection;
 use migration::wire::connection::{Limits, Section};
 use migration::wire::message::{Memory, Outcome};
 
@@ -170,8 +172,15 @@ fn check(
     if !address.passes_files()
         && let Err(error) = overrides.check_trust(&offer.machine)
     {
-        reasons.push(error.to_string());
+        // Nor is anything said of what is there.
+        return Err(one(&error));
     }
+    let sizes: BTreeMap<_, _> = offer
+        .machine
+        .files()
+        .into_iter()
+        .filter_map(|(name, file, _)| Some((name, file.identity?.size)))
+        .collect();
     let named = overrides.apply(&mut offer.machine);
     reasons.extend(named.err().map(|error| error.to_string()));
     let spec = offer.machine.to_spec().map_err(|e| {
@@ -191,8 +200,8 @@ fn check(
         match std::fs::metadata(&file.path) {
             Err(error) => reasons.push(format!("{name}: {}: {error}", file.path.display())),
             Ok(there) => {
-                let size = file.identity.map(|identity| identity.size);
-                if size.is_some_and(|size| there.is_file() && size != there.len()) {
+                let size = sizes.get(&name);
+                if size.is_some_and(|size| there.is_file() && *size != there.len()) {
                     let (path, len) = (file.path.display(), there.len());
                     reasons.push(format!(
                         "{name}: {path} has {len} bytes here and another size at the source; it has to be the same disk"
@@ -375,9 +384,16 @@ impl DestinationGuest for Landing<'_> {
             return Err(Unfit::Host(all.join("; ")).into());
         }
         self.paused = guest.paused;
+        let arrival = if guest.untold {
+            Arrival::MovedUntold
+        } else {
+            Arrival::Moved
+        };
         let devices = guest.devices();
-        let (arrival, clock) = (Arrival::Moved, ClockChoice::Host);
-        Ok(capture::put(self.machine, &devices, &cpu, arrival, clock)?)
+        let clock = ClockChoice::Host;
+        capture::put(self.machine, &devices, &cpu, arrival, clock)?;
+        // Now, since nothing that can fail may be left once the source has given the guest away.
+        Ok(self.machine.give_threads()?)
     }
 }
 
@@ -391,30 +407,39 @@ pub struct ArrivedGuest {
 }
 
 impl ArrivedGuest {
-    /// Waits until the source gives the guest away, and has it run in `machine`, unless it was paused or is to be.
-    pub fn start(self, machine: &Machine, paused: bool) -> anyhow::Result<()> {
+    /// Waits until the source gives the guest away, and has it run in `machine`, unless it was paused or is to be. `watch` is
+    /// asked now and then; with `Break` the guest stays at its source.
+    pub fn start(
+        self,
+        machine: &Machine,
+        paused: bool,
+        watch: &mut dyn FnMut() -> ControlFlow<()>,
+    ) -> anyhow::Result<()> {
         let take = || {
+            if let Some(outcome) = machine.outcome() {
+                return Err(outcome.to_string().into());
+            }
             if self.handed_over {
                 return Ok(());
             }
             let taken = machine.functions().take_locks();
             taken.map_err(|names| format!("another process has {}", names.join(", ")).into())
         };
-        let committed = match self.prepared.commit(take) {
+        let committed = match self.prepared.commit(watch, take) {
             Ok(committed) => committed,
             Err(failure) => {
                 // A source that does not know yet may ask.
-                let knows = matches!(failure, Failure::Cancelled { .. } | Failure::Guest { .. });
-                if !knows {
+                if !matches!(failure, Failure::Cancelled { .. }) {
                     self.decision.wait_until_told(GRACE);
                 }
                 return Err(failure.into());
             }
         };
         machine.migration.end();
-        machine.start(paused || self.paused)?;
+        // If it has ended meanwhile it ended here.
+        crate::cli::process::start(machine, paused || self.paused)?;
         let answering = self.answering;
-        std::thread::Builder::new()
+        let said = std::thread::Builder::new()
             .name("moved".to_owned())
             .stack_size(256 << 10)
             .spawn(move || {
@@ -423,8 +448,10 @@ impl ArrivedGuest {
                 }
                 // Otherwise the source asks, whenever it can.
                 answering.forget();
-            })?;
-        machine.functions().announce();
+            });
+        if let Err(error) = said {
+            tracing::warn!(%error, "the source is not told that the guest runs here; it will ask");
+        }
         Ok(())
     }
 }
@@ -443,8 +470,9 @@ impl Answering {
             .name("outcome".to_owned())
             .stack_size(256 << 10)
             .spawn(move || {
-                while !ended.load(Ordering::Acquire) {
-                    serve(&listener, &decision);
+                let busy = Arc::new(AtomicUsize::new(0));
+                while !ended.load(Ordering::Acquire) && !decision.is_known() {
+                    serve(&listener, &decision, &busy);
                 }
             })?;
         Ok(Self {
@@ -473,7 +501,12 @@ impl Drop for Answering {
     }
 }
 
-fn serve(listener: &Listener, decision: &Decision) {
+/// Accepts one connection, and answers it on a thread of its own: one who says nothing holds nobody up.
+fn serve(listener: &Listener, decision: &Decision, busy: &Arc<AtomicUsize>) {
+    if busy.load(Ordering::Acquire) >= STRANGERS {
+        std::thread::sleep(LOOK);
+        return;
+    }
     let connection = match listener.accept(Limits::default(), LOOK) {
         Ok(Some(connection)) => connection,
         Ok(None) => return,
@@ -483,6 +516,21 @@ fn serve(listener: &Listener, decision: &Decision) {
             return;
         }
     };
+    busy.fetch_add(1, Ordering::AcqRel);
+    let (decision, counted) = (decision.clone(), Arc::clone(busy));
+    let thread = std::thread::Builder::new()
+        .name("question".to_owned())
+        .stack_size(256 << 10)
+        .spawn(move || {
+            hear(connection, &decision);
+            counted.fetch_sub(1, Ordering::AcqRel);
+        });
+    if thread.is_err() {
+        busy.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+fn hear(connection: Connection, decision: &Decision) {
     match Incoming::accept(connection, PROGRAM) {
         Ok(Incoming::Question {
             session,

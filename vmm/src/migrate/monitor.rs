@@ -103,9 +103,20 @@ impl Monitor {
         true
     }
 
-    /// A migration begins at its source, which is not called off yet.
-    pub(super) fn begin(&self) {
-        *self.lock() = Inner::default();
+    /// A migration to `to` begins at its source, which is not called off yet.
+    pub(super) fn begin(&self, to: &str) {
+        *self.lock() = Inner {
+            status: Some(Status::Source {
+                to: to.to_owned(),
+                phase: Phase::Connect,
+                round: 0,
+                done: 0,
+                total: 0,
+                slow_down: 0,
+                predicted_us: None,
+            }),
+            ..Inner::default()
+        };
     }
 
     /// So far is the source. True if it was called off.

@@ -2,13 +2,14 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use migration::live::commit::{Source as State, SourceAction, SourceEvent};
+use migration::live::commit::{Resolution, Source as State, SourceAction, SourceEvent};
 use migration::live::source::{self, End, Options};
 use migration::live::{GuestError, Limits, OnTimeout, Report, SourceGuest, migrate};
 use migration::wire::connection::{self, Named, Section};
-use migration::wire::message::Memory;
+use migration::wire::message::{Memory, Outcome as Known};
 use migration::{PageSet, SnapshotId};
 use serde::{Deserialize, Serialize};
 
@@ -111,6 +112,7 @@ pub enum Answer {
 pub fn run(
     machine: &Arc<Machine>,
     request: &Request,
+    called_off: &AtomicBool,
     answer: impl FnOnce(Result<Answer, MigrateError>),
 ) {
     let (lease, to) = match begin(machine, request) {
@@ -149,29 +151,31 @@ pub fn run(
         },
         ask: ASK,
     };
-    machine.migration.begin();
+    machine.migration.begin(&name);
     let mut connect = || to.connect(connection::Limits::default());
     let mut watch = |progress: source::Progress| {
         // A guest that has ended is moved nowhere.
-        let called_off = machine.migration.leaving(&name, &progress);
-        if called_off || machine.outcome().is_some() {
+        let asked = machine.migration.leaving(&name, &progress);
+        if asked || called_off.load(Ordering::Relaxed) || machine.outcome().is_some() {
             ControlFlow::Break(())
         } else {
             ControlFlow::Continue(())
         }
     };
-    match migrate(&mut leaving, &mut connect, &options, &mut watch) {
+    let result = match migrate(&mut leaving, &mut connect, &options, &mut watch) {
         End::Moved(report) => {
             leaving.stay_stopped();
             answer(Ok(Answer::Moved { report: *report }));
             machine.finish(Outcome::Moved(name));
+            machine.migration.end();
+            return;
         }
         End::Kept(reason) => {
             let reason = match machine.outcome() {
                 Some(outcome) => format!("{outcome} ({})", chain(&reason)),
                 None => chain(&reason),
             };
-            answer(Err(MigrateError::Kept(reason)));
+            Err(MigrateError::Kept(reason))
         }
         End::Lost { reason, error } => {
             leaving.stay_stopped();
@@ -179,7 +183,7 @@ pub fn run(
                 "{}; it stands still, since {error}; when that is free again, `tern resume` lets it go on",
                 chain(&reason)
             );
-            answer(Err(MigrateError::Kept(reason)));
+            Err(MigrateError::Kept(reason))
         }
         End::InDoubt {
             session,
@@ -193,10 +197,15 @@ pub fn run(
                 // How the process ends says that, too.
                 return;
             }
+            machine.migration.end();
+            return;
         }
-    }
+    };
+    // Whoever is told can begin something else at once.
     drop(leaving);
     machine.migration.end();
+    drop(lease);
+    answer(result);
 }
 
 fn begin<'m>(
@@ -213,8 +222,8 @@ fn begin<'m>(
 fn doubt(to: &str, reason: &str, asked: &str) -> String {
     format!(
         "the guest was given to {to}, and whether it runs there is not known ({reason}; {asked}). It stands still here. \
-         Look whether it runs there: if it does, end it here with `tern resolve --discard`; if it does not and never will, \
-         go on here with `tern resolve --run`"
+         Look whether it ran there: if it did, however briefly, end it here with `tern resolve --discard`; if it did not and \
+         never will, go on here with `tern resolve --run`"
     )
 }
 
@@ -229,7 +238,12 @@ fn settle(
     let mut waited = Duration::ZERO;
     let action = loop {
         let event = match machine.migration.wait_for_resolution(LOOK) {
-            Some(resolution) => SourceEvent::Resolve(resolution),
+            // Whoever says that may be wrong, and somebody may know better by now.
+            Some(Resolution::Run) => match source::ask(connect, session) {
+                Ok(Known::Running) => SourceEvent::Outcome(Known::Running),
+                Ok(_) | Err(_) => SourceEvent::Resolve(Resolution::Run),
+            },
+            Some(Resolution::Discard) => SourceEvent::Resolve(Resolution::Discard),
             None if machine.outcome().is_some() => {
                 leaving.stay_stopped();
                 return false;
@@ -374,7 +388,13 @@ impl SourceGuest for Leaving<'_> {
     fn state(&mut self) -> Result<Vec<Section>, GuestError> {
         let devices = Devices::of(self.machine)?;
         let cpu = capture::cpus(self.machine)?;
-        let guest = Guest::of(devices, &cpu, self.paused);
+        let untold = self.machine.owes_generation();
+        let guest = Guest::of(devices, &cpu, self.paused, untold);
+        // Another host reads from the storage what the guest was told to be written.
+        self.machine
+            .functions()
+            .sync()
+            .map_err(|error| format!("cannot sync {error}"))?;
         Ok(vec![Section {
             name: moving::GUEST.to_owned(),
             version: moving::NEWEST,

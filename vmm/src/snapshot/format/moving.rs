@@ -135,6 +135,8 @@ pub struct Guest {
     pub version: Version<NEWEST>,
     /// It was paused before it was moved, and stays so.
     pub paused: bool,
+    /// Its VM generation ID is another one, and it was not told.
+    pub untold: bool,
     /// State of each vCPU, in their order.
     pub vcpus: Vec<Vcpu>,
     /// Interrupt controllers that vCPUs share.
@@ -202,12 +204,13 @@ impl Offer {
 }
 
 impl Guest {
-    /// Of a guest with this state, which was `paused` before.
-    pub fn of(devices: Devices, cpu: &state::State, paused: bool) -> Self {
+    /// Of a guest with this state, which was `paused` before, and `untold` of its VM generation ID.
+    pub fn of(devices: Devices, cpu: &state::State, paused: bool, untold: bool) -> Self {
         Self {
             format: GuestFormat,
             version: Version::default(),
             paused,
+            untold,
             vcpus: cpu.vcpus.iter().map(Vcpu::of).collect(),
             irqchip: Irqchip::of(&cpu.irqchip),
             clock: Clock::of(&cpu.clock),
@@ -260,7 +263,7 @@ mod tests {
             owners: state.owners,
             serial: state.serial,
         };
-        let guest = Guest::of(devices, &cpu, true);
+        let guest = Guest::of(devices, &cpu, true, false);
         let text = write(&guest).unwrap();
         assert_eq!(parse(&text), Ok(guest.clone()));
         assert_eq!(guest.cpu(&model).unwrap(), cpu);
