@@ -1,5 +1,6 @@
 //! The scenarios, by name.
 
+mod beat;
 mod block;
 mod boot;
 mod clock;
@@ -52,7 +53,7 @@ impl fmt::Display for Found {
 type Run = fn(&Request) -> Result<Found>;
 
 /// Name, parameters, what runs. The README says what each does.
-const SCENARIOS: [(&str, &[&str], Run); 36] = [
+const SCENARIOS: [(&str, &[&str], Run); 37] = [
     ("boot", &[], boot::run),
     ("pci", &[], pci::run),
     ("poweroff", &[], |_| power::end(RebootCommand::PowerOff)),
@@ -79,6 +80,7 @@ const SCENARIOS: [(&str, &[&str], Run); 36] = [
     ("shell", &[], console::shell),
     ("memory-touch", &["mib"], memory::touch),
     ("memory-zero", &["mib"], memory::zero),
+    ("beat", &["mib", "rate"], beat::run),
     ("vm-fork", &[], fork::run),
     ("demo", &["disks", "networks"], demo::run),
     ("sriov-enable", &["pf", "n", "drivers"], sriov::enable),
