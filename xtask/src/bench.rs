@@ -4,8 +4,10 @@
 
 mod boot;
 mod context;
-mod process;
+mod host;
+mod size;
 mod snapshot;
+mod spread;
 mod vfs;
 
 use anyhow::Result;

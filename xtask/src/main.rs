@@ -15,6 +15,7 @@ mod image;
 mod kvm;
 mod modules;
 mod packages;
+mod process;
 mod schema;
 mod test;
 mod tools;

@@ -10,8 +10,8 @@ use clap::Args;
 use serde::Serialize;
 
 use super::median;
-use super::process::Monitor;
 use crate::image::{self, Kernel};
+use crate::process::Monitor;
 use crate::{kvm, workspace};
 
 /// The first thing the test guest's init says.

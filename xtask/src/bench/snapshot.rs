@@ -13,18 +13,16 @@ mod guest;
 mod inside;
 
 use std::ffi::OsString;
-use std::fmt;
-use std::fs;
 use std::path::PathBuf;
-use std::str::FromStr;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
-use serde::Serialize;
 
 pub use self::inside::Inside;
+use super::host::about;
+use super::size::Mib;
 use crate::image::{self, Kernel};
-use crate::{kvm, tools, workspace};
+use crate::{kvm, workspace};
 
 /// Memory of guest, initial file tree and monitor besides what the guest is told to touch, in MiB; generous.
 const GUEST_ITSELF: u64 = 192;
@@ -155,71 +153,6 @@ impl Snapshot {
     }
 }
 
-/// Day, processor and load of this host, and the guest's kernel.
-fn about(kernel: &str) -> Result<String> {
-    let day = tools::output("date", &["-u", "+%F"])?;
-    let read = |path: &str| fs::read_to_string(path).with_context(|| path.to_owned());
-    let cpuinfo = read("/proc/cpuinfo")?;
-    let processor = processor(&cpuinfo).context("/proc/cpuinfo names no model")?;
-    let load = read("/proc/loadavg")?;
-    let load = load.split_whitespace().next().unwrap_or("?");
-    let cores = std::thread::available_parallelism()?;
-    Ok(format!(
-        "{}; {cores} cores of an {processor}, load average {load} at the beginning; guests with {kernel}",
-        day.trim_end()
-    ))
-}
-
-/// The model of the first processor.
-fn processor(cpuinfo: &str) -> Option<&str> {
-    let line = cpuinfo
-        .lines()
-        .find_map(|line| line.strip_prefix("model name"))?;
-    Some(line.split_once(':')?.1.trim())
-}
-
-/// Mebibytes, written `256M` or `4G`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(transparent)]
-struct Mib(u64);
-
-impl Mib {
-    const MAX: u64 = 64 << 10;
-
-    fn bytes(self) -> u64 {
-        self.0 << 20
-    }
-}
-
-impl FromStr for Mib {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let (digits, factor) = match (text.strip_suffix('M'), text.strip_suffix('G')) {
-            (Some(digits), _) => (digits, 1),
-            (_, Some(digits)) => (digits, 1024),
-            _ => bail!("{text} has no unit: write 256M or 4G"),
-        };
-        let size = digits
-            .parse::<u64>()
-            .ok()
-            .and_then(|n| n.checked_mul(factor));
-        let size = size.filter(|size| (1..=Self::MAX).contains(size));
-        Ok(Self(size.with_context(|| {
-            format!("{text} is not between 1M and 64G")
-        })?))
-    }
-}
-
-impl fmt::Display for Mib {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            mib if mib > 0 && mib.is_multiple_of(1024) => write!(f, "{}G", mib / 1024),
-            mib => write!(f, "{mib}M"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -235,28 +168,6 @@ mod tests {
     fn parse(words: &[&str]) -> Result<Plan, clap::Error> {
         let line = ["bench"].iter().chain(words);
         Line::try_parse_from(line).map(|line| line.plan)
-    }
-
-    #[test]
-    fn sizes_have_units_and_bounds() {
-        for (text, mib) in [("1M", 1), ("256M", 256), ("4G", 4096), ("64G", 65536)] {
-            let size: Mib = text.parse().unwrap();
-            assert_eq!((size.0, size.to_string().as_str()), (mib, text));
-        }
-        assert_eq!("2048M".parse::<Mib>().unwrap().to_string(), "2G");
-        for bad in [
-            "",
-            "4",
-            "G",
-            "0M",
-            "-1G",
-            "1T",
-            "65G",
-            "99999999999999999999G",
-            "é",
-        ] {
-            assert!(bad.parse::<Mib>().is_err(), "{bad}");
-        }
     }
 
     #[test]
@@ -296,13 +207,5 @@ mod tests {
         // A long chain.
         let chain = 128 + 192 + 42 * 48;
         assert_eq!(needed("--sizes 256M --rounds 40"), 1024 + 2 * chain);
-    }
-
-    #[test]
-    fn the_processor_is_named() {
-        let cpuinfo =
-            "processor\t: 0\nmodel\t\t: 1\nmodel name\t: AMD EPYC 7B13\nmodel name\t: other\n";
-        assert_eq!(processor(cpuinfo), Some("AMD EPYC 7B13"));
-        assert_eq!(processor("processor: 0\n"), None);
     }
 }

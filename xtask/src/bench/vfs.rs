@@ -13,8 +13,8 @@ use clap::Args;
 use serde::Serialize;
 
 use super::median;
-use super::process::Monitor;
 use crate::image::{self, Kernel};
+use crate::process::Monitor;
 use crate::{kvm, tools, workspace};
 
 /// What the guest says when all its scenarios have run.

@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
-use super::super::process::Monitor;
-use super::{Mib, Plan};
+use super::super::size::Mib;
+use super::Plan;
+use crate::process::Monitor;
 use crate::tools;
 
 /// What the guest says when it waits for a line, when it has written what it was to write, and when nothing is left to do.

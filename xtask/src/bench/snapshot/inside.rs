@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::Args;
 
+use super::super::host::here;
+use super::super::size::Mib;
 use super::figures::{self, Figures, Restores, Saves, Taken};
 use super::guest::{Bench, CPUS, Guest, Report, taken, text};
-use super::{Mib, Plan, copy};
+use super::{Plan, copy};
 
-/// The name that the emulated host has.
-const EMULATED: &str = "tern-machine";
 const MEMORY: &str = "memory.bin";
 
 /// The measurement itself.
@@ -47,14 +47,10 @@ impl Inside {
         if self.plan.json {
             println!("{}", serde_json::to_string_pretty(&all)?);
         } else if !all.is_empty() {
-            let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-            let host = match host.trim_end() {
-                EMULATED => "in the emulated host, good for ratios only",
-                _ => "on this host itself",
-            };
             println!(
-                "{}, {CPUS} vCPUs, a disk and a network interface; {host}; files in {} ({}); medians of {rounds} (range)",
+                "{}, {CPUS} vCPUs, a disk and a network interface; {}; files in {} ({}); medians of {rounds} (range)",
                 self.about,
+                here(),
                 self.plan.directory.display(),
                 file_system(&self.plan.directory)?,
             );

@@ -1,4 +1,4 @@
-//! A monitor being measured: when its guest said something, and what memory it needs for itself.
+//! A monitor that runs: what its guest said and when, and what memory and processor time it needs.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -25,6 +25,8 @@ pub struct Monitor {
     pub took: Duration,
     /// The lines that were passed over.
     pub said: String,
+    /// What is printed before each line that is read, if they are to be seen.
+    pub shown: Option<&'static str>,
 }
 
 impl Drop for Monitor {
@@ -82,16 +84,26 @@ impl Monitor {
             began,
             took: Duration::ZERO,
             said: String::new(),
+            shown: None,
         })
     }
 
     /// Waits for a line that contains `marker`, after the last that was waited for; when it was complete.
     pub fn wait_for(&mut self, marker: &str, patience: Duration) -> Result<Instant> {
+        self.next_line(marker, patience).map(|(at, _)| at)
+    }
+
+    /// The same; also the line.
+    pub fn next_line(&mut self, marker: &str, patience: Duration) -> Result<(Instant, String)> {
         let deadline = Instant::now() + patience;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            match self.lines.recv_timeout(left) {
-                Ok((at, line)) if line.contains(marker) => return Ok(at),
+            let next = self.lines.recv_timeout(left);
+            if let (Ok((_, line)), Some(before)) = (&next, self.shown) {
+                println!("{before}{}", line.trim_end());
+            }
+            match next {
+                Ok((at, line)) if line.contains(marker) => return Ok((at, line)),
                 Ok((_, line)) => {
                     self.said.push_str(&line);
                     self.said.push('\n');
@@ -104,6 +116,21 @@ impl Monitor {
                 }
             }
         }
+    }
+
+    /// Passes over the lines that are there.
+    pub fn skip(&mut self) {
+        while let Ok((_, line)) = self.lines.try_recv() {
+            self.said.push_str(&line);
+            self.said.push('\n');
+        }
+    }
+
+    /// User and system time of the process so far, in steps of 10 ms; also if it has ended, until that was looked at.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let path = format!("/proc/{}/stat", self.child.id());
+        let stat = fs::read_to_string(&path).context(path)?;
+        cpu_time(&stat).with_context(|| stat)
     }
 
     /// Types a line on the console.
@@ -134,7 +161,7 @@ impl Monitor {
     }
 
     /// Ends the process; what was said that nobody waited for.
-    fn last_words(&mut self) -> String {
+    pub fn last_words(&mut self) -> String {
         self.kill();
         let mut words = std::mem::take(&mut self.said);
         while let Ok((_, line)) = self.lines.recv() {
@@ -161,6 +188,15 @@ impl Monitor {
         let smaps = fs::read_to_string(&path).context(path)?;
         own_kib(&smaps, guest_ram_kib).context("smaps is not as expected")
     }
+}
+
+/// Processor time from `/proc/PID/stat`, whose unit is 10 ms for every x86 kernel.
+fn cpu_time(stat: &str) -> Option<Duration> {
+    // The name before it may have spaces.
+    let (_, fields) = stat.rsplit_once(") ")?;
+    let mut fields = fields.split(' ').skip(11);
+    let mut ticks = || fields.next()?.parse::<u64>().ok();
+    Some(Duration::from_millis((ticks()? + ticks()?) * 10))
 }
 
 fn own_kib(smaps: &str, guest_ram_kib: u64) -> Option<u64> {
@@ -206,6 +242,15 @@ Rss:                  16 kB
 ";
         assert_eq!(own_kib(smaps, 262_144), Some(1040));
         assert_eq!(own_kib("", 262_144), None);
+    }
+
+    #[test]
+    fn processor_time_is_read() {
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194560 600 0 0 0 12 30 0 0 20 0 3 0 5 9 1";
+        assert_eq!(cpu_time(stat), Some(Duration::from_millis(420)));
+        assert_eq!(cpu_time("7 (a) S 1"), None);
+        let monitor = Monitor::interactive(shell("exit 0")).unwrap();
+        assert!(monitor.cpu_time().unwrap() < PATIENCE);
     }
 
     #[test]
