@@ -41,8 +41,11 @@ enum Task {
     Kvm(kvm::Kvm),
     /// Make the test guests: kernels and initial file trees
     Image(ImageArgs),
-    /// Build tern, boot a guest under it, and show what it does
+    /// Build tern, boot a guest with virtual functions under it, save it, restore it, and move it
     Demo(demo::Demo),
+    /// Runs inside the machine
+    #[command(hide = true)]
+    DemoInside(demo::Inside),
     /// Run the tests: native, fuzzing for a bounded time, and end to end with real guests
     Test(test::Test),
     /// Fuzz everything that reads outside bytes, guided by coverage
@@ -106,6 +109,7 @@ fn main() {
         Task::Kvm(kvm) => kvm.run(),
         Task::Image(image) => image.run(),
         Task::Demo(demo) => demo.run(),
+        Task::DemoInside(inside) => inside.run(),
         Task::Test(test) => test.run(),
         Task::Fuzz(fuzz) => fuzz.run(),
         Task::Bench(bench) => bench.run(),

@@ -22,7 +22,7 @@ pub fn run(request: &Request) -> Result<Found> {
             format!("found only {found} {key}")
         })?;
     }
-    println!("\n  That was Linux under tern. Powering off.\n");
+    println!("\n  That was Linux under tern.\n");
     Ok(Found::default()
         .with("disks", disks)
         .with("networks", networks))
