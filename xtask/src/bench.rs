@@ -5,6 +5,8 @@
 mod boot;
 mod context;
 mod host;
+mod http;
+mod migrate;
 mod size;
 mod snapshot;
 mod spread;
@@ -29,6 +31,11 @@ enum What {
     BootInside(boot::Inside),
     /// Contexts of virtual functions: their size, and the time to save, restore and activate them
     Context(context::Context),
+    /// What it takes to move a guest to another process: time, pause, bytes and processor time
+    Migrate(migrate::Migrate),
+    /// Runs inside the machine
+    #[command(hide = true)]
+    MigrateInside(migrate::Inside),
     /// What it takes to save a guest, to save what changed since, and to restore it
     Snapshot(snapshot::Snapshot),
     /// Runs inside the machine
@@ -47,6 +54,8 @@ impl Bench {
             What::Boot(boot) => boot.run(),
             What::BootInside(inside) => inside.run(),
             What::Context(context) => context.run(),
+            What::Migrate(migrate) => migrate.run(),
+            What::MigrateInside(inside) => inside.run(),
             What::Snapshot(snapshot) => snapshot.run(),
             What::SnapshotInside(inside) => inside.run(),
             What::Vfs(vfs) => vfs.run(),

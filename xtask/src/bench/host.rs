@@ -1,6 +1,8 @@
-//! The host that figures come from.
+//! The host that figures come from, and what is on it.
 
+use std::ffi::OsString;
 use std::fs;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
@@ -41,9 +43,32 @@ fn processor(cpuinfo: &str) -> Option<&str> {
     Some(line.split_once(':')?.1.trim())
 }
 
+/// Options that name monitors to compare with, from any directory.
+pub fn peer_arguments(peers: &[(&str, &Option<PathBuf>)]) -> Result<Vec<OsString>> {
+    let mut arguments = Vec::new();
+    for (name, path) in peers {
+        if let Some(path) = path {
+            let path = path
+                .canonicalize()
+                .with_context(|| format!("{name} {}", path.display()))?;
+            arguments.extend([name.into(), path.into()]);
+        }
+    }
+    Ok(arguments)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn peers_are_named_from_the_root() {
+        let arguments = peer_arguments(&[("--a", &Some("/bin/../bin/sh".into())), ("--b", &None)]);
+        let arguments = arguments.unwrap();
+        assert_eq!((arguments.len(), &arguments[0]), (2, &"--a".into()));
+        assert!(!arguments[1].to_string_lossy().contains(".."));
+        assert!(peer_arguments(&[("--a", &Some("/no/such".into()))]).is_err());
+    }
 
     #[test]
     fn the_processor_is_named() {
