@@ -6,11 +6,13 @@
 //! | [`figures`] | what was measured, as tables |
 //! | [`guest`] | guests that are saved and restored |
 //! | [`inside`] | the measurement, where `/dev/kvm` performs |
+//! | [`peers`] | other monitors, for ratios |
 
 mod copy;
 mod figures;
 mod guest;
 mod inside;
+mod peers;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -19,7 +21,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 pub use self::inside::Inside;
-use super::host::about;
+use super::host::{about, peer_arguments};
 use super::size::Mib;
 use crate::image::{self, Kernel};
 use crate::{kvm, workspace};
@@ -41,6 +43,9 @@ part of its memory, and is idle. In each round, after one that does not count:
                --prefault. From exec until the control API says that the guest runs, and until its first line is complete.
                The files and their holes are in the page cache: what brings them there is told apart.
 
+With peers, full snapshots and restores of theirs as ratios, of a guest that touched as much and has no devices: the requests
+to pause, save and resume, after which neither digest nor disk is waited for; and from exec until the answer that it runs.
+
 Files are in /dev/shm, which is memory. Where /dev/kvm is usable, --directory can name one on a disk. The emulated host is
 given as much memory as the sizes need.";
 
@@ -50,6 +55,8 @@ given as much memory as the sizes need.";
 pub struct Snapshot {
     #[command(flatten)]
     plan: Plan,
+    #[command(flatten)]
+    peers: Peers,
     /// Guest kernel
     #[arg(long, default_value = "6.12")]
     kernel: Kernel,
@@ -83,6 +90,17 @@ struct Plan {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+/// Monitors to compare with.
+#[derive(Clone, Debug, PartialEq, Args)]
+struct Peers {
+    /// A Firecracker to compare with
+    #[arg(long, value_name = "PATH")]
+    firecracker: Option<PathBuf>,
+    /// A Cloud Hypervisor to compare with
+    #[arg(long, value_name = "PATH")]
+    cloud_hypervisor: Option<PathBuf>,
 }
 
 impl Plan {
@@ -124,6 +142,10 @@ impl Plan {
 
 impl Snapshot {
     pub fn run(mut self) -> Result<i32> {
+        let peers = peer_arguments(&[
+            ("--firecracker", &self.peers.firecracker),
+            ("--cloud-hypervisor", &self.peers.cloud_hypervisor),
+        ])?;
         let tern = workspace::release_binary("vmm", "tern")?;
         let guests = image::guests(&[self.kernel], false)?;
         let guest = guests.into_values().next().context("no guest image")?;
@@ -133,10 +155,12 @@ impl Snapshot {
             "snapshot-inside".into(),
         ];
         command.extend(self.plan.arguments());
+        command.extend(peers);
         for (name, value) in [
             ("--about", about(&guest.kernel)?.into()),
             ("--tern", tern.into_os_string()),
             ("--kernel", guest.vmlinuz.into()),
+            ("--elf-kernel", guest.vmlinux.into()),
             ("--initrd", guest.initramfs.into()),
         ] {
             command.extend([name.into(), value]);

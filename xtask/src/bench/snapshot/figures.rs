@@ -6,6 +6,7 @@ use serde::Serialize;
 use super::super::size::Mib;
 use super::super::spread::Spread;
 use super::guest::{Report, Restored};
+use super::peers;
 
 /// A snapshot that was taken.
 #[derive(Clone, Copy, Debug)]
@@ -101,6 +102,8 @@ pub struct Figures {
     pub restore_prefault: Restores,
     /// Until the guest ran whose memory was read first of all, holes included.
     pub first_prefault_us: f64,
+    /// Other monitors with guests of the same size.
+    pub peers: Vec<peers::Figures>,
 }
 
 /// What the columns of both tables of snapshots are.
@@ -146,6 +149,40 @@ pub fn print(figures: &[Figures]) {
          after {}.",
         first.join(", ")
     );
+    if figures.iter().all(|f| f.peers.is_empty()) {
+        return;
+    }
+    println!(
+        "\n| peer: guest, touched | pause, full snapshot, resume | tern's total, as a ratio | its pause | restore: exec to \
+         running | tern's, as a ratio |"
+    );
+    println!("{}", rule(6));
+    for f in figures {
+        for peer in &f.peers {
+            println!(
+                "| {}: {}, {} | {} |",
+                peer.monitor,
+                f.guest_mib,
+                f.touched_mib,
+                f.peer_row(peer)
+            );
+        }
+    }
+}
+
+impl Figures {
+    /// The cells of a peer, with medians as ratios.
+    fn peer_row(&self, peer: &peers::Figures) -> String {
+        let ratio = |own: Spread, other: Spread| format!("{:.3}", own.median / other.median);
+        [
+            peer.total_us.time().to_string(),
+            ratio(self.full.total_us, peer.total_us),
+            ratio(self.full.pause_us, peer.total_us),
+            peer.restore_us.time().to_string(),
+            ratio(self.restore.running_us, peer.restore_us),
+        ]
+        .join(" | ")
+    }
 }
 
 fn rule(columns: usize) -> String {

@@ -21,13 +21,13 @@ use crate::tools;
 /// What the guest says when it waits for a line, when it has written what it was to write, and when nothing is left to do.
 const ASKS: &str = "tern-guest: type a line";
 const TOUCHED: &str = "tern-guest: ok memory-touch";
-const TICKS: &str = "tern-guest: tick";
+pub const TICKS: &str = "tern-guest: tick";
 /// The time between two ticks.
 const TICK: Duration = Duration::from_secs(1);
 /// How long anything may take. A bound on waiting, not a measurement.
-const PATIENCE: Duration = Duration::from_secs(1800);
+pub const PATIENCE: Duration = Duration::from_secs(1800);
 /// How often is asked whether a guest runs.
-const LOOK: Duration = Duration::from_millis(1);
+pub const LOOK: Duration = Duration::from_millis(1);
 pub const CPUS: u32 = 2;
 const DISK: u64 = 16 << 20;
 /// Exit status of a monitor whose guest was to end with its snapshot.
@@ -71,6 +71,8 @@ pub struct Restored {
 pub struct Bench<'a> {
     pub tern: &'a Path,
     pub kernel: &'a Path,
+    /// The same as an ELF image.
+    pub elf_kernel: &'a Path,
     pub initrd: &'a Path,
     pub directory: &'a Path,
     pub plan: &'a Plan,

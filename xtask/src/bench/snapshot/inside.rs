@@ -10,7 +10,7 @@ use super::super::host::here;
 use super::super::size::Mib;
 use super::figures::{self, Figures, Restores, Saves, Taken};
 use super::guest::{Bench, CPUS, Guest, Report, taken, text};
-use super::{Plan, copy};
+use super::{Peers, Plan, copy, peers};
 
 const MEMORY: &str = "memory.bin";
 
@@ -19,6 +19,8 @@ const MEMORY: &str = "memory.bin";
 pub struct Inside {
     #[command(flatten)]
     plan: Plan,
+    #[command(flatten)]
+    peers: Peers,
     /// Day and machine
     #[arg(long)]
     about: String,
@@ -26,6 +28,9 @@ pub struct Inside {
     tern: PathBuf,
     #[arg(long)]
     kernel: PathBuf,
+    /// The same as an ELF image
+    #[arg(long)]
+    elf_kernel: PathBuf,
     #[arg(long)]
     initrd: PathBuf,
 }
@@ -74,11 +79,12 @@ impl Inside {
         let bench = Bench {
             tern: &self.tern,
             kernel: &self.kernel,
+            elf_kernel: &self.elf_kernel,
             initrd: &self.initrd,
             directory: &directory,
             plan: &self.plan,
         };
-        let figures = measure(&bench, size);
+        let figures = measure(&bench, size, &self.peers);
         fs::remove_dir_all(&directory).with_context(|| directory.display().to_string())?;
         figures
     }
@@ -86,7 +92,7 @@ impl Inside {
 
 /// All figures of one guest. Of everything there is one round first that does not count: it brings files into the page
 /// cache, and memory to the machine.
-fn measure(bench: &Bench, size: Mib) -> Result<Figures> {
+fn measure(bench: &Bench, size: Mib, others: &Peers) -> Result<Figures> {
     let plan = bench.plan;
     eprintln!(
         "xtask: {size}: booting, and touching {}",
@@ -100,6 +106,7 @@ fn measure(bench: &Bench, size: Mib) -> Result<Figures> {
         .end(&saved)
         .context("the snapshot that is to be restored")?;
     let ([lazy, eager], first) = restores(bench, size, &saved).context("restoring")?;
+    fs::remove_dir_all(&saved)?;
     Ok(Figures {
         guest_mib: size,
         touched_mib: plan.touched(size),
@@ -110,6 +117,7 @@ fn measure(bench: &Bench, size: Mib) -> Result<Figures> {
         restore: lazy,
         restore_prefault: eager,
         first_prefault_us: first,
+        peers: peers::measure(bench, size, others)?,
     })
 }
 
