@@ -28,8 +28,8 @@ use super::size::Mib;
 use crate::image::{self, Kernel};
 use crate::{kvm, workspace};
 
-/// Memory of guest, initial file tree and monitor besides what the guest is told to touch, in MiB; generous.
-const GUEST_ITSELF: u64 = 192;
+/// Memory of a monitor besides its guest's, in MiB; generous.
+const MONITOR_ITSELF: u64 = 64;
 /// Memory of the machine itself and of what is in its page cache, in MiB.
 const MACHINE_ITSELF: u64 = 1024;
 
@@ -142,11 +142,13 @@ impl Plan {
         Mib(size.0 * self.touch / 100)
     }
 
-    /// MiB of memory that a machine needs: two copies of a guest, which may be files, of which half may be.
-    fn machine_mib(&self) -> u64 {
-        let guest = |&size: &Mib| self.touched(size).0 + self.dirty.0 + GUEST_ITSELF;
-        let largest = self.sizes.iter().map(guest).max().unwrap_or_default();
-        2 * 2 * largest + MACHINE_ITSELF
+    /// MiB of memory that a machine needs: both processes have all memory of the guest once it has been read. QEMU has it in
+    /// files of a directory that may have one half.
+    fn machine_mib(&self, files: bool) -> u64 {
+        let largest = self.sizes.iter().max().map_or(0, |size| size.0);
+        let both = 2 * (largest + MONITOR_ITSELF);
+        let all = if files { 2 * both } else { both };
+        all + MACHINE_ITSELF
     }
 }
 
@@ -174,7 +176,8 @@ impl Migrate {
         ] {
             command.extend([name.into(), value]);
         }
-        self.machine.memory = self.machine.memory.max(self.plan.machine_mib());
+        let needed = self.plan.machine_mib(self.peers.qemu.is_some());
+        self.machine.memory = self.machine.memory.max(needed);
         kvm::run(&self.machine, &command)
     }
 }
@@ -222,6 +225,7 @@ mod tests {
     #[test]
     fn the_largest_guest_says_what_the_machine_needs() {
         let plan = parse(&["--sizes", "256M,4G"]).unwrap();
-        assert_eq!(plan.machine_mib(), 1024 + 4 * (2048 + 32 + 192));
+        assert_eq!(plan.machine_mib(false), 1024 + 2 * (4096 + 64));
+        assert_eq!(plan.machine_mib(true), 1024 + 4 * (4096 + 64));
     }
 }
