@@ -112,17 +112,14 @@ impl Figures {
             spread.map_or_else(String::new, show)
         };
         let ratio = |ratio: Option<f64>| ratio.map_or_else(String::new, |r| format!("{r:.2}"));
-        let work = match self.work {
-            Work::Idle => "idle",
-            Work::Writes => "writes",
-        };
-        let vfs = match self.vfs {
-            0 => String::new(),
-            vfs => format!(", {vfs} VFs"),
+        let case = Case {
+            size: self.guest_mib,
+            work: self.work,
+            vfs: self.vfs,
         };
         let cells = [
             self.monitor.to_owned(),
-            format!("{}, {work}{vfs}", self.guest_mib),
+            case.to_string(),
             self.total_us.time().to_string(),
             self.pause_us.time().to_string(),
             parts,

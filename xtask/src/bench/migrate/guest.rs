@@ -1,5 +1,6 @@
 //! Guests that are moved, and what they say of their clock.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -36,6 +37,20 @@ pub struct Case {
     pub size: Mib,
     pub work: Work,
     pub vfs: u32,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let work = match self.work {
+            Work::Idle => "idle",
+            Work::Writes => "writes",
+        };
+        write!(f, "{}, {work}", self.size)?;
+        match self.vfs {
+            0 => Ok(()),
+            vfs => write!(f, ", {vfs} VFs"),
+        }
+    }
 }
 
 /// How memory gets to the other process.

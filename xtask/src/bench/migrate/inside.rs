@@ -88,7 +88,7 @@ impl Inside {
                 match moves(&bench, mover.as_mut(), case) {
                     Ok(figures) => all.extend(figures),
                     Err(error) => {
-                        eprintln!("xtask: {}, {case:?}: {error:#}", mover.name());
+                        eprintln!("xtask: {}, {case}: {error:#}", mover.name());
                         failed = true;
                     }
                 }
@@ -115,14 +115,14 @@ fn cases(plan: &Plan) -> Vec<Case> {
 /// to the machine.
 fn moves(bench: &Bench<'_>, mover: &mut dyn Mover, case: Case) -> Result<Vec<Figures>> {
     let rounds = bench.plan.rounds;
-    eprintln!("xtask: {}, {case:?}: booting", mover.name());
+    eprintln!("xtask: {}, {case}: booting", mover.name());
     mover.boot(bench, case)?;
     let mut all: [Vec<Move>; 2] = [Vec::new(), Vec::new()];
     for round in 0..=rounds {
         for (how, all) in How::ALL.into_iter().zip(&mut all) {
             let moved = mover.go(bench, how).with_context(|| how.name())?;
             eprintln!(
-                "xtask: {}, {case:?}: {} {round} of {rounds}: {:.0} ms, pause {:.1} ms, the guest saw {:.1} ms",
+                "xtask: {}, {case}: {} {round} of {rounds}: {:.0} ms, pause {:.1} ms, the guest saw {:.1} ms",
                 mover.name(),
                 how.name(),
                 moved.total_us / 1e3,
