@@ -7,6 +7,7 @@
 
 #![allow(unsafe_code)]
 
+use std::any::Any;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -88,6 +89,8 @@ pub struct Connection {
     /// Sequence number of the next frame that comes.
     expected: u64,
     beat: Option<std::thread::JoinHandle<()>>,
+    /// Dropped last.
+    carrier: Option<Box<dyn Any + Send + Sync>>,
 }
 
 #[derive(Debug)]
@@ -139,7 +142,15 @@ impl Connection {
             shared,
             expected: 0,
             beat: Some(beat),
+            carrier: None,
         })
+    }
+
+    /// The same, over a socket whose other end is a `carrier` in this process, which takes the bytes further. It is dropped
+    /// when nothing more will be sent; its drop may wait, but not for long, until what was sent is on its way.
+    pub fn carried_by(mut self, carrier: impl Any + Send + Sync) -> Self {
+        self.carrier = Some(Box::new(carrier));
+        self
     }
 
     /// Bytes sent so far.
@@ -313,6 +324,7 @@ impl Drop for Connection {
         if let Some(beat) = self.beat.take() {
             let _ = beat.join();
         }
+        drop(self.carrier.take());
     }
 }
 
