@@ -228,7 +228,7 @@ async fn migrate(Extract(context): Extract<Context>, body: Bytes) -> Response {
     tell_state(&context);
     match answer {
         Ok(Ok(answer)) => Json(answer).into_response(),
-        Ok(Err(error @ (MigrateError::Address(_) | MigrateError::Insecure(_)))) => {
+        Ok(Err(error @ (MigrateError::Address(_) | MigrateError::Security(_)))) => {
             failure(StatusCode::BAD_REQUEST, error)
         }
         Ok(Err(error)) => failure(StatusCode::CONFLICT, chain(&error)),

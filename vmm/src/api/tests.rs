@@ -7,6 +7,7 @@ use super::routes::PATHS;
 use super::snapshots::SnapshotAnswer;
 use super::*;
 use crate::migrate::monitor::Status as Migration;
+use crate::migrate::{source, tls};
 use crate::snapshot::report::{Bytes, Pause, Phase, Report, Request, Then};
 
 fn document() -> Value {
@@ -106,6 +107,21 @@ fn the_schemas_are_those_of_the_answers() {
     };
     let always = BTreeSet::from(["directory".to_owned()]);
     assert_eq!(properties("SnapshotRequest"), (keys(&request), always));
+    let tls = tls::Files {
+        cert: "/c".into(),
+        key: "/k".into(),
+        ca: "/a".into(),
+        name: Some("n".to_owned()),
+    };
+    let always = BTreeSet::from(["cert", "key", "ca"].map(str::to_owned));
+    assert_eq!(properties("MigrateTls"), (keys(&tls), always));
+    let request: source::Request = serde_json::from_str(r#"{"to": "unix:/s"}"#).unwrap();
+    let request = source::Request {
+        tls: Some(tls),
+        ..request
+    };
+    let always = BTreeSet::from(["to".to_owned()]);
+    assert_eq!(properties("MigrateRequest"), (keys(&request), always));
     let report = Report {
         directory: "/s".into(),
         id: String::new(),

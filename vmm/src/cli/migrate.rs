@@ -14,6 +14,7 @@ use migration::live::commit::Resolution;
 use migration::live::report::Report;
 use migration::wire::message::Memory;
 
+use super::tls::{self, Tls};
 use crate::api::client::{ClientError, request, request_within};
 use crate::api::migrations::{CallOff, Resolve as ResolveRequest};
 use crate::api::{Info, Status};
@@ -22,6 +23,7 @@ use crate::migrate::address::Address;
 use crate::migrate::html;
 use crate::migrate::monitor::Status as Migration;
 use crate::migrate::source::{Answer, DOWNTIME_MS, Request, TIMEOUT_S};
+use crate::migrate::tls::Files;
 
 /// How long a migration may take: a day. Its progress shows that it goes on.
 const PATIENCE: Duration = Duration::from_secs(24 * 60 * 60);
@@ -45,7 +47,7 @@ off (Ctrl-C) is called off, as with --cancel.";
 
 /// Move a running guest to another process.
 #[derive(Debug, Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = format!("{EXAMPLES}\n\n{}", tls::EXAMPLE))]
 pub struct Migrate {
     /// Unix socket of the guest, as given to `tern run --api-socket`
     #[arg(long, value_name = "PATH")]
@@ -78,6 +80,9 @@ pub struct Migrate {
     /// Write a report with pictures to this file
     #[arg(long, value_name = "FILE.html")]
     report: Option<PathBuf>,
+
+    #[command(flatten)]
+    tls: Tls,
 
     /// Call off the migration that is under way
     #[arg(long, conflicts_with = "to")]
@@ -115,6 +120,7 @@ impl Migrate {
                 WhenLate::Switch => OnTimeout::Switch,
             },
             insecure: self.insecure,
+            tls: self.tls.files().map(Files::absolute).transpose()?,
         })?;
         // Before anything happens: a guest that was moved is not moved back for it.
         let report_file = match &self.report {

@@ -10,6 +10,7 @@ mod receive;
 mod restore;
 pub mod run;
 mod snapshot;
+mod tls;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;

@@ -9,6 +9,7 @@ use anyhow::Context;
 use clap::Args;
 
 use super::process::{Origin, Process};
+use super::tls::{self, Tls};
 use crate::config::MachineSpec;
 use crate::console::Target;
 use crate::console::output::Output;
@@ -36,7 +37,7 @@ ends with status 1, and the guest goes on at its source.";
 
 /// Wait for a guest from another process and run it.
 #[derive(Debug, Args)]
-#[command(after_help = format!("{EXAMPLES}\n\n{}", exit::TABLE))]
+#[command(after_help = format!("{EXAMPLES}\n\n{}\n\n{}", tls::EXAMPLE, exit::TABLE))]
 pub struct Receive {
     /// Where to listen: unix:PATH, or tcp:HOST:PORT
     #[arg(value_name = "ADDR")]
@@ -71,6 +72,9 @@ pub struct Receive {
     #[arg(long)]
     insecure: bool,
 
+    #[command(flatten)]
+    tls: Tls,
+
     /// Run even where KVM only interprets guest code and is a thousand times too slow
     #[arg(long)]
     force: bool,
@@ -80,20 +84,13 @@ impl Receive {
     /// Runs the guest; returns the exit status.
     pub fn run(self) -> anyhow::Result<u8> {
         let process = Process::begin()?;
-        if !self.address.passes_files() && !self.insecure {
-            anyhow::bail!(
-                "{}: whoever can reach that port could have this process run their guest; use a network that only you \
-                 can reach and say --insecure, or a unix: address",
-                self.address
-            );
-        }
         let overrides = Overrides {
             disks: self.disk,
             nets: self.net,
             console: self.console,
             virtio_console: self.virtio_console,
         };
-        let receiver = Receiver::bind(self.address.clone())?;
+        let receiver = Receiver::bind(&self.address, self.tls.files().as_ref(), self.insecure)?;
         if std::io::stderr().is_terminal() {
             eprintln!("tern: waiting for a guest at {}", self.address);
         }

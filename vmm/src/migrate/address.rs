@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
+use super::tls::{Client, Files, LoadError, Server};
 use crate::api::socket::Socket;
 
 /// How long connecting may take.
@@ -94,8 +95,42 @@ impl Address {
         matches!(self, Self::Unix(_))
     }
 
+    /// Refuses what is too little for this address, or too much.
+    fn check(&self, tls: Option<&Files>, insecure: bool) -> Result<(), SecurityError> {
+        let address = self.to_string();
+        match (self, tls) {
+            (Self::Unix(_), Some(_)) => Err(SecurityError::Needless(address)),
+            (Self::Tcp { .. }, Some(_)) if insecure => Err(SecurityError::Both(address)),
+            (Self::Tcp { .. }, None) if !insecure => Err(SecurityError::Insecure(address)),
+            _ => Ok(()),
+        }
+    }
+
+    /// What a source needs to prove who it is to whoever listens there, if anything.
+    pub fn client(
+        &self,
+        tls: Option<&Files>,
+        insecure: bool,
+    ) -> Result<Option<Client>, SecurityError> {
+        self.check(tls, insecure)?;
+        match (self, tls) {
+            (Self::Tcp { host, .. }, Some(files)) => Ok(Some(Client::load(files, host)?)),
+            _ => Ok(None),
+        }
+    }
+
+    /// What a destination that listens there needs to prove who it is, if anything.
+    pub fn server(
+        &self,
+        tls: Option<&Files>,
+        insecure: bool,
+    ) -> Result<Option<Server>, SecurityError> {
+        self.check(tls, insecure)?;
+        Ok(tls.map(Server::load).transpose()?)
+    }
+
     /// Connects to the destination that listens there.
-    pub fn connect(&self, limits: Limits) -> Result<Connection, WireError> {
+    pub fn connect(&self, tls: Option<&Client>, limits: Limits) -> Result<Connection, WireError> {
         let socket = match self {
             Self::Unix(path) => {
                 let stream = connect_unix(path).map_err(|error| self.unreachable(&error))?;
@@ -117,6 +152,9 @@ impl Address {
                 }
                 let stream = found.ok_or_else(|| self.unreachable(&last))?;
                 prepare(&stream, limits)?;
+                if let Some(tls) = tls {
+                    return Ok(tls.connect(stream, limits)?);
+                }
                 OwnedFd::from(stream)
             }
         };
@@ -152,6 +190,30 @@ fn connect_unix(path: &Path) -> io::Result<UnixStream> {
     }
 }
 
+/// Why nobody is talked to at an address.
+#[derive(Debug, thiserror::Error)]
+pub enum SecurityError {
+    /// Anybody may be there, and no proof is asked for.
+    #[error(
+        "{0}: whoever can reach that network could read the guest's memory, take the guest, or have their own run; give \
+         certificates (--tls-cert, --tls-key, --tls-ca), or use a unix: address, or, if only you can reach it, say \
+         --insecure"
+    )]
+    Insecure(String),
+    /// Certificates that nobody looks at.
+    #[error(
+        "{0}: certificates are for tcp: addresses; who is at a Unix socket is known, so leave them out (--tls-cert, \
+         --tls-key, --tls-ca, --tls-name)"
+    )]
+    Needless(String),
+    /// Proof, and none.
+    #[error("{0}: with certificates it is secure; leave out --insecure, or the certificates")]
+    Both(String),
+    /// The certificates.
+    #[error(transparent)]
+    Tls(#[from] LoadError),
+}
+
 /// Refuses a process of somebody else at the other end: it would have the guest's memory.
 fn trusted(stream: &UnixStream) -> io::Result<()> {
     let peer = sockopt::socket_peercred(stream)?;
@@ -178,13 +240,13 @@ fn prepare(stream: &TcpStream, limits: Limits) -> io::Result<()> {
 pub enum Listener {
     /// At a Unix socket, which is removed in the end.
     Unix(Socket, UnixListener),
-    /// At a port.
-    Tcp(TcpListener),
+    /// At a port, for whoever connects, or only for those with a certificate.
+    Tcp(TcpListener, Option<Server>),
 }
 
 impl Listener {
     /// Listens at `address`.
-    pub fn bind(address: &Address) -> anyhow::Result<Self> {
+    pub fn bind(address: &Address, tls: Option<Server>) -> anyhow::Result<Self> {
         match address {
             Address::Unix(path) => {
                 let socket = Socket::bind_as("unix:", path)?;
@@ -195,44 +257,72 @@ impl Listener {
                 let listener = TcpListener::bind((host.as_str(), *port))
                     .map_err(|error| anyhow::anyhow!("cannot listen at {address}: {error}"))?;
                 listener.set_nonblocking(true)?;
-                Ok(Self::Tcp(listener))
+                Ok(Self::Tcp(listener, tls))
             }
         }
     }
 
-    /// The next connection; `None` if there is none within `patience`.
-    pub fn accept(&self, limits: Limits, patience: Duration) -> io::Result<Option<Connection>> {
+    /// True if whoever connects has proved to be one of us.
+    pub fn authenticates(&self) -> bool {
+        !matches!(self, Self::Tcp(_, None))
+    }
+
+    /// The next one who connects; `None` if nobody does within `patience`.
+    pub fn accept(&self, limits: Limits, patience: Duration) -> io::Result<Option<Caller>> {
         let timeout = Timespec {
             tv_sec: i64::try_from(patience.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: patience.subsec_nanos().into(),
         };
         let fd = match self {
             Self::Unix(_, listener) => listener.as_fd(),
-            Self::Tcp(listener) => listener.as_fd(),
+            Self::Tcp(listener, _) => listener.as_fd(),
         };
         match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)) {
             Ok(0) | Err(Errno::INTR) => return Ok(None),
             Ok(_) => {}
             Err(error) => return Err(error.into()),
         }
-        let socket = match self {
+        let accepted = match self {
             Self::Unix(_, listener) => listener.accept().and_then(|(stream, _)| {
                 trusted(&stream)?;
-                Ok(OwnedFd::from(stream))
+                Ok((OwnedFd::from(stream), None))
             }),
-            Self::Tcp(listener) => listener.accept().and_then(|(stream, _)| {
+            Self::Tcp(listener, tls) => listener.accept().and_then(|(stream, peer)| {
                 prepare(&stream, limits)?;
-                Ok(OwnedFd::from(stream))
+                let tls = tls.clone().map(|tls| (tls, peer));
+                Ok((OwnedFd::from(stream), tls))
             }),
         };
-        match socket {
-            Ok(socket) => Connection::new(socket, limits).map(Some),
+        match accepted {
+            Ok((socket, tls)) => Ok(Some(Caller {
+                socket,
+                tls,
+                limits,
+            })),
             // Whoever it was is gone, or may not.
             Err(error) => {
                 tracing::debug!(%error, "a connection was not accepted");
                 Ok(None)
             }
         }
+    }
+}
+
+/// Somebody who connected, and who has yet to prove who they are, if that is wanted.
+pub struct Caller {
+    socket: OwnedFd,
+    tls: Option<(Server, SocketAddr)>,
+    limits: Limits,
+}
+
+impl Caller {
+    /// Has them prove who they are, for which they have a limited time.
+    pub fn connection(self) -> io::Result<Connection> {
+        let Some((tls, peer)) = self.tls else {
+            return Connection::new(self.socket, self.limits);
+        };
+        let shaken = tls.accept(self.socket.into(), self.limits);
+        shaken.map_err(|error| io::Error::new(error.kind(), format!("{peer}: {error}")))
     }
 }
 
@@ -245,6 +335,34 @@ mod tests {
         for text in ["unix:/run/a b", "unix:a", "tcp:example:7000", "tcp:[::1]:1"] {
             let address: Address = text.parse().unwrap();
             assert_eq!(address.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn an_address_has_what_it_needs_and_nothing_else() {
+        let files = || Files {
+            cert: "/c".into(),
+            key: "/k".into(),
+            ca: "/nowhere/ca.pem".into(),
+            name: None,
+        };
+        let tcp: Address = "tcp:192.0.2.1:7".parse().unwrap();
+        let unix: Address = "unix:/run/a".parse().unwrap();
+        for (address, tls, insecure, says) in [
+            (&tcp, None, false, "--insecure"),
+            (&tcp, Some(files()), true, "leave out --insecure"),
+            (&tcp, Some(files()), false, "cannot read /nowhere/ca.pem"),
+            (&unix, Some(files()), false, "leave them out"),
+        ] {
+            let client = address.client(tls.as_ref(), insecure).map(drop);
+            let server = address.server(tls.as_ref(), insecure).map(drop);
+            for error in [client.unwrap_err(), server.unwrap_err()] {
+                assert!(error.to_string().contains(says), "{error}");
+            }
+        }
+        for (address, insecure) in [(&tcp, true), (&unix, false), (&unix, true)] {
+            assert!(address.client(None, insecure).unwrap().is_none());
+            assert!(address.server(None, insecure).unwrap().is_none());
         }
     }
 

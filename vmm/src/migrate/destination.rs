@@ -21,11 +21,11 @@ use migration::live::destination::{
     Arrived, Decision, Failure, Incoming, Offered, Prepared, Receiving, answer,
 };
 use migration::live::{DestinationGuest, GuestError};
-use migration::wire::Connection;
 use migration::wire::connection::{Limits, Section};
 use migration::wire::message::{Memory, Outcome};
 
-use super::address::{Address, Listener};
+use super::address::{Address, Caller, Listener};
+use super::tls;
 use crate::config::{MachineSpec, MemoryBacking};
 use crate::console::output::Output;
 use crate::errors::chain;
@@ -54,13 +54,14 @@ const SOON: Duration = Duration::from_millis(2);
 const GRACE: Duration = Duration::from_secs(20);
 /// Connections that have said nothing yet, at most.
 const STRANGERS: usize = 8;
+/// Stack of a thread that hears somebody: a TLS handshake takes the most.
+const STACK: usize = 512 << 10;
 /// What a source is told of this program.
 const PROGRAM: &str = concat!("tern ", env!("CARGO_PKG_VERSION"));
 
 /// A process that waits for a guest.
 pub struct Receiver {
     listener: Listener,
-    address: Address,
 }
 
 /// A guest that was offered and that this host can run, as far as that can be said before it is built.
@@ -78,16 +79,23 @@ pub struct Candidate {
 }
 
 impl Receiver {
-    /// Listens at `address`.
-    pub fn bind(address: Address) -> anyhow::Result<Self> {
-        let listener = Listener::bind(&address)?;
-        Ok(Self { listener, address })
+    /// Listens at `address`. Over TCP, either `tls` says who may come, or anybody may, which is insecure.
+    pub fn bind(
+        address: &Address,
+        tls: Option<&tls::Files>,
+        insecure: bool,
+    ) -> anyhow::Result<Self> {
+        let tls = address.server(tls, insecure)?;
+        Ok(Self {
+            listener: Listener::bind(address, tls)?,
+        })
     }
 
     /// Waits for a source that offers a guest. What does not fit is told to the source and is an error here.
     pub fn wait(self, overrides: &Overrides, force: bool) -> anyhow::Result<Candidate> {
         let mut offered = self.offer()?;
-        let checked = check(&mut offered, overrides, &self.address, force);
+        let authenticated = self.listener.authenticates();
+        let checked = check(&mut offered, overrides, authenticated, force);
         match checked {
             Ok(checked) => Ok(Candidate {
                 offered: Some(offered),
@@ -128,27 +136,36 @@ impl Receiver {
             }
             // As soon as somebody says something, that is looked at.
             let patience = if waiting == 0 { LOOK } else { SOON };
-            let Some(connection) = self.listener.accept(Limits::default(), patience)? else {
+            let Some(caller) = self.listener.accept(Limits::default(), patience)? else {
                 continue;
             };
             let tell = tell.clone();
             waiting += 1;
             std::thread::Builder::new()
                 .name("hello".to_owned())
-                .stack_size(256 << 10)
+                .stack_size(STACK)
                 .spawn(move || {
                     // Nobody listens any more once there is an offer.
-                    let _ = tell.send(Incoming::accept(connection, PROGRAM));
+                    let _ = tell.send(hear(caller));
                 })?;
         }
     }
+}
+
+/// Hears who somebody is and what they want.
+fn hear(caller: Caller) -> Result<Incoming, Failure> {
+    let connection = caller.connection().map_err(|error| Failure::Wire {
+        during: "hello",
+        source: error.into(),
+    })?;
+    Incoming::accept(connection, PROGRAM)
 }
 
 /// Everything that can be said without building the machine; all that does not fit is the error.
 fn check(
     offered: &mut Offered,
     overrides: &Overrides,
-    address: &Address,
+    authenticated: bool,
     force: bool,
 ) -> Result<Candidate, Vec<String>> {
     let one = |error: &dyn std::fmt::Display| vec![error.to_string()];
@@ -169,9 +186,7 @@ fn check(
         reasons.push("memory: its descriptor and how it is to come here disagree".to_owned());
     }
     // Whoever can connect to a port may be anybody: then no path of theirs is followed.
-    if !address.passes_files()
-        && let Err(error) = overrides.check_trust(&offer.machine)
-    {
+    if !authenticated && let Err(error) = overrides.check_trust(&offer.machine) {
         // Nor is anything said of what is there.
         return Err(one(&error));
     }
@@ -468,7 +483,7 @@ impl Answering {
         let ended = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
             .name("outcome".to_owned())
-            .stack_size(256 << 10)
+            .stack_size(STACK)
             .spawn(move || {
                 let busy = Arc::new(AtomicUsize::new(0));
                 while !ended.load(Ordering::Acquire) && !decision.is_known() {
@@ -507,8 +522,8 @@ fn serve(listener: &Listener, decision: &Decision, busy: &Arc<AtomicUsize>) {
         std::thread::sleep(LOOK);
         return;
     }
-    let connection = match listener.accept(Limits::default(), LOOK) {
-        Ok(Some(connection)) => connection,
+    let caller = match listener.accept(Limits::default(), LOOK) {
+        Ok(Some(caller)) => caller,
         Ok(None) => return,
         Err(error) => {
             tracing::debug!(%error, "cannot accept connections");
@@ -520,9 +535,9 @@ fn serve(listener: &Listener, decision: &Decision, busy: &Arc<AtomicUsize>) {
     let (decision, counted) = (decision.clone(), Arc::clone(busy));
     let thread = std::thread::Builder::new()
         .name("question".to_owned())
-        .stack_size(256 << 10)
+        .stack_size(STACK)
         .spawn(move || {
-            hear(connection, &decision);
+            reply(caller, &decision);
             counted.fetch_sub(1, Ordering::AcqRel);
         });
     if thread.is_err() {
@@ -530,8 +545,8 @@ fn serve(listener: &Listener, decision: &Decision, busy: &Arc<AtomicUsize>) {
     }
 }
 
-fn hear(connection: Connection, decision: &Decision) {
-    match Incoming::accept(connection, PROGRAM) {
+fn reply(caller: Caller, decision: &Decision) {
+    match hear(caller) {
         Ok(Incoming::Question {
             session,
             connection,

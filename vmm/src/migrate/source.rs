@@ -13,7 +13,8 @@ use migration::wire::message::{Memory, Outcome as Known};
 use migration::{PageSet, SnapshotId};
 use serde::{Deserialize, Serialize};
 
-use super::address::Address;
+use super::address::{Address, SecurityError};
+use super::tls;
 use crate::errors::chain;
 use crate::exit::Outcome;
 use crate::machine::lease::{Busy, Lease, Purpose};
@@ -53,6 +54,9 @@ pub struct Request {
     /// Whoever can read what crosses the network, or change it, may have the guest.
     #[serde(default)]
     pub insecure: bool,
+    /// Certificates for a `tcp:` address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<tls::Files>,
 }
 
 /// Default of [`Request::downtime_ms`].
@@ -74,12 +78,9 @@ pub enum MigrateError {
     /// The address.
     #[error("{0}")]
     Address(String),
-    /// An address that everybody can listen to.
-    #[error(
-        "{0}: whoever can read or change what crosses the network would have the guest's memory; use a network that only \
-         you can reach and say --insecure, or a unix: address"
-    )]
-    Insecure(Address),
+    /// An address with too little, or too much, to be secure.
+    #[error(transparent)]
+    Security(#[from] SecurityError),
     /// Somebody else is changing what the machine does.
     #[error(transparent)]
     Busy(#[from] Busy),
@@ -115,7 +116,7 @@ pub fn run(
     called_off: &AtomicBool,
     answer: impl FnOnce(Result<Answer, MigrateError>),
 ) {
-    let (lease, to) = match begin(machine, request) {
+    let (lease, to, tls) = match begin(machine, request) {
         Ok(begun) => begun,
         Err(error) => return answer(Err(error)),
     };
@@ -152,7 +153,7 @@ pub fn run(
         ask: ASK,
     };
     machine.migration.begin(&name);
-    let mut connect = || to.connect(connection::Limits::default());
+    let mut connect = || to.connect(tls.as_ref(), connection::Limits::default());
     let mut watch = |progress: source::Progress| {
         // A guest that has ended is moved nowhere.
         let asked = machine.migration.leaving(&name, &progress);
@@ -211,12 +212,10 @@ pub fn run(
 fn begin<'m>(
     machine: &'m Machine,
     request: &Request,
-) -> Result<(Lease<'m>, Address), MigrateError> {
+) -> Result<(Lease<'m>, Address, Option<tls::Client>), MigrateError> {
     let to: Address = request.to.parse().map_err(MigrateError::Address)?;
-    if !to.passes_files() && !request.insecure {
-        return Err(MigrateError::Insecure(to));
-    }
-    Ok((machine.lease(Purpose::Migration)?, to))
+    let tls = to.client(request.tls.as_ref(), request.insecure)?;
+    Ok((machine.lease(Purpose::Migration)?, to, tls))
 }
 
 fn doubt(to: &str, reason: &str, asked: &str) -> String {
