@@ -10,8 +10,9 @@ mod control;
 mod faults;
 mod proxy;
 mod rounds;
+mod tls;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -26,10 +27,15 @@ use crate::vm::{Outcome, PATIENCE, Running, tern};
 const MOVED: i32 = 8;
 
 pub fn trials() -> Vec<Trial> {
-    [rounds::trials(), control::trials(), faults::trials()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        rounds::trials(),
+        control::trials(),
+        faults::trials(),
+        tls::trials(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// `tern receive` at the address, with the guest's console and a control socket.
@@ -69,8 +75,17 @@ fn move_to(guest: Guest, directory: &Path, number: u32, options: &[&str]) -> Res
     let socket = directory.join(format!("api-{number}.sock"));
     let mut next = receive(&address, &socket, &[])?;
     await_socket(&path, &mut next)?;
-    let words = [&[address.as_str()], options].concat();
-    let answer = guest.control.ask("migrate", &words).with_context(|| {
+    move_into(
+        guest,
+        next,
+        socket,
+        &[&[address.as_str()], options].concat(),
+    )
+}
+
+/// Moves a guest into the process `next`, whose control socket is `socket`, with these words of `tern migrate`.
+fn move_into(guest: Guest, next: Running, socket: PathBuf, words: &[&str]) -> Result<Moved> {
+    let answer = guest.control.ask("migrate", words).with_context(|| {
         format!(
             "the source says\n{}\nthe destination says\n{}",
             guest.vm.console(),

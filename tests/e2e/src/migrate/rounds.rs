@@ -1,13 +1,15 @@
 //! Guests under load that are moved from process to process, again and again, at moments nobody chose.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 
-use super::move_to;
+use super::tls::Authority;
+use super::{Moved, move_to};
 use crate::chance::{Chance, rounds};
-use crate::load::{Load, TICK, expect_work};
+use crate::load::{Guest, Load, TICK, expect_work};
 use crate::trial;
 
 /// How often, unless `TERN_ROUNDS` says it.
@@ -24,13 +26,20 @@ const LOST: u32 = 64;
 pub fn trials() -> Vec<Trial> {
     vec![
         trial("migrate::rounds_handed_over_under_load", || {
-            under_load(&[], |load| load)
+            under_load(by(&[]), |load| load)
         }),
         trial("migrate::rounds_copied_under_load", || {
-            under_load(&COPY, |load| load)
+            under_load(by(&COPY), |load| load)
         }),
         trial("migrate::rounds_copied_under_load_with_linux_6_1", || {
-            under_load(&COPY, Load::linux_6_1)
+            under_load(by(&COPY), Load::linux_6_1)
+        }),
+        trial("migrate::rounds_copied_over_tls", || {
+            let authority = Authority::new()?;
+            let over_tls = |guest: Guest, directory: &Path, number: u32| {
+                authority.move_to(guest, directory, number, &COPY[1..])
+            };
+            under_load(over_tls, |load| load)
         }),
         trial("migrate::rounds_while_booting", || while_booting(&[])),
         trial("migrate::rounds_copied_while_booting", || {
@@ -39,7 +48,15 @@ pub fn trials() -> Vec<Trial> {
     ]
 }
 
-fn under_load(options: &[&str], adjust: impl FnOnce(Load) -> Load) -> Result<()> {
+/// Moves guests to Unix sockets.
+fn by(options: &'static [&'static str]) -> impl Fn(Guest, &Path, u32) -> Result<Moved> {
+    move |guest, directory, number| move_to(guest, directory, number, options)
+}
+
+fn under_load(
+    carry: impl Fn(Guest, &Path, u32) -> Result<Moved>,
+    adjust: impl FnOnce(Load) -> Load,
+) -> Result<()> {
     let rounds = rounds(ROUNDS)?;
     let load = Load::with_everything(2)?.parameter(&format!("lost={}", rounds * LOST));
     let load = adjust(load);
@@ -48,8 +65,7 @@ fn under_load(options: &[&str], adjust: impl FnOnce(Load) -> Load) -> Result<()>
     guest.ticks(2)?;
     for round in 1..=rounds {
         std::thread::sleep(chance.up_to(APART));
-        let moved =
-            move_to(guest, load.directory(), round, options).with_context(|| chance.told(round))?;
+        let moved = carry(guest, load.directory(), round).with_context(|| chance.told(round))?;
         guest = moved.guest;
         guest
             .ticks(2)
