@@ -302,7 +302,7 @@ fn arrive(offered: Offered, guest: &mut There) -> Result<Decision, Failure> {
     })?;
     let decision = prepared.decision();
     assert!(guest.restored);
-    let committed = prepared.commit(|| Ok(()))?;
+    let committed = prepared.commit(&mut || ControlFlow::Continue(()), || Ok(()))?;
     committed.running();
     Ok(decision)
 }
