@@ -1,21 +1,20 @@
 //! `tern migrate` and `tern resolve`.
 
 use std::fs::File;
-use std::io::{IsTerminal, Write};
-use std::path::{Path, PathBuf};
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::Duration;
+use std::io::Write;
+use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use migration::live::OnTimeout;
 use migration::live::commit::Resolution;
 use migration::live::report::Report;
 use migration::wire::message::Memory;
 
+use super::progress::follow;
 use super::tls::{self, Tls};
-use crate::api::client::{ClientError, request, request_within};
+use crate::api::client::request;
 use crate::api::migrations::{CallOff, Resolve as ResolveRequest};
 use crate::api::{Info, Status};
 use crate::exit;
@@ -24,11 +23,6 @@ use crate::migrate::html;
 use crate::migrate::monitor::Status as Migration;
 use crate::migrate::source::{Answer, DOWNTIME_MS, Request, TIMEOUT_S};
 use crate::migrate::tls::Files;
-
-/// How long a migration may take: a day. Its progress shows that it goes on.
-const PATIENCE: Duration = Duration::from_secs(24 * 60 * 60);
-/// How often progress is shown.
-const LOOK: Duration = Duration::from_millis(200);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -127,7 +121,7 @@ impl Migrate {
             Some(path) => Some(File::create(path).with_context(|| path.display().to_string())?),
             None => None,
         };
-        let answer = follow(&self.api_socket, &body)?;
+        let answer = follow(&self.api_socket, "/api/v1/migrate", &body, show)?;
         if self.json {
             println!("{}", serde_json::to_string(&answer)?);
         }
@@ -152,68 +146,29 @@ impl Migrate {
     }
 }
 
-/// Sends the request, and shows how far it is until it is answered.
-fn follow(path: &Path, body: &[u8]) -> Result<Answer, ClientError> {
-    let ask = || request_within(path, "PUT", "/api/v1/migrate", body, PATIENCE);
-    if !std::io::stderr().is_terminal() {
-        return ask();
-    }
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let template = "{msg} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}";
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
-    }
-    std::thread::scope(|scope| {
-        let (tell, told) = channel();
-        scope.spawn(move || {
-            // Nobody listens any more only if this function is over.
-            let _ = tell.send(ask());
-        });
-        loop {
-            match told.recv_timeout(LOOK) {
-                Ok(answer) => {
-                    bar.finish_and_clear();
-                    return answer;
-                }
-                Err(RecvTimeoutError::Timeout) => show(path, &bar),
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(ClientError::Malformed("no answer"));
-                }
-            }
-        }
-    })
-}
-
 /// Shows how far the migration is now.
-fn show(path: &Path, bar: &ProgressBar) {
-    let info = request::<Info>(path, "GET", "/api/v1/info", b"");
-    if let Ok(Info {
-        migration:
-            Some(Migration::Source {
-                phase,
-                round,
-                done,
-                total,
-                slow_down,
-                ..
-            }),
+fn show(bar: &ProgressBar, info: &Info) {
+    let Some(Migration::Source {
+        phase,
+        round,
+        done,
+        total,
+        slow_down,
         ..
-    }) = info
-    {
-        bar.set_length(total);
-        bar.set_position(done);
-        let round = if round > 1 {
-            format!(", round {round}")
-        } else {
-            String::new()
-        };
-        let slow = if slow_down > 0 {
-            format!(", guest slowed down by {slow_down} %")
-        } else {
-            String::new()
-        };
-        bar.set_message(format!("{phase}{round}{slow}"));
+    }) = &info.migration
+    else {
+        return;
+    };
+    bar.set_length(*total);
+    bar.set_position(*done);
+    let mut message = phase.to_string();
+    if *round > 1 {
+        message += &format!(", round {round}");
     }
+    if *slow_down > 0 {
+        message += &format!(", guest slowed down by {slow_down} %");
+    }
+    bar.set_message(message);
 }
 
 /// The report for people.

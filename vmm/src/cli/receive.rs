@@ -8,10 +8,10 @@ use std::sync::Arc;
 use anyhow::Context;
 use clap::Args;
 
+use super::overrides;
 use super::process::{Origin, Process};
 use super::tls::{self, Tls};
 use crate::config::MachineSpec;
-use crate::console::Target;
 use crate::console::output::Output;
 use crate::exit;
 use crate::machine::Machine;
@@ -20,7 +20,7 @@ use crate::machine::provider::Provider;
 use crate::migrate::address::Address;
 use crate::migrate::destination::{ArrivedGuest, Candidate, Receiver};
 use crate::signals::{Signal, Signals};
-use crate::snapshot::overrides::{DiskOverride, NetOverride, Overrides};
+use crate::snapshot::overrides::Overrides;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -51,22 +51,8 @@ pub struct Receive {
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
 
-    /// Another file for a disk; may be repeated. NAME is that of `tern info`: disk0, pf0, or pf0-vf%d for all virtual
-    /// functions, with %d in PATH
-    #[arg(long, value_name = "NAME=PATH")]
-    disk: Vec<DiskOverride>,
-
-    /// Another end for a network interface; may be repeated: net0=tap=TAP, net0=switch=NAME, pf0=uplink-tap=TAP
-    #[arg(long, value_name = "NAME=END")]
-    net: Vec<NetOverride>,
-
-    /// Serial console: stdio, file=PATH or none [default: as it was]
-    #[arg(long, value_name = "TARGET")]
-    console: Option<Target>,
-
-    /// Virtio console: stdio, file=PATH or none [default: as it was]
-    #[arg(long, value_name = "TARGET")]
-    virtio_console: Option<Target>,
+    #[command(flatten)]
+    different: overrides::Options,
 
     /// Accept a guest from a network that others can read and change
     #[arg(long)]
@@ -84,12 +70,7 @@ impl Receive {
     /// Runs the guest; returns the exit status.
     pub fn run(self) -> anyhow::Result<u8> {
         let process = Process::begin()?;
-        let overrides = Overrides {
-            disks: self.disk,
-            nets: self.net,
-            console: self.console,
-            virtio_console: self.virtio_console,
-        };
+        let overrides: Overrides = self.different.into();
         let receiver = Receiver::bind(&self.address, self.tls.files().as_ref(), self.insecure)?;
         if std::io::stderr().is_terminal() {
             eprintln!("tern: waiting for a guest at {}", self.address);

@@ -6,15 +6,15 @@ use std::sync::Arc;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 
+use super::overrides;
 use super::process::{self, Origin, Process};
 use crate::config::MachineSpec;
-use crate::console::Target;
 use crate::console::output::Output;
 use crate::exit;
 use crate::machine::Machine;
 use crate::machine::functions::Backends;
 use crate::signals::Signals;
-use crate::snapshot::overrides::{DiskOverride, NetOverride, Overrides};
+use crate::snapshot::overrides::Overrides;
 use crate::snapshot::restore::{ClockChoice, Fit, Options, Source};
 
 const EXAMPLES: &str = "\
@@ -53,22 +53,8 @@ pub struct Restore {
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
 
-    /// Another file for a disk; may be repeated. NAME is that of `tern info`: disk0, pf0, or pf0-vf%d for all virtual
-    /// functions, with %d in PATH
-    #[arg(long, value_name = "NAME=PATH")]
-    disk: Vec<DiskOverride>,
-
-    /// Another end for a network interface; may be repeated: net0=tap=TAP, net0=switch=NAME, pf0=uplink-tap=TAP
-    #[arg(long, value_name = "NAME=END")]
-    net: Vec<NetOverride>,
-
-    /// Serial console: stdio, file=PATH or none [default: as it was]
-    #[arg(long, value_name = "TARGET")]
-    console: Option<Target>,
-
-    /// Virtio console: stdio, file=PATH or none [default: as it was]
-    #[arg(long, value_name = "TARGET")]
-    virtio_console: Option<Target>,
+    #[command(flatten)]
+    different: overrides::Options,
 
     /// Clocks of the guest
     #[arg(long, value_name = "CLOCK", default_value = "host")]
@@ -91,12 +77,7 @@ impl Restore {
     /// Runs the guest; returns the exit status.
     pub fn run(self) -> anyhow::Result<u8> {
         let process = Process::begin()?;
-        let overrides = Overrides {
-            disks: self.disk,
-            nets: self.net,
-            console: self.console,
-            virtio_console: self.virtio_console,
-        };
+        let overrides: Overrides = self.different.into();
         let source = Source::open(&self.directory, &overrides)?.fit(self.force)?;
         let options = Options {
             clock: match self.clock {

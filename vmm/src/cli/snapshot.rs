@@ -1,22 +1,14 @@
 //! `tern snapshot`.
 
-use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::Duration;
+use std::path::PathBuf;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 
-use crate::api::client::{ClientError, request, request_within};
+use super::progress::follow;
 use crate::api::snapshots::SnapshotAnswer;
 use crate::api::{Info, State};
 use crate::snapshot::report::{Request, Then};
-
-/// How long a snapshot may take: a day. Its progress shows that it goes on.
-const PATIENCE: Duration = Duration::from_secs(24 * 60 * 60);
-/// How often progress is shown.
-const LOOK: Duration = Duration::from_millis(200);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -85,7 +77,7 @@ impl Snapshot {
             },
         };
         let body = serde_json::to_vec(&body)?;
-        let answer = self.follow(&body)?;
+        let answer = follow(&self.api_socket, "/api/v1/snapshot", &body, show)?;
         if self.json {
             println!("{}", serde_json::to_string(&answer)?);
         } else {
@@ -93,49 +85,11 @@ impl Snapshot {
         }
         Ok(0)
     }
-
-    /// Sends the request, and shows how far it is until it is answered.
-    fn follow(&self, body: &[u8]) -> Result<SnapshotAnswer, ClientError> {
-        let path = self.api_socket.as_path();
-        let ask = || request_within(path, "PUT", "/api/v1/snapshot", body, PATIENCE);
-        if !std::io::stderr().is_terminal() {
-            return ask();
-        }
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-        let template = "{msg} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}";
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
-        std::thread::scope(|scope| {
-            let (tell, told) = channel();
-            scope.spawn(move || {
-                // Nobody listens any more only if this function is over.
-                let _ = tell.send(ask());
-            });
-            loop {
-                match told.recv_timeout(LOOK) {
-                    Ok(answer) => {
-                        bar.finish_and_clear();
-                        return answer;
-                    }
-                    Err(RecvTimeoutError::Timeout) => show(path, &bar),
-                    Err(RecvTimeoutError::Disconnected) => {
-                        return Err(ClientError::Malformed("no answer"));
-                    }
-                }
-            }
-        })
-    }
 }
 
 /// Shows how far the snapshot is now.
-fn show(path: &Path, bar: &ProgressBar) {
-    let info = request::<Info>(path, "GET", "/api/v1/info", b"");
-    if let Ok(Info {
-        progress: Some(progress),
-        ..
-    }) = info
-    {
+fn show(bar: &ProgressBar, info: &Info) {
+    if let Some(progress) = &info.progress {
         bar.set_length(progress.total);
         bar.set_position(progress.done);
         bar.set_message(progress.phase.name());
