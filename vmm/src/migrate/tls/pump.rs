@@ -122,11 +122,18 @@ impl Pump {
         self.talking && self.sending && !self.tls.wants_write()
     }
 
-    /// The connection was closed.
-    fn hung_up(&mut self) {
-        self.talking = false;
+    /// The connection was closed. It hears nothing more, but its last words may still have to be read.
+    fn closed(&mut self) {
         self.incoming.clear();
         self.deadline.get_or_insert(Instant::now() + ENDING);
+        // Unless nobody would hear them.
+        self.talking &= self.sending;
+    }
+
+    /// The connection was closed, and its last words were read.
+    fn hung_up(&mut self) {
+        self.closed();
+        self.talking = false;
         self.tls.send_close_notify();
     }
 
@@ -191,7 +198,7 @@ impl Pump {
             }
             Ok(count) => {
                 self.incoming.filled(count);
-                if !self.talking {
+                if self.deadline.is_some() {
                     self.incoming.clear();
                 }
                 return Ok(true);
@@ -234,7 +241,7 @@ impl Pump {
             Err(error) if error.kind() == ErrorKind::WouldBlock => false,
             Err(error) if error.kind() == ErrorKind::Interrupted => true,
             Ok(0) | Err(_) => {
-                self.hung_up();
+                self.closed();
                 true
             }
         }
@@ -280,12 +287,7 @@ impl Pump {
         let closed = PollFlags::HUP | PollFlags::ERR;
         let gone = |fd: &PollFd<'_>| fd.revents().intersects(closed);
         if fds.iter().take(near).any(gone) {
-            if self.sending {
-                // There may be some last words.
-                self.deadline.get_or_insert(Instant::now() + ENDING);
-            } else {
-                self.hung_up();
-            }
+            self.closed();
         }
         Ok(())
     }
