@@ -154,6 +154,11 @@ impl Source {
         &self.spec
     }
 
+    /// What is wrong with the files it names: they are not what they were. [`Self::fit`] refuses that with everything else.
+    pub fn unfit(&self) -> Option<&str> {
+        self.unfit.as_deref()
+    }
+
     /// Looks whether this host can run the guest; the error has everything that it lacks. `force` accepts a KVM that only
     /// interprets guest code.
     pub fn fit(self, force: bool) -> Result<Fit, RestoreError> {

@@ -251,24 +251,30 @@ fn files_that_changed_are_refused_unless_they_are_named() -> io::Result<()> {
     snapshot.state.machine = vmm::snapshot::format::machine::Machine::of(&spec);
     let state = snapshot.path().join("state.json");
     fs::write(&state, write(&snapshot.state).unwrap())?;
-    assert!(snapshot.open(&Overrides::default()).is_ok());
+    let unfit = |overrides: &Overrides| {
+        let opened = Source::open(&snapshot.path(), overrides).unwrap();
+        opened.unfit().map(str::to_owned)
+    };
+    assert_eq!(unfit(&Overrides::default()), None);
 
     file.set_modified(time + Duration::from_nanos(1))?;
-    let error = refusal(&snapshot);
+    let error = unfit(&Overrides::default()).unwrap();
     assert!(error.contains("disk0: ") && error.contains("was written to since"));
     let named = Overrides {
         disks: vec![format!("disk0={}", path.display()).parse().unwrap()],
         ..Overrides::default()
     };
-    assert!(snapshot.open(&named).is_ok());
+    assert_eq!(unfit(&named), None);
     file.set_len(512)?;
-    let error = refusal(&snapshot);
+    let error = unfit(&Overrides::default()).unwrap();
     assert!(error.contains("has 512 bytes and had 65536"), "{error}");
     // An option for another disk does not help.
+    let copy = snapshot.path().with_file_name("copy.raw");
+    fs::copy(&snapshot.state.machine.disks[1].file.path, &copy)?;
     let other = Overrides {
-        disks: vec![format!("disk1={}", path.display()).parse().unwrap()],
+        disks: vec![format!("disk1={}", copy.display()).parse().unwrap()],
         ..Overrides::default()
     };
-    assert!(snapshot.open(&other).is_err());
+    assert!(unfit(&other).is_some());
     Ok(())
 }
