@@ -1,8 +1,8 @@
 //! Who may change what a machine does: one at a time.
 //!
-//! Pausing, resuming and saving a machine take a [`Lease`] each, for as long as they last. Taking one never waits: while
-//! somebody holds it, everybody else is told who. A machine is saved without administration commands under way, and none
-//! begins until it is.
+//! Starting, pausing, resuming, saving and moving a machine take a [`Lease`] each, for as long as they last. Taking one never
+//! waits: while somebody holds it, everybody else is told who. A machine is saved and moved without administration commands
+//! under way, and none begins until it is.
 //!
 //! Locks are taken in this order: the lease; the input of the guest (`Machine::input`); the state of the vCPUs
 //! ([`Control`](crate::vcpu::Control)); a function's, an owner's before its members'; its MSI-X table; interrupt routes.
