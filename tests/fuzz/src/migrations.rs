@@ -81,7 +81,7 @@ impl Stream {
     fn frame(&mut self, kind: Kind, body: &[u8]) -> usize {
         let start = self.bytes.len();
         let header = Header::new(kind, self.sequence, body);
-        self.sequence += 1;
+        self.sequence = self.sequence.wrapping_add(1);
         self.bytes.extend(header.to_bytes());
         self.bytes.extend(body);
         start
