@@ -168,11 +168,6 @@ impl Connection {
         self.shared.limits.silence
     }
 
-    /// The socket.
-    pub fn socket(&self) -> &OwnedFd {
-        &self.shared.socket
-    }
-
     /// Sends a message.
     pub fn send(&mut self, message: &Message) -> Result<(), WireError> {
         let body = message.to_bytes()?;

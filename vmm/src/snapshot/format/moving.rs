@@ -19,6 +19,7 @@ use super::machine::Machine;
 use super::owner::Owner;
 use super::pci::Pci;
 use super::serial::Serial;
+use super::state::validate_devices;
 use super::version::Version;
 use crate::kvm::{model, state};
 use crate::snapshot::capture::Devices;
@@ -169,16 +170,7 @@ impl Document for Guest {
     fn validate(&self) -> Result<(), Invalid> {
         self.irqchip.plain().field("irqchip")?;
         self.clock.plain().field("clock")?;
-        self.pci.plain().field("pci")?;
-        convert_all(&self.functions, |function| {
-            check_name(&function.name)?;
-            function.context_bytes()?;
-            function.transient()
-        })
-        .field("functions")?;
-        convert_all(&self.owners, Owner::plain).field("owners")?;
-        self.serial.plain().field("serial")?;
-        Ok(())
+        validate_devices(&self.pci, &self.functions, &self.owners, &self.serial)
     }
 }
 

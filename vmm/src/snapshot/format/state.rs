@@ -133,17 +133,27 @@ impl Document for State {
         self.id()?;
         self.digest()?;
         self.cpu()?;
-        self.pci.plain().field("pci")?;
-        convert_all(&self.functions, |function| {
-            check_name(&function.name)?;
-            function.context_bytes()?;
-            function.transient()
-        })
-        .field("functions")?;
-        convert_all(&self.owners, Owner::plain).field("owners")?;
-        self.serial.plain().field("serial")?;
-        Ok(())
+        validate_devices(&self.pci, &self.functions, &self.owners, &self.serial)
     }
+}
+
+/// Looks at what the types of these members of a document cannot say.
+pub(super) fn validate_devices(
+    pci: &Pci,
+    functions: &[Function],
+    owners: &[Owner],
+    serial: &Serial,
+) -> Result<(), Invalid> {
+    pci.plain().field("pci")?;
+    convert_all(functions, |function| {
+        check_name(&function.name)?;
+        function.context_bytes()?;
+        function.transient()
+    })
+    .field("functions")?;
+    convert_all(owners, Owner::plain).field("owners")?;
+    serial.plain().field("serial")?;
+    Ok(())
 }
 
 /// What a state is made of.
