@@ -204,6 +204,29 @@ impl Guest {
     }
 }
 
+/// Fails unless the load of a guest [with everything](Load::with_everything) did something of every kind, with all that it was
+/// given.
+pub fn expect_all_work(outcome: &Outcome) -> Result<()> {
+    let kinds = [
+        "pages",
+        "timers",
+        "spins",
+        "registers",
+        "blocks",
+        "sent",
+        "packets",
+    ];
+    expect_work(outcome, &kinds)?;
+    for (what, count) in [("disks", 3), ("pairs", 2)] {
+        ensure!(
+            outcome.number("steady", what)? == count,
+            "{}",
+            outcome.stdout
+        );
+    }
+    Ok(())
+}
+
 /// Fails unless the load of the guest did all of this.
 pub fn expect_work(outcome: &Outcome, kinds: &[&str]) -> Result<()> {
     for kind in kinds {

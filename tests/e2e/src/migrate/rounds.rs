@@ -9,7 +9,7 @@ use libtest_mimic::Trial;
 use super::tls::Authority;
 use super::{Moved, move_to};
 use crate::chance::{Chance, rounds};
-use crate::load::{Guest, Load, TICK, expect_work};
+use crate::load::{Guest, Load, TICK, expect_all_work};
 use crate::trial;
 
 /// How often, unless `TERN_ROUNDS` says it.
@@ -78,23 +78,7 @@ fn under_load(
             guest.vm.console()
         );
     }
-    let outcome = guest.enough()?;
-    let kinds = [
-        "pages",
-        "timers",
-        "spins",
-        "registers",
-        "blocks",
-        "sent",
-        "packets",
-    ];
-    expect_work(&outcome, &kinds)?;
-    ensure!(
-        outcome.number("steady", "disks")? == 3,
-        "{}",
-        outcome.stdout
-    );
-    Ok(())
+    expect_all_work(&guest.enough()?)
 }
 
 /// The first moves find neither drivers nor devices. Then the guest comes up as ever, and nothing of its kernel's log is

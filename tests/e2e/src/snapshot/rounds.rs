@@ -7,7 +7,7 @@ use libtest_mimic::Trial;
 
 use super::move_over;
 use crate::chance::Chance;
-use crate::load::{Guest, Load, TICK, expect_work};
+use crate::load::{Guest, Load, TICK, expect_all_work};
 use crate::trial;
 
 /// How often, unless `TERN_ROUNDS` says it.
@@ -50,28 +50,7 @@ fn rounds(adjust: impl FnOnce(Load) -> Load) -> Result<()> {
             guest.vm.console()
         );
     }
-    let outcome = guest.enough()?;
-    let kinds = [
-        "pages",
-        "timers",
-        "spins",
-        "registers",
-        "blocks",
-        "sent",
-        "packets",
-    ];
-    expect_work(&outcome, &kinds)?;
-    ensure!(
-        outcome.number("steady", "disks")? == 3,
-        "{}",
-        outcome.stdout
-    );
-    ensure!(
-        outcome.number("steady", "pairs")? == 2,
-        "{}",
-        outcome.stdout
-    );
-    Ok(())
+    expect_all_work(&guest.enough()?)
 }
 
 /// The first generations know neither drivers nor devices. Then the guest comes up as ever, and nothing of its kernel's log
