@@ -31,6 +31,13 @@ pub fn trials() -> Vec<Trial> {
         trial("migrate::rounds_copied_under_load", || {
             under_load(by(&COPY), |load| load)
         }),
+        trial("migrate::rounds_in_either_way_in_turns", || {
+            let in_turns = |guest: Guest, directory: &Path, number: u32| {
+                let options: &[&str] = if number.is_multiple_of(2) { &COPY } else { &[] };
+                move_to(guest, directory, number, options)
+            };
+            under_load(in_turns, |load| load)
+        }),
         trial("migrate::rounds_copied_under_load_with_linux_6_1", || {
             under_load(by(&COPY), Load::linux_6_1)
         }),
