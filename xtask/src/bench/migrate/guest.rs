@@ -15,6 +15,8 @@ use crate::process::Monitor;
 
 /// How long anything may take. A bound on waiting, not a measurement.
 pub const PATIENCE: Duration = Duration::from_secs(600);
+/// How long a guest that runs may be silent.
+pub const BEAT_PATIENCE: Duration = Duration::from_secs(60);
 pub const CPUS: u32 = 2;
 /// The longest pause that is asked for, in milliseconds.
 pub const DOWNTIME_MS: u64 = 100;
@@ -164,18 +166,19 @@ pub struct Sent {
 /// The longest gap that the guest sees in half a second from now on.
 pub fn beat_before(monitor: &mut Monitor) -> Result<f64> {
     monitor.skip();
-    beat(monitor)?;
-    beat(monitor)
+    // The first one may be after the boot.
+    beat(monitor, PATIENCE)?;
+    beat(monitor, BEAT_PATIENCE)
 }
 
 /// The longest gap that it has seen since it said so last, at another process.
 pub fn beat_after(monitor: &mut Monitor) -> Result<f64> {
     // The one that tells may wake up before the one that sees.
-    Ok(beat(monitor)?.max(beat(monitor)?))
+    Ok(beat(monitor, BEAT_PATIENCE)?.max(beat(monitor, BEAT_PATIENCE)?))
 }
 
-fn beat(monitor: &mut Monitor) -> Result<f64> {
-    let (_, line) = monitor.next_line(BEAT, PATIENCE)?;
+fn beat(monitor: &mut Monitor, patience: Duration) -> Result<f64> {
+    let (_, line) = monitor.next_line(BEAT, patience)?;
     longest(&line)
 }
 

@@ -1,6 +1,6 @@
 //! This project's own way.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -8,11 +8,10 @@ use serde::Deserialize;
 
 use super::copy;
 use super::guest::{
-    Bench, CPUS, Case, DOWNTIME_MS, Gap, How, Move, Mover, PATIENCE, Parts, Sent, await_socket,
-    beat_after, beat_before, us,
+    BEAT_PATIENCE, Bench, CPUS, Case, DOWNTIME_MS, Gap, How, Move, Mover, PATIENCE, Parts, Sent,
+    await_socket, beat_after, beat_before, us,
 };
 use crate::process::Monitor;
-use crate::tools;
 
 const PAGE: u64 = 4096;
 /// Exit status of a monitor whose guest was moved.
@@ -63,6 +62,17 @@ impl Tern {
             number: 0,
         }
     }
+
+    /// What the monitor at `socket` is, or why it cannot be asked.
+    fn info(&self, socket: &Path) -> String {
+        let mut command = Command::new(&self.program);
+        command.args(["info", "--json", "--api-socket"]).arg(socket);
+        let asking = Monitor::interactive(command);
+        match asking.and_then(|mut asking| asking.next_line("{", BEAT_PATIENCE)) {
+            Ok((_, said)) => said,
+            Err(error) => format!("{error:#}"),
+        }
+    }
 }
 
 impl Mover for Tern {
@@ -108,16 +118,27 @@ impl Mover for Tern {
         let mut destination = Monitor::interactive(command)?;
         await_socket(&path, &mut destination)?;
         let cpu = source.cpu_time()? + destination.cpu_time()?;
-        let program = self.program.to_str().context("a strange path")?;
-        let downtime = DOWNTIME_MS.to_string();
-        let mut words = vec!["migrate", "--json", "--downtime", &downtime];
+        let mut command = Command::new(&self.program);
+        command
+            .args(["migrate", "--json", "--downtime"])
+            .arg(DOWNTIME_MS.to_string());
         if how == How::Copied {
-            words.push("--copy");
+            command.arg("--copy");
         }
-        words.extend(["--api-socket", socket.to_str().context("a strange path")?]);
-        words.push(&address);
-        let said = tools::output(program, &words)
-            .with_context(|| destination.obituary().unwrap_or_default())?;
+        command.arg("--api-socket").arg(&socket).arg(&address);
+        let said = match Monitor::interactive(command)?.next_line("{", PATIENCE) {
+            Ok((_, said)) => said,
+            Err(error) => {
+                let info = [&socket, &next].map(|socket| self.info(socket));
+                return Err(error.context(format!(
+                    "the source is\n{}\nand says\n{}\nthe destination is\n{}\nand says\n{}",
+                    info[0],
+                    source.last_words(),
+                    info[1],
+                    destination.last_words(),
+                )));
+            }
+        };
         let cpu = source.cpu_time()? + destination.cpu_time()? - cpu;
         let Answer { report } = serde_json::from_str(&said).with_context(|| said)?;
         let expected = match how {
@@ -131,7 +152,8 @@ impl Mover for Tern {
         );
         let status = source.wait_for_end(PATIENCE)?;
         anyhow::ensure!(status.code() == Some(MOVED), "tern ended with {status}");
-        let around_us = beat_after(&mut destination)?;
+        let around_us = beat_after(&mut destination)
+            .with_context(|| format!("the guest is\n{}", self.info(&next)))?;
         self.guest = Some((destination, next));
         let plain = match how {
             How::Copied => Some(us(copy::through_socket(report.bytes)?)),
