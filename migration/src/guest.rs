@@ -7,6 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
+use crate::checksum;
 use crate::layout::{PAGE_SIZE, RamLayout};
 
 /// Guest RAM mapped into this process.
@@ -35,6 +36,10 @@ pub unsafe trait GuestPages: Sync {
         let len = self.layout().ranges().get(range)?.len;
         (from < len).then_some(from..len)
     }
+
+    /// At least half of `piece` of range number `range`, which is as long as a large page and aligned like one, is about
+    /// to be filled: the moment to give it one.
+    fn enlarge(&self, _range: usize, _piece: Range<u64>) {}
 }
 
 /// A piece of guest RAM: whole pages of one range.
@@ -64,6 +69,21 @@ impl<'g, G: GuestPages + ?Sized> Piece<'g, G> {
     pub fn part(&self, from: u64, len: u64) -> Option<Self> {
         let inside = from.checked_add(len).is_some_and(|end| end <= self.len);
         Self::new(self.guest, self.range, self.offset + from, len).filter(|_| inside)
+    }
+
+    /// Number of its range.
+    pub fn range(&self) -> usize {
+        self.range
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Offset in its range of its byte number `offset`.
+    pub fn at(&self, offset: u64) -> u64 {
+        self.offset + offset
     }
 
     fn address(&self) -> *mut u8 {
@@ -100,7 +120,7 @@ impl<'g, G: GuestPages + ?Sized> Piece<'g, G> {
         }
     }
 
-    /// XXH3 of the page at `offset`, as it is at the moment; `None` if there is no such page.
+    /// XXH64 of the page at `offset`, as it is at the moment; `None` if there is no such page.
     ///
     /// A page that is written meanwhile gives the checksum of something that never was.
     pub fn checksum(&self, offset: u64) -> Option<u64> {
@@ -109,16 +129,11 @@ impl<'g, G: GuestPages + ?Sized> Piece<'g, G> {
             return None;
         }
         let words = self.address().wrapping_add(offset as usize).cast::<u64>();
-        let mut copy = [0u64; PAGE_SIZE as usize / 8];
-        for (index, word) in copy.iter_mut().enumerate() {
+        Some(checksum::of_page(|index| {
             // SAFETY: within a page of the range, which the trait's implementor promises to be mapped and aligned;
             // volatile, since the guest may write it meanwhile.
-            *word = unsafe { words.add(index).read_volatile() };
-        }
-        // SAFETY: any bytes of an array of integers are initialised, and bytes have no alignment.
-        let bytes =
-            unsafe { std::slice::from_raw_parts(copy.as_ptr().cast::<u8>(), PAGE_SIZE as usize) };
-        Some(xxhash_rust::xxh3::xxh3_64(bytes))
+            u64::from_le(unsafe { words.add(index).read_volatile() })
+        }))
     }
 
     /// Writes it to `file` at `at`.

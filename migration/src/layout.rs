@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 /// Bytes in a page.
 pub const PAGE_SIZE: u64 = 4096;
+/// Bytes of a large page of the host.
+pub const LARGE_PAGE: u64 = 2 << 20;
 
 /// The most RAM a guest can have, in bytes.
 pub const MAX_RAM: u64 = 1 << 44;

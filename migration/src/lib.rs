@@ -9,6 +9,7 @@
 //! | [`memory`] | `memory.bin` and `memory.map`: written in passes, read as a chain |
 //! | [`layout`], [`pages`] | guest RAM as numbered pages, and sets of them |
 //! | [`guest`] | what the VMM implements so that its guest's RAM can be read |
+//! | `checksum` | of a page that may be written meanwhile |
 //! | [`live`] | live migration: both ends, who owns the guest, when to stop it |
 //! | [`wire`] | the stream between the two ends: frames, messages, the connection |
 //!
@@ -32,6 +33,7 @@
 //! # }
 //! ```
 
+mod checksum;
 pub mod directory;
 pub mod error;
 pub mod guest;

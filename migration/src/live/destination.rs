@@ -607,14 +607,18 @@ pub struct Committed {
 }
 
 impl Committed {
-    /// Tells the source that the guest runs. False if it may not have heard that; then it will ask.
-    pub fn running(mut self) -> bool {
+    /// Tells the source that the guest runs. False if that cannot be said; then the source will ask.
+    pub fn tell(&mut self) -> bool {
         let message = Message::Running {
             resume_us: micros(self.begun.elapsed()),
             restore_us: self.restore_us,
         };
-        let sent = self.connection.send(&message);
-        let heard = sent.and_then(|()| self.connection.message("bye"));
+        self.connection.send(&message).is_ok()
+    }
+
+    /// Waits until the source has heard that. False if it may not have; then it will ask.
+    pub fn is_known(mut self) -> bool {
+        let heard = self.connection.message("bye");
         let known = matches!(heard, Ok(Message::Bye));
         if known {
             self.decision.told();

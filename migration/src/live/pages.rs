@@ -1,7 +1,7 @@
 //! Guest memory to frames and back.
 
 use crate::guest::{GuestPages, Piece};
-use crate::layout::{PAGE_SIZE, RamLayout};
+use crate::layout::{LARGE_PAGE, PAGE_SIZE, RamLayout};
 use crate::pages::{PageSet, Run};
 use crate::wire::WireError;
 use crate::wire::connection::Connection;
@@ -118,7 +118,12 @@ impl<G: GuestPages + ?Sized> Batch<'_, G> {
         let Some(sum) = piece.checksum(offset) else {
             return Ok(());
         };
-        if self.data.sums.len() >= MAX_PAGES || !self.data.push(page, starts_range) {
+        // So that the destination sees at once what fills most of a large page.
+        let begins_large_page = piece.at(offset).is_multiple_of(LARGE_PAGE);
+        if self.data.sums.len() >= MAX_PAGES
+            || begins_large_page && self.data.sums.len() >= MAX_PAGES / 2
+            || !self.data.push(page, starts_range)
+        {
             self.flush_data()?;
             self.data.push(page, starts_range);
         }
@@ -173,6 +178,8 @@ pub struct Arriving {
     /// Pages whose contents do not match their checksums: the guest wrote them while they were sent, or they were damaged.
     /// Unless they are sent again, the guest is lost.
     torn: PageSet,
+    /// Range number and offset of the last large page that the guest's memory was given.
+    enlarged: Option<(usize, u64)>,
 }
 
 impl Arriving {
@@ -180,6 +187,29 @@ impl Arriving {
     pub fn new(layout: &RamLayout) -> Self {
         Self {
             torn: PageSet::empty(layout),
+            enlarged: None,
+        }
+    }
+
+    /// Has memory be given large pages where `pieces` are about to fill at least half of one.
+    fn enlarge<G: GuestPages + ?Sized>(&mut self, guest: &G, pieces: &[Piece<'_, G>]) {
+        let mut current = None;
+        let mut bytes = 0;
+        for piece in pieces {
+            let mut offset = 0;
+            while offset < piece.len() {
+                let at = piece.at(offset);
+                let start = at / LARGE_PAGE * LARGE_PAGE;
+                let len = (start + LARGE_PAGE - at).min(piece.len() - offset);
+                offset += len;
+                let place = (piece.range(), start);
+                bytes = if current == Some(place) { bytes } else { 0 } + len;
+                current = Some(place);
+                if bytes >= LARGE_PAGE / 2 && self.enlarged != current {
+                    self.enlarged = current;
+                    guest.enlarge(piece.range(), start..start + LARGE_PAGE);
+                }
+            }
         }
     }
 
@@ -192,6 +222,7 @@ impl Arriving {
     ) -> Result<u64, WireError> {
         let table = PageTable::parse(Kind::Pages, body, guest.layout())?;
         let pieces = locate(guest, Kind::Pages, &table)?;
+        self.enlarge(guest, &pieces);
         connection.read_pages(&pieces)?;
         let mut sums = table.sums.iter();
         for ((first, count), piece) in table.runs.iter().zip(&pieces) {

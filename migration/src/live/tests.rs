@@ -10,13 +10,14 @@ use super::destination::{Arrived, Incoming};
 use super::source::{End, Options, migrate};
 use super::{DestinationGuest, GuestError, Limits, SourceGuest};
 use crate::guest::GuestPages;
-use crate::layout::{PAGE_SIZE, RamLayout};
+use crate::layout::{LARGE_PAGE, PAGE_SIZE, RamLayout};
 use crate::pages::PageSet;
 use crate::wire::Connection;
 use crate::wire::connection::{self, Named, Section};
 use crate::wire::message::Memory;
 
 mod faults;
+mod pages;
 mod proxy;
 
 const PAGES: u64 = 1000;
@@ -25,6 +26,8 @@ const PAGES: u64 = 1000;
 struct Ram {
     layout: RamLayout,
     bytes: Vec<u64>,
+    /// What large pages were asked for: range number and first byte.
+    enlarged: Mutex<Vec<(usize, u64)>>,
 }
 
 impl Ram {
@@ -37,6 +40,7 @@ impl Ram {
     fn of(layout: RamLayout) -> Self {
         Self {
             bytes: vec![0; (layout.bytes() / 8) as usize],
+            enlarged: Mutex::default(),
             layout,
         }
     }
@@ -61,6 +65,11 @@ unsafe impl GuestPages for Ram {
     fn occupied(&self, range: usize, from: u64) -> Option<Range<u64>> {
         let len = self.layout.ranges()[range].len;
         (from < len).then_some(from..len)
+    }
+
+    fn enlarge(&self, range: usize, piece: Range<u64>) {
+        assert_eq!(piece.end - piece.start, LARGE_PAGE);
+        self.enlarged.lock().unwrap().push((range, piece.start));
     }
 }
 
@@ -217,12 +226,9 @@ fn a_guest_is_moved_with_all_its_memory() {
         };
         let receiving = offered.accept().unwrap();
         let prepared = receiving.receive(&mut guest, &mut |_: Arrived| {}).unwrap();
-        assert!(
-            prepared
-                .commit(&mut || ControlFlow::Continue(()), || Ok(()))
-                .unwrap()
-                .running()
-        );
+        let committed = prepared.commit(&mut || ControlFlow::Continue(()), || Ok(()));
+        let mut committed = committed.unwrap();
+        assert!(committed.tell() && committed.is_known());
         guest
     });
     let mut guest = Leaving::new();
@@ -270,12 +276,9 @@ fn a_guest_is_handed_over_with_its_files() {
         };
         let receiving = offered.accept().unwrap();
         let prepared = receiving.receive(&mut guest, &mut |_| {}).unwrap();
-        assert!(
-            prepared
-                .commit(&mut || ControlFlow::Continue(()), || Ok(()))
-                .unwrap()
-                .running()
-        );
+        let committed = prepared.commit(&mut || ControlFlow::Continue(()), || Ok(()));
+        let mut committed = committed.unwrap();
+        assert!(committed.tell() && committed.is_known());
     });
     let mut guest = Leaving::new();
     let mut near = Some(near);

@@ -28,8 +28,8 @@ pub const HEADER_LEN: usize = 32;
 pub const MAX_BODY: u32 = 1 << 16;
 /// Longest section, in bytes.
 pub const MAX_SECTION: u32 = 64 << 20;
-/// The most pages that follow one frame.
-pub const MAX_PAGES: usize = 256;
+/// The most pages that follow one frame: as many as a large page has.
+pub const MAX_PAGES: usize = 512;
 /// The most runs of pages in one frame.
 pub const MAX_RUNS: usize = 256;
 
@@ -173,7 +173,7 @@ impl Header {
 /// |---|---|
 /// | 4 | number of runs *r* |
 /// | 12 *r* | for each run, number of its first page (8), number of pages (4), not zero |
-/// | 8 *p* | [`Kind::Pages`] only: XXH3 of each of the *p* pages |
+/// | 8 *p* | [`Kind::Pages`] only: XXH64 of each of the *p* pages |
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PageTable {
     /// First page and number of pages, ascending and disjoint; each run lies in one RAM range.

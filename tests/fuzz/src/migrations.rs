@@ -302,8 +302,10 @@ fn arrive(offered: Offered, guest: &mut There) -> Result<Decision, Failure> {
     })?;
     let decision = prepared.decision();
     assert!(guest.restored);
-    let committed = prepared.commit(&mut || ControlFlow::Continue(()), || Ok(()))?;
-    committed.running();
+    let mut committed = prepared.commit(&mut || ControlFlow::Continue(()), || Ok(()))?;
+    if committed.tell() {
+        committed.is_known();
+    }
     Ok(decision)
 }
 

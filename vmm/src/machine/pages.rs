@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use devices::memory::GuestRam;
 use migration::layout::LayoutError;
 use migration::{GuestPages, PageSet, RamLayout, SnapshotId};
+use vm_memory::GuestAddress;
 
 use crate::kvm::KvmError;
 use crate::kvm::slots::Slots;
@@ -71,6 +72,14 @@ unsafe impl GuestPages for RamPages {
     fn occupied(&self, range: usize, from: u64) -> Option<Range<u64>> {
         let piece = self.ram.occupied(range, usize::try_from(from).ok()?)?;
         Some(piece.start as u64..piece.end as u64)
+    }
+
+    fn enlarge(&self, range: usize, piece: Range<u64>) {
+        if let Some(range) = self.ram.ranges().get(range) {
+            let start = range.start.0 + piece.start;
+            self.ram
+                .enlarge(GuestAddress(start), piece.end - piece.start);
+        }
     }
 }
 

@@ -322,7 +322,9 @@ impl Candidate {
             backends,
             output,
         )?;
-        Ok(hardware.finish())
+        let machine = hardware.finish();
+        machine.make_threads()?;
+        Ok(machine)
     }
 
     /// Refuses the guest, for what was found out while its machine was built.
@@ -440,7 +442,7 @@ impl ArrivedGuest {
             let taken = machine.functions().take_locks();
             taken.map_err(|names| format!("another process has {}", names.join(", ")).into())
         };
-        let committed = match self.prepared.commit(watch, take) {
+        let mut committed = match self.prepared.commit(watch, take) {
             Ok(committed) => committed,
             Err(failure) => {
                 // A source that does not know yet may ask.
@@ -453,12 +455,14 @@ impl ArrivedGuest {
         machine.migration.end();
         // If it has ended meanwhile it ended here.
         crate::cli::process::start(machine, paused || self.paused)?;
+        // Before anything that the guest's first steps could delay.
+        let told = committed.tell();
         let answering = self.answering;
         let said = std::thread::Builder::new()
             .name("moved".to_owned())
             .stack_size(256 << 10)
             .spawn(move || {
-                if committed.running() {
+                if told && committed.is_known() {
                     answering.end();
                 }
                 // Otherwise the source asks, whenever it can.

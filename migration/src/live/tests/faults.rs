@@ -300,7 +300,7 @@ fn hear(
     assert_eq!(offered.sections(), [section("machine", "a machine")]);
     let receiving = offered.accept().ok()?;
     let prepared = receiving.receive(&mut guest, &mut |_| {}).ok()?;
-    let committed = prepared
+    let mut committed = prepared
         .commit(&mut || ControlFlow::Continue(()), || {
             while habits.stalls && !go_on.load(Ordering::SeqCst) {
                 std::thread::sleep(Duration::from_millis(10));
@@ -313,7 +313,9 @@ fn hear(
         return None;
     }
     assert!(!runs.swap(true, Ordering::SeqCst), "it runs twice");
-    committed.running();
+    if committed.tell() {
+        committed.is_known();
+    }
     assert_eq!(decision.state(), commit::Destination::Running);
     Some(guest.ram.bytes)
 }
