@@ -15,11 +15,11 @@ use pci::topology::{LayoutError, PciLayout};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Machine;
 use super::functions::{Backends, FunctionError, Functions};
 use super::large::LargePages;
 use super::lease::Leases;
 use super::pages::PageSource;
+use super::{Machine, Unstarted};
 use crate::acpi::{self, AcpiError};
 use crate::boot::load::{LoadError, Prepared};
 use crate::boot::long_mode;
@@ -288,7 +288,11 @@ impl Hardware {
             _large_pages: self.large_pages,
             msi: self.msi,
             layout_changed: self.layout_changed,
-            unstarted: Mutex::new(Some((wiring, self.vcpus))),
+            unstarted: Mutex::new(Some(Unstarted {
+                wiring,
+                vcpus: self.vcpus,
+                threads: Vec::new(),
+            })),
             threads: Mutex::default(),
             ram: self.ram,
             vm: self.vm,

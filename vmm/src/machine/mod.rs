@@ -149,12 +149,30 @@ pub struct Machine {
     /// Registers the doorbells that should exist, and removes those that should not.
     layout_changed: Arc<dyn Fn() + Send + Sync>,
     /// Its vCPUs, until they get their threads.
-    unstarted: Mutex<Option<(Wiring, Vec<VcpuFd>)>>,
+    unstarted: Mutex<Option<Unstarted>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     msi: KvmMsi,
     ram: Arc<GuestRam>,
     // Dropped last: vCPUs and devices use them.
     vm: Vm,
+}
+
+/// vCPUs that do not have their threads yet.
+struct Unstarted {
+    wiring: Wiring,
+    vcpus: Vec<VcpuFd>,
+    /// Threads that wait for them.
+    threads: Vec<vcpu::Thread>,
+}
+
+impl Unstarted {
+    fn make_threads(&mut self) -> std::io::Result<()> {
+        for id in self.threads.len()..self.vcpus.len() {
+            let thread = vcpu::Thread::spawn(id as u8, self.wiring.clone())?;
+            self.threads.push(thread);
+        }
+        Ok(())
+    }
 }
 
 impl Machine {
@@ -359,17 +377,25 @@ impl Machine {
         let _batch = self.msi.batch();
         *self.lock_arrival() = Some(arrival);
         let unstarted = self.lock_unstarted();
-        put(unstarted.as_ref().map_or(&[], |(_, vcpus)| vcpus))
+        put(unstarted.as_ref().map_or(&[], |unstarted| &unstarted.vcpus))
     }
 
     /// Gives every vCPU its thread, where it waits until the guest runs.
     pub(crate) fn give_threads(&self) -> Result<(), TransitionError> {
-        let Some((wiring, vcpus)) = self.lock_unstarted().take() else {
+        let Some(mut unstarted) = self.lock_unstarted().take() else {
             return Ok(());
         };
-        let mut threads = self.lock_threads();
-        for (id, vcpu) in (0..self.spec.cpus).zip(vcpus) {
-            threads.push(vcpu::spawn(id, vcpu, wiring.clone())?);
+        unstarted.make_threads()?;
+        let vcpus = unstarted.threads.into_iter().zip(unstarted.vcpus);
+        let started = vcpus.map(|(thread, vcpu)| thread.give(vcpu));
+        self.lock_threads().extend(started);
+        Ok(())
+    }
+
+    /// Makes the threads that vCPUs will have, for a guest that must not wait for them.
+    pub(crate) fn make_threads(&self) -> Result<(), TransitionError> {
+        if let Some(unstarted) = self.lock_unstarted().as_mut() {
+            unstarted.make_threads()?;
         }
         Ok(())
     }
@@ -467,7 +493,7 @@ impl Machine {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_unstarted(&self) -> MutexGuard<'_, Option<(Wiring, Vec<VcpuFd>)>> {
+    fn lock_unstarted(&self) -> MutexGuard<'_, Option<Unstarted>> {
         self.unstarted
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

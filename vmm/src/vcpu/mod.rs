@@ -21,6 +21,7 @@ pub mod throttle;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
 use devices::bus::{Bus, Effect};
@@ -50,15 +51,34 @@ pub struct Wiring {
     pub layout_changed: Arc<dyn Fn() + Send + Sync>,
 }
 
-/// Starts the thread of vCPU `id`. It enters the guest as soon as `wiring.control` says running.
-pub fn spawn(id: u8, fd: VcpuFd, wiring: Wiring) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new()
-        .name(format!("vcpu{id}"))
-        .stack_size(STACK)
-        .spawn(move || {
-            let mut vcpu = Vcpu { id, fd, wiring };
-            vcpu.run();
-        })
+/// The thread of a vCPU, which waits for its vCPU. It ends if this is dropped.
+#[derive(Debug)]
+pub struct Thread {
+    give: Sender<VcpuFd>,
+    thread: JoinHandle<()>,
+}
+
+impl Thread {
+    /// The thread of vCPU `id`.
+    pub fn spawn(id: u8, wiring: Wiring) -> io::Result<Self> {
+        let (give, given) = channel();
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .stack_size(STACK)
+            .spawn(move || {
+                if let Ok(fd) = given.recv() {
+                    Vcpu { id, fd, wiring }.run();
+                }
+            })?;
+        Ok(Self { give, thread })
+    }
+
+    /// Gives it the vCPU. It enters the guest as soon as the machine's state is running.
+    pub fn give(self, fd: VcpuFd) -> JoinHandle<()> {
+        // It waits for that.
+        let _ = self.give.send(fd);
+        self.thread
+    }
 }
 
 struct Vcpu {

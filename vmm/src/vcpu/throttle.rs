@@ -149,7 +149,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::super::control::tests::{LONG, end, vcpus};
-    use super::super::{Wiring, kick, spawn};
+    use super::super::{Thread, Wiring, kick};
     use super::*;
     use crate::exit::Outcome;
     use crate::kvm::Vm;
@@ -321,7 +321,7 @@ mod tests {
                 tells_pause: false,
                 layout_changed: Arc::new(|| ()),
             };
-            let thread = Some(spawn(0, fd, wiring).unwrap());
+            let thread = Some(Thread::spawn(0, wiring).unwrap().give(fd));
             Some(Self {
                 control,
                 thread,

@@ -572,7 +572,11 @@ fn vcpus_with_threads_are_saved_while_they_are_parked() {
     };
     let threads: Vec<_> = (0u8..)
         .zip(machine.vcpus.drain(..))
-        .map(|(id, vcpu)| crate::vcpu::spawn(id, vcpu, wiring.clone()).unwrap())
+        .map(|(id, vcpu)| {
+            crate::vcpu::Thread::spawn(id, wiring.clone())
+                .unwrap()
+                .give(vcpu)
+        })
         .collect();
     let on_threads = save(&machine.vm, &control, &model, &registers(&model)).unwrap();
     control.finish(crate::exit::Outcome::PowerOff);
