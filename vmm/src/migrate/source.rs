@@ -344,6 +344,10 @@ impl SourceGuest for Leaving<'_> {
     }
 
     fn early(&mut self) -> Result<Vec<Section>, GuestError> {
+        // Most of it, so that little of it is left for the pause. Whether it works is seen then.
+        if let Err(error) = self.machine.functions().sync() {
+            tracing::debug!(%error, "cannot sync before the pause");
+        }
         let contexts = self.watched.as_ref().map(Watched::contexts);
         let contexts = contexts.unwrap_or_default();
         if contexts.is_empty() {
