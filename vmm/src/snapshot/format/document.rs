@@ -104,15 +104,24 @@ impl FormatError {
 /// See the [module documentation](self). What is in the document may still be none of the machine that it is for.
 pub fn parse<T: Document>(bytes: &[u8]) -> Result<T, FormatError> {
     let found = checked::<T>(bytes)?;
-    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-    let document: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
-        let path = error.path().to_string();
-        let path = if path == "." { "" } else { path.as_str() };
-        FormatError::at(path, error.inner())
-    })?;
+    // Without a record of where it is, which a guest that is being moved would wait for.
+    let document: T = match serde_json::from_slice(bytes) {
+        Ok(document) => document,
+        Err(_) => locate(bytes)?,
+    };
     forms::check(bytes, found, &document)?;
     document.validate()?;
     Ok(document)
+}
+
+/// Reads a document, and remembers where it is in it.
+fn locate<T: Document>(bytes: &[u8]) -> Result<T, FormatError> {
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let path = error.path().to_string();
+        let path = if path == "." { "" } else { path.as_str() };
+        FormatError::at(path, error.inner())
+    })
 }
 
 /// Looks at what [`parse`] looks at before it looks at types: a document that passes is JSON within the limits, and of a

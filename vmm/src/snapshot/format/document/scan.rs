@@ -1,9 +1,11 @@
 //! The first look at a document, which knows no types.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fmt;
 use std::ops::RangeInclusive;
 
+use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
 use super::forms::Forms;
@@ -51,10 +53,10 @@ pub fn scan(
     }
 }
 
-struct Scan {
+struct Scan<'de> {
     format: &'static str,
     versions: RangeInclusive<u64>,
-    path: Vec<Step>,
+    path: Vec<Step<'de>>,
     values: u64,
     forms: Forms,
     /// The members `format` and `version` of the document, once they were read.
@@ -66,8 +68,8 @@ struct Scan {
     error: Option<FormatError>,
 }
 
-enum Step {
-    Member(String),
+enum Step<'de> {
+    Member(Name<'de>),
     Entry(usize),
 }
 
@@ -87,13 +89,13 @@ impl fmt::Display for Scalar {
     }
 }
 
-impl Scan {
+impl Scan<'_> {
     fn path(&self) -> String {
         let mut path = String::new();
         for step in &self.path {
             match step {
-                Step::Member(name) if path.is_empty() => path.push_str(name),
-                Step::Member(name) => path.extend([".", name]),
+                Step::Member(Name(name)) if path.is_empty() => path.push_str(name),
+                Step::Member(Name(name)) => path.extend([".", name]),
                 Step::Entry(index) => path.push_str(&format!("[{index}]")),
             }
         }
@@ -148,10 +150,14 @@ impl Scan {
     }
 }
 
-/// The next value, whatever it is.
-struct Value<'a>(&'a mut Scan);
+/// Name of a member: a part of the document, unless something in it is escaped.
+#[derive(Clone, PartialEq, Eq, Hash, Deserialize)]
+struct Name<'d>(#[serde(borrow)] Cow<'d, str>);
 
-impl<'de> DeserializeSeed<'de> for Value<'_> {
+/// The next value, whatever it is.
+struct Value<'a, 'de>(&'a mut Scan<'de>);
+
+impl<'de> DeserializeSeed<'de> for Value<'_, 'de> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -170,7 +176,7 @@ impl<'de> DeserializeSeed<'de> for Value<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Value<'_> {
+impl<'de> Visitor<'de> for Value<'_, 'de> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -225,7 +231,7 @@ impl<'de> Visitor<'de> for Value<'_> {
         scan.forms.objects += 1;
         let outer = scan.path.is_empty();
         let mut names = HashSet::new();
-        while let Some(name) = map.next_key::<String>()? {
+        while let Some(name) = map.next_key::<Name<'de>>()? {
             scan.path.push(Step::Member(name.clone()));
             if names.len() == MAX_MEMBERS {
                 return scan.refuse(&format!(
@@ -237,7 +243,7 @@ impl<'de> Visitor<'de> for Value<'_> {
             }
             map.next_value_seed(Value(scan))?;
             if outer {
-                scan.keep_head(&name)?;
+                scan.keep_head(&name.0)?;
             }
             scan.path.pop();
         }
