@@ -137,7 +137,19 @@ pub struct Failure {
     pub error: String,
 }
 
-/// What `GET /api/v1/events` tells.
+/// What `GET /api/v1/events` tells in events of type `progress`, as in [`Info`]: whenever it has changed, and empty when
+/// it is over.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnderWay {
+    /// How far the snapshot is that is being taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+    /// How the migration stands that is under way, or in doubt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<migrate::monitor::Status>,
+}
+
+/// What `GET /api/v1/events` tells in events of type `state`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
     /// What the guest does now.

@@ -13,14 +13,14 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post, put};
 use axum::{Json, Router};
 use tokio::sync::{Semaphore, broadcast, oneshot};
-use tokio_stream::wrappers::BroadcastStream;
+use tokio_stream::wrappers::{BroadcastStream, IntervalStream};
 use tokio_stream::{Stream, StreamExt};
 
 use super::errors::{all_json, failure};
 use super::migrations::{CallOff, Resolve};
 use super::owners::{self, AdminCommand, AdminError};
 use super::snapshots::SnapshotAnswer;
-use super::{Device, Event, Info, OPENAPI, Shutdown, State, Status};
+use super::{Device, Event, Info, OPENAPI, Shutdown, State, Status, UnderWay};
 use crate::config::doors;
 use crate::config::object::Object;
 use crate::errors::chain;
@@ -29,6 +29,9 @@ use crate::machine::{self, Machine, TransitionError};
 use crate::migrate::source::{self as migrate, MigrateError};
 use crate::snapshot::report::Request;
 use crate::snapshot::save::save;
+
+/// Time between two looks at what takes a while, for those who listen to events.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What a request can reach.
 #[derive(Clone)]
@@ -341,6 +344,39 @@ async fn shutdown(Extract(context): Extract<Context>, body: Bytes) -> Response {
     (StatusCode::ACCEPTED, Json(Status { state })).into_response()
 }
 
+/// What a listener is told.
+enum Told {
+    State(Event),
+    UnderWay(UnderWay),
+}
+
+impl From<Told> for SseEvent {
+    fn from(told: Told) -> Self {
+        let (name, data) = match told {
+            Told::State(event) => ("state", serde_json::to_string(&event)),
+            Told::UnderWay(work) => ("progress", serde_json::to_string(&work)),
+        };
+        Self::default().event(name).data(data.unwrap_or_default())
+    }
+}
+
+/// What takes a while in `machine`, whenever that is something else than before. It is looked at only while somebody
+/// listens.
+fn under_way(machine: Arc<Machine>) -> impl Stream<Item = UnderWay> {
+    let mut told = UnderWay::default();
+    let looks = IntervalStream::new(tokio::time::interval(LOOK));
+    looks.filter_map(move |_| {
+        let now = UnderWay {
+            progress: machine.progress(),
+            migration: machine.migration.status(),
+        };
+        (now != told).then(|| {
+            told = now.clone();
+            now
+        })
+    })
+}
+
 async fn events(
     Extract(context): Extract<Context>,
 ) -> Sse<impl Stream<Item = Result<SseEvent, Infallible>>> {
@@ -352,13 +388,15 @@ async fn events(
         exit_status: None,
     };
     // A listener that cannot keep up misses some changes; the next one tells the state again.
-    let stream = tokio_stream::once(now).chain(changes.filter_map(Result::ok));
+    let states = tokio_stream::once(now).chain(changes.filter_map(Result::ok));
+    let work = under_way(context.machine).map(Told::UnderWay);
+    let stream = states.map(Told::State).merge(work);
     let mut ended = false;
     let stream = stream
-        .take_while(move |event| !std::mem::replace(&mut ended, event.state == State::Ended))
-        .map(|event| {
-            let data = serde_json::to_string(&event).unwrap_or_default();
-            Ok(SseEvent::default().event("state").data(data))
-        });
+        .take_while(move |told| {
+            let ends = matches!(told, Told::State(event) if event.state == State::Ended);
+            !std::mem::replace(&mut ended, ends)
+        })
+        .map(|told| Ok(told.into()));
     Sse::new(stream).keep_alive(KeepAlive::default())
 }

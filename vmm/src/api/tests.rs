@@ -141,6 +141,11 @@ fn the_schemas_are_those_of_the_answers() {
     ] {
         assert_eq!(properties(name), (keys.clone(), keys), "{name}");
     }
+    let under_way = UnderWay {
+        progress: info.progress,
+        migration: info.migration.clone(),
+    };
+    assert_eq!(properties("UnderWay"), (keys(&under_way), BTreeSet::new()));
     let shutdown = Shutdown {
         force_after_ms: Some(1),
     };

@@ -1,5 +1,6 @@
 //! What a person can ask for and be told: refusals, calling off, guests that do not converge, guests that are paused.
 
+use std::io::{BufRead, BufReader, Read};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -105,6 +106,17 @@ fn called_off() -> Result<()> {
     let address = format!("unix:{}", path.display());
     let mut there = receive(&address, &load.path("there.sock"), &[])?;
     await_socket(&path, &mut there)?;
+    let mut events = std::process::Command::new("curl")
+        .args(["--silent", "--no-buffer", "--unix-socket"])
+        .arg(&guest.control.socket)
+        .arg("http://localhost/api/v1/events")
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .context("cannot run curl")?;
+    let mut told = BufReader::new(events.stdout.take().context("no standard output")?);
+    let mut first = String::new();
+    told.read_line(&mut first)?;
+    ensure!(first == "event: state\n", "{first}");
     // A destination that stands still keeps the migration where it is.
     there.signal(rustix::process::Signal::STOP)?;
     let words = ["--copy", address.as_str()];
@@ -132,7 +144,17 @@ fn called_off() -> Result<()> {
     );
     guest.ticks(1)?;
     drop(there);
-    guest.enough().map(drop)
+    guest.enough()?;
+    // The end of the guest ended them.
+    let mut text = String::new();
+    told.read_to_string(&mut text)?;
+    events.wait()?;
+    let offer = r#"event: progress
+data: {"migration":{"role":"source","to":"unix:"#;
+    let over = "event: progress\ndata: {}\n";
+    let (_, after) = text.split_once(offer).context(text.clone())?;
+    ensure!(after.contains(over), "{text}");
+    Ok(())
 }
 
 fn paused() -> Result<()> {
