@@ -19,8 +19,9 @@ use crate::wire::{Connection, Message, Received, WireError};
 
 /// How long a destination is listened to that does not take what it is sent.
 const LAST_WORDS: Duration = Duration::from_millis(200);
-/// How long a destination may take what only one may hold, in periods of silence. After that it is asked.
-const COMMIT_SILENCES: u32 = 6;
+/// How long the guest may stand still while nothing but signs of life comes, in periods of silence: before the commit,
+/// when it goes on here after that, and after it, when the destination is asked.
+const STILL_SILENCES: u32 = 6;
 const NOTHING: &str = "nothing but signs of life";
 
 /// How a guest is moved.
@@ -287,6 +288,7 @@ impl<G: SourceGuest> Run<'_, G> {
         const LOOK: Duration = Duration::from_millis(100);
         // Keep-alive frames come all the time: not a byte for longer than that is too long.
         let silence = connection.silence();
+        let still = matches!(self.progress.phase, Phase::Restore | Phase::Commit);
         let begun = Instant::now();
         let mut heard = begun;
         loop {
@@ -308,14 +310,14 @@ impl<G: SourceGuest> Run<'_, G> {
                 Ok(None) if heard.elapsed() > silence => {
                     return Err(self.wire(WireError::Silent(silence)));
                 }
-                // Whoever waits too long before the commit can call it off. Nobody calls off what was committed.
-                Ok(None) if self.state == Source::Moving => self.look()?,
-                Ok(None) if begun.elapsed() > silence * COMMIT_SILENCES => {
+                Ok(None) if still && begun.elapsed() > silence * STILL_SILENCES => {
                     return Err(self.wire(WireError::Unexpected {
                         found: NOTHING.to_owned(),
                         expected,
                     }));
                 }
+                // Whoever waits too long can call it off. Nobody calls off what was committed.
+                Ok(None) if self.state == Source::Moving => self.look()?,
                 Ok(None) => {}
                 Err(error) => return Err(self.wire(error)),
             }

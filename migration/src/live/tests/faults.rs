@@ -157,10 +157,16 @@ impl SourceGuest for Here {
 struct There {
     ram: Ram,
     fails: Option<&'static str>,
+    /// A method that takes until the test says that it goes on.
+    stalls: Option<&'static str>,
+    goes_on: Arc<AtomicBool>,
 }
 
 impl There {
     fn call(&self, method: &'static str) -> Result<(), GuestError> {
+        while self.stalls == Some(method) && !self.goes_on.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
         match self.fails {
             Some(name) if name == method => Err(format!("{method} fails").into()),
             _ => Ok(()),
@@ -192,8 +198,8 @@ struct Habits {
     fails: Option<&'static str>,
     /// Its process vanishes when it runs the guest, before it says so.
     vanishes: bool,
-    /// Taking what only one may hold takes until the test says so.
-    stalls: bool,
+    /// A method of its guest that takes until the test says that it goes on.
+    stalls: Option<&'static str>,
     /// It built a machine with other RAM than was offered.
     other_ram: bool,
 }
@@ -270,7 +276,7 @@ fn hear(
     known: &Mutex<Option<Decision>>,
     runs: &AtomicBool,
     gone: &AtomicBool,
-    go_on: &AtomicBool,
+    goes_on: &Arc<AtomicBool>,
 ) -> Option<Vec<u64>> {
     let layout = match habits.other_ram {
         true => RamLayout::new([(0, 8 * PAGE_SIZE), (1 << 32, 16 * PAGE_SIZE)]).unwrap(),
@@ -279,6 +285,8 @@ fn hear(
     let mut guest = There {
         ram: Ram::of(layout),
         fails: habits.fails,
+        stalls: habits.stalls,
+        goes_on: Arc::clone(goes_on),
     };
     let mut offered = match Incoming::accept(connection, "test").ok()? {
         Incoming::Offer(offered) => offered,
@@ -301,12 +309,7 @@ fn hear(
     let receiving = offered.accept().ok()?;
     let prepared = receiving.receive(&mut guest, &mut |_| {}).ok()?;
     let mut committed = prepared
-        .commit(&mut || ControlFlow::Continue(()), || {
-            while habits.stalls && !go_on.load(Ordering::SeqCst) {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            guest.call("take")
-        })
+        .commit(&mut || ControlFlow::Continue(()), || guest.call("take"))
         .ok()?;
     if habits.vanishes {
         gone.store(true, Ordering::SeqCst);
@@ -730,10 +733,10 @@ fn a_destination_that_built_other_memory_is_no_destination() {
     }
 }
 
-#[test]
-fn a_destination_that_hangs_after_the_commit_leaves_doubt() {
+/// Migrates to a destination whose `method` hangs while it sends signs of life.
+fn to_one_that_hangs(method: &'static str) -> End {
     let host = Host::new(Habits {
-        stalls: true,
+        stalls: Some(method),
         ..Habits::default()
     });
     let mut guest = Here::new();
@@ -749,10 +752,26 @@ fn a_destination_that_hangs_after_the_commit_leaves_doubt() {
     };
     let end = migrate(&mut guest, connect, &quick, &mut go_on());
     host.goes_on.store(true, Ordering::SeqCst);
-    let in_doubt = matches!(end, End::InDoubt { .. } | End::Kept(_));
-    assert!(in_doubt, "{end:?}");
     let there = host.end();
     settled(&end, &guest, there.as_deref(), Memory::Copy);
+    end
+}
+
+#[test]
+fn a_destination_that_hangs_after_the_commit_leaves_doubt() {
+    let end = to_one_that_hangs("take");
+    let in_doubt = matches!(end, End::InDoubt { .. } | End::Kept(_));
+    assert!(in_doubt, "{end:?}");
+}
+
+#[test]
+fn a_destination_that_hangs_before_the_commit_does_not_keep_the_guest_standing_still() {
+    let end = to_one_that_hangs("restore");
+    let phase = Phase::Restore;
+    assert!(
+        matches!(&end, End::Kept(Reason::Wire { phase: in_phase, .. }) if *in_phase == phase),
+        "{end:?}"
+    );
 }
 
 /// Hears `work` out in bounded time.
