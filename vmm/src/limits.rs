@@ -39,20 +39,25 @@ pub fn needed(config: &MachineSpec) -> u64 {
 
 /// Raises the limit on open descriptors as far as the host lets everyone, and checks that it is enough for `config`.
 pub fn raise(config: &MachineSpec) -> Result<(), TooFewDescriptors> {
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let needed = needed(config);
+    match raise_to_maximum() {
+        Some(allowed) if allowed < needed => Err(TooFewDescriptors { needed, allowed }),
+        _ => Ok(()),
+    }
+}
+
+/// Lets the process have as many descriptors as it may, before it is known how many are needed; returns how many that are,
+/// if there is a limit.
+pub fn raise_to_maximum() -> Option<u64> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let raised = Rlimit {
         current: maximum,
         maximum,
     };
-    let allowed = match setrlimit(Resource::Nofile, raised) {
+    match setrlimit(Resource::Nofile, raised) {
         Ok(()) => maximum,
         // Nothing says so, but then the old one still holds.
         Err(_) => current,
-    };
-    match allowed {
-        Some(allowed) if allowed < needed => Err(TooFewDescriptors { needed, allowed }),
-        _ => Ok(()),
     }
 }
 

@@ -274,6 +274,9 @@ async fn resolve(Extract(context): Extract<Context>, body: Bytes) -> Response {
         return failure(StatusCode::INTERNAL_SERVER_ERROR, error);
     }
     tell_state(&context);
+    if let Some(why) = context.machine.migration.take_stuck() {
+        return failure(StatusCode::CONFLICT, why);
+    }
     let state = context.machine.state().into();
     Json(Status { state }).into_response()
 }

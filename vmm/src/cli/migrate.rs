@@ -207,7 +207,7 @@ and could not be asked. This process keeps it, standing still, and goes on askin
 more, somebody has to look. A guest that ran there, however briefly, has changed its disks, and its memory if that was handed
 over: going on with it here destroys them, as running it twice does.
 
-Exit status: 0 the doubt is over; 1 there was none.";
+Exit status: 0 the doubt is over; 1 there was none, or the guest does not go on since another process has its disks.";
 
 /// End a doubt after a migration whose connection was lost.
 #[derive(Debug, Args)]

@@ -14,6 +14,7 @@ use super::tls::{self, Tls};
 use crate::config::MachineSpec;
 use crate::console::output::Output;
 use crate::exit;
+use crate::limits;
 use crate::machine::Machine;
 use crate::machine::functions::Backends;
 use crate::machine::provider::Provider;
@@ -70,6 +71,8 @@ impl Receive {
     /// Runs the guest; returns the exit status.
     pub fn run(self) -> anyhow::Result<u8> {
         let process = Process::begin()?;
+        // Open files come with the offer.
+        limits::raise_to_maximum();
         let overrides: Overrides = self.different.into();
         let receiver = Receiver::bind(&self.address, self.tls.files().as_ref(), self.insecure)?;
         if std::io::stderr().is_terminal() {

@@ -58,6 +58,8 @@ struct Inner {
     status: Option<Status>,
     called_off: bool,
     resolution: Option<Resolution>,
+    /// Why a guest that was to go on here does not.
+    stuck: Option<String>,
 }
 
 impl Monitor {
@@ -163,8 +165,22 @@ impl Monitor {
         inner.resolution
     }
 
+    /// The guest was to go on here, and does not.
+    pub(super) fn stuck(&self, why: String) {
+        self.lock().stuck = Some(why);
+    }
+
+    /// Why the guest does not go on here although its doubt was resolved so; told once.
+    pub fn take_stuck(&self) -> Option<String> {
+        self.lock().stuck.take()
+    }
+
     /// No migration is under way any more.
     pub(super) fn end(&self) {
-        *self.lock() = Inner::default();
+        let mut inner = self.lock();
+        *inner = Inner {
+            stuck: inner.stuck.take(),
+            ..Inner::default()
+        };
     }
 }

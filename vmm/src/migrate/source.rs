@@ -275,6 +275,9 @@ fn settle(
     if let Err(error) = resumed {
         leaving.stay_stopped();
         tracing::error!("the guest stands still: {error}");
+        machine.migration.stuck(format!(
+            "the guest stands still: {error}; when that is free again, `tern resume` lets it go on"
+        ));
     }
     true
 }

@@ -1,5 +1,6 @@
 //! Faults at every stage of a migration: exactly one process runs the guest afterwards, or none and the source says so.
 
+use std::fs::File;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -7,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::Signal;
 
 use super::MOVED;
@@ -276,10 +278,19 @@ fn doubt() -> Result<()> {
             !guest.vm.console()[before..].contains(TICK),
             "it runs in doubt"
         );
-        guest.control.ask("resolve", &[resolution])?;
         match resolution {
-            "--run" => guest.ticks(1)?,
+            "--run" => {
+                // Whoever says so may be wrong: another process has a disk.
+                let disk = File::open(load.path("disk0.raw"))?;
+                flock(&disk, FlockOperation::NonBlockingLockExclusive)?;
+                let reasons = ["stands still", "disk0", "tern resume"];
+                guest.control.refuse("resolve", &[resolution], &reasons)?;
+                drop(disk);
+                guest.control.ask("resume", &[])?;
+                guest.ticks(1)?;
+            }
             "--discard" => {
+                guest.control.ask("resolve", &[resolution])?;
                 guest.vm.wait()?.expect_code(MOVED)?;
                 return Ok(());
             }
