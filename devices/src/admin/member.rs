@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::gate::{Mode, Party};
 use crate::memory::records::Records;
 use crate::state::{FunctionState, Shape};
-use crate::virtio::{Restoration, RestoreError};
+use crate::virtio::{CheckedState, Restoration, RestoreError};
 
 /// A member's number within its group: 1 for the first VF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -63,13 +63,15 @@ pub trait Member: Send + Sync {
     /// Its state now.
     fn save(&self) -> FunctionState;
 
-    /// Whether it could be put into `state`.
-    fn check(&self, state: &FunctionState) -> Result<(), RestoreError>;
+    /// Whether it could be put into `state`; what it would be then.
+    fn check(&self, state: &FunctionState) -> Result<CheckedState, RestoreError>;
 
-    /// Puts it into `state`, or does nothing; also if it is no longer in `epoch`.
+    /// Puts it into `state`, or does nothing; also if it is no longer in `epoch`. What is `checked` already, by this member,
+    /// is not checked again.
     fn restore(
         &self,
         state: &FunctionState,
+        checked: Option<CheckedState>,
         epoch: Epoch,
         how: Restoration,
     ) -> Result<(), RestoreError>;

@@ -20,7 +20,7 @@ use crate::gate::{Gate, Patience, Reasons};
 use crate::memory::View;
 pub use doors::{Doors, Suspend};
 pub use registers::Selectors;
-pub use saved::{Restoration, RestoreError};
+pub use saved::{CheckedState, Restoration, RestoreError};
 
 /// Chains one call may fetch, however often it looks at its ring, before others get their turn at the function: its
 /// other queues, and vCPUs that wait for its lock.
@@ -598,7 +598,7 @@ impl Core {
     }
 
     fn event_index(&self) -> bool {
-        self.status.contains(Status::FEATURES_OK) && self.driver_features & feature::EVENT_IDX != 0
+        event_index(self.status, self.driver_features)
     }
 
     /// Notes that the device changed its configuration. The generation moves at once, so that a driver that is
@@ -646,12 +646,17 @@ impl Core {
     }
 
     fn reset(&mut self) {
+        for queue in &mut self.queues {
+            *queue = Virtqueue::new(queue.max_size());
+        }
+        self.reset_registers();
+    }
+
+    /// Everything but the queues.
+    fn reset_registers(&mut self) {
         self.device.reset();
         if let Some(admin) = &mut self.admin {
             admin.reset();
-        }
-        for queue in &mut self.queues {
-            *queue = Virtqueue::new(queue.max_size());
         }
         self.status = Status::empty();
         self.selectors = Selectors::default();
@@ -664,6 +669,11 @@ impl Core {
         // NO_DRIVER is set, so this cannot be the last reason.
         let _ = self.gate.open(Reasons::UNTIL_RESET);
     }
+}
+
+/// Whether indices of events say when to notify, for a driver with these features.
+fn event_index(status: Status, driver_features: u64) -> bool {
+    status.contains(Status::FEATURES_OK) && driver_features & feature::EVENT_IDX != 0
 }
 
 /// The 32 bits of `features` at `32 * select`.

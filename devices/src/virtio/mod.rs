@@ -21,7 +21,8 @@ mod tests;
 pub use chain::{Chain, ChainError, Head};
 pub use device::{Io, Progress, Source, VirtioDevice};
 pub use function::{
-    Doors, Interrupt, QueueInfo, Restoration, RestoreError, Selectors, Suspend, VirtioFunction,
+    CheckedState, Doors, Interrupt, QueueInfo, Restoration, RestoreError, Selectors, Suspend,
+    VirtioFunction,
 };
 pub use queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
 pub(crate) use warnings::Warnings;

@@ -10,7 +10,7 @@ use crate::admin::queue::MAX_DATA;
 use crate::context::{self, Decoder, Pushed};
 use crate::gate::{Mode, Party};
 use crate::state::{FunctionState, ReadingState, Shape, WritingState};
-use crate::virtio::{Restoration, RestoreError};
+use crate::virtio::{CheckedState, Restoration, RestoreError};
 
 /// How far one driver is with the context of one member.
 #[derive(Debug, Default)]
@@ -19,6 +19,8 @@ pub struct ContextSession {
     epoch: Epoch,
     reading: Reading,
     writing: Option<Decoder>,
+    /// What the member found out about the last complete context when it was written, until that takes effect.
+    checked: Option<CheckedState>,
 }
 
 /// How far a context was read.
@@ -42,7 +44,7 @@ impl ContextSession {
         }
         if self.epoch != epoch {
             self.epoch = epoch;
-            self.writing = None;
+            self.forget();
         }
     }
 
@@ -92,7 +94,7 @@ impl ContextSession {
         };
         let decoder = |writing: &WritingState| {
             let complete = writing.complete.as_ref();
-            let check = |state: &FunctionState| member.check(state);
+            let check = |state: &FunctionState| member.check(state).map(drop);
             let decoder = complete.map(|bytes| whole(bytes, &shape, check));
             let decoder = decoder.transpose();
             let mut decoder = decoder
@@ -108,13 +110,20 @@ impl ContextSession {
             epoch: member.epoch(),
             reading,
             writing: writing.map(decoder).transpose()?,
+            checked: None,
         })
     }
 
     /// There is a new context to read, and none was written.
     pub(super) fn begin_anew(&mut self) {
         self.reading = Reading::Begin;
+        self.forget();
+    }
+
+    /// Nothing was written.
+    fn forget(&mut self) {
         self.writing = None;
+        self.checked = None;
     }
 
     /// True while a context is read or written in part (S3-7).
@@ -215,10 +224,17 @@ impl Exchange<'_> {
         let context = self.context();
         let writing = &mut context.writing;
         let decoder = writing.get_or_insert_with(|| Decoder::new(&member.shape()));
-        let pushed = decoder.push_checked(data, |state| member.check(state));
+        let mut checked = None;
+        let pushed = decoder.push_checked(data, |state| {
+            checked = Some(member.check(state)?);
+            Ok::<_, RestoreError>(())
+        });
         match pushed {
             Ok(Pushed::Incomplete) => {}
-            Ok(Pushed::Complete) => context.reading = Reading::Begin,
+            Ok(Pushed::Complete) => {
+                context.reading = Reading::Begin;
+                context.checked = checked;
+            }
             Err(error) => {
                 tracing::debug!(member = member.name(), %error, "device context refused");
                 return Err(BAD_FIELD.into());
@@ -236,10 +252,11 @@ impl Exchange<'_> {
             Party::Engine => Restoration::Exact,
         };
         let context = self.context();
+        let checked = context.checked.take();
         let Some(state) = context.written() else {
             return Ok(());
         };
-        let Err(error) = member.restore(state, context.epoch, how) else {
+        let Err(error) = member.restore(state, checked, context.epoch, how) else {
             return Ok(());
         };
         // It had been checked, and the member has not run since: only a reset can have come between.

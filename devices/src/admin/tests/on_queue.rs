@@ -9,8 +9,8 @@ use crate::memory::{GuestRam, Records};
 use crate::state::{DeviceState, FunctionState, QueueState, Shape, Unsavable};
 use crate::testing::{Buf, Driver, INDIRECT, NEEDS_RESET, NEXT, WRITE, ram};
 use crate::virtio::{
-    DeviceType, Io, Progress, Restoration, RestoreError, RingError, Source, VirtioDevice,
-    VirtioFunction, feature,
+    CheckedState, DeviceType, Io, Progress, Restoration, RestoreError, RingError, Source,
+    VirtioDevice, VirtioFunction, feature,
 };
 
 /// A device with two queues that only counts how often it was asked to work on them.
@@ -370,17 +370,18 @@ impl Member for Slow {
         Member::save(&*self.function)
     }
 
-    fn check(&self, state: &FunctionState) -> Result<(), RestoreError> {
+    fn check(&self, state: &FunctionState) -> Result<CheckedState, RestoreError> {
         Member::check(&*self.function, state)
     }
 
     fn restore(
         &self,
         state: &FunctionState,
+        checked: Option<CheckedState>,
         epoch: Epoch,
         how: Restoration,
     ) -> Result<(), RestoreError> {
-        Member::restore(&*self.function, state, epoch, how)
+        Member::restore(&*self.function, state, checked, epoch, how)
     }
 
     fn records(&self) -> Arc<Records> {

@@ -106,7 +106,13 @@ impl VirtioFunction {
         core.at_rest()?;
         let checked = self.checked(&core, state)?;
         let transient = self.checked_with(&core, state, transient)?;
-        self.commit(&mut core, checked, Restoration::Exact, Some(transient));
+        self.commit(
+            &mut core,
+            state,
+            checked,
+            Restoration::Exact,
+            Some(transient),
+        );
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use crate::admin::{Epoch, Member, Rest, Wake};
 use crate::gate::{Mode, Party, Reasons};
 use crate::memory::records::Records;
 use crate::state::{FunctionState, Shape};
-use crate::virtio::{Restoration, RestoreError};
+use crate::virtio::{CheckedState, Restoration, RestoreError};
 
 impl Member for VirtioFunction {
     fn name(&self) -> &str {
@@ -53,13 +53,14 @@ impl Member for VirtioFunction {
         Self::save(self)
     }
 
-    fn check(&self, state: &FunctionState) -> Result<(), RestoreError> {
+    fn check(&self, state: &FunctionState) -> Result<CheckedState, RestoreError> {
         Self::check(self, state)
     }
 
     fn restore(
         &self,
         state: &FunctionState,
+        checked: Option<CheckedState>,
         epoch: Epoch,
         how: Restoration,
     ) -> Result<(), RestoreError> {
@@ -67,7 +68,7 @@ impl Member for VirtioFunction {
         if core.epoch != epoch {
             return Err(RestoreError::Stale);
         }
-        self.restore_locked(&mut core, state, how)
+        self.restore_locked(&mut core, state, checked, how)
     }
 
     fn records(&self) -> Arc<Records> {

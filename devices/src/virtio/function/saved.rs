@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::exact::CheckedTransient;
-use super::{Core, ISR_QUEUE, Suspend, VirtioFunction};
+use super::{Core, ISR_QUEUE, Suspend, VirtioFunction, event_index};
 use crate::gate::Reasons;
 use crate::state::{FunctionState, QueueState, RegisterState, Shape};
 use crate::virtio::queue::{NO_VECTOR, RingError, Virtqueue};
@@ -88,9 +88,10 @@ pub enum RestoreError {
     Device(&'static str),
 }
 
-/// A state that was found good, and its queues in running form. Nothing can fail any more.
-pub(super) struct Checked<'a> {
-    state: &'a FunctionState,
+/// What was found out about a state when it was checked: that it is good, and its queues in running form. It stays true of
+/// the function that found it out, whatever happens to that.
+#[derive(Debug)]
+pub struct CheckedState {
     driver_features: u64,
     status: Status,
     queues: Vec<Virtqueue>,
@@ -131,14 +132,14 @@ impl VirtioFunction {
         }
     }
 
-    /// Whether the function could be put into `state`, which announces itself.
+    /// Whether the function could be put into `state`, which announces itself; what it would be then.
     ///
     /// # Errors
     ///
     /// As [`Self::restore`].
-    pub fn check(&self, state: &FunctionState) -> Result<(), RestoreError> {
+    pub fn check(&self, state: &FunctionState) -> Result<CheckedState, RestoreError> {
         self.not_an_owner()?;
-        self.checked(&self.lock(), state).map(|_| ())
+        self.checked(&self.lock(), state)
     }
 
     /// Puts the function into `state`, all of it or none of it, and announces that to its driver. It starts to work when its
@@ -149,19 +150,23 @@ impl VirtioFunction {
     /// The first thing that is wrong; [`RestoreError::Owner`] for an owner, which only [`Self::restore_exact`] restores
     /// whole.
     pub fn restore(&self, state: &FunctionState) -> Result<(), RestoreError> {
-        self.restore_locked(&mut self.lock(), state, Restoration::Announced)
+        self.restore_locked(&mut self.lock(), state, None, Restoration::Announced)
     }
 
     pub(super) fn restore_locked(
         &self,
         core: &mut Core,
         state: &FunctionState,
+        checked: Option<CheckedState>,
         how: Restoration,
     ) -> Result<(), RestoreError> {
         self.not_an_owner()?;
         core.at_rest()?;
-        let checked = self.checked(core, state)?;
-        self.commit(core, checked, how, None);
+        let checked = match checked {
+            Some(checked) => checked,
+            None => self.checked(core, state)?,
+        };
+        self.commit(core, state, checked, how, None);
         Ok(())
     }
 
@@ -172,11 +177,11 @@ impl VirtioFunction {
         }
     }
 
-    pub(super) fn checked<'a>(
+    pub(super) fn checked(
         &self,
         core: &Core,
-        state: &'a FunctionState,
-    ) -> Result<Checked<'a>, RestoreError> {
+        state: &FunctionState,
+    ) -> Result<CheckedState, RestoreError> {
         let offered = core.offered();
         let accepted = u64::try_from(state.accepted).ok();
         // Before FEATURES_OK they are what the driver wrote, and nothing says that it will get them.
@@ -195,15 +200,17 @@ impl VirtioFunction {
             });
         }
         let mut queues = Vec::with_capacity(state.queues.len());
+        let event_index = event_index(status, driver_features);
         for (index, (saved, queue)) in (0..).zip(state.queues.iter().zip(&core.queues)) {
-            queues.push(self.checked_queue(core, index, saved, queue.max_size())?);
+            let mut queue = self.checked_queue(core, index, saved, queue.max_size())?;
+            queue.set_event_index(event_index);
+            queues.push(queue);
         }
         let fits = state.config.len() == self.config_len;
         if !fits || !core.device.accepts_config(&state.config) {
             return Err(RestoreError::Config);
         }
-        Ok(Checked {
-            state,
+        Ok(CheckedState {
             driver_features,
             status,
             queues,
@@ -233,23 +240,33 @@ impl VirtioFunction {
             .map_err(|source| RestoreError::Ring { index, source })
     }
 
-    /// Puts the function into a state that was checked. What is not in it is as after a reset, unless it is in `transient`.
+    /// Puts the function into a state that was `checked`. What is not in it is as after a reset, unless it is in `transient`.
     pub(super) fn commit(
         &self,
         core: &mut Core,
-        checked: Checked<'_>,
+        state: &FunctionState,
+        checked: CheckedState,
         how: Restoration,
         transient: Option<CheckedTransient<'_>>,
     ) {
-        let Checked {
-            state,
+        let CheckedState {
             driver_features,
             status,
             queues,
         } = checked;
         // Only an owner has one; it is executed anew if it is in the state.
         core.call_off_admin();
-        core.reset();
+        // All of them are replaced, whatever they are. There may be hundreds, and a guest waits for them.
+        let replaced = std::mem::replace(&mut core.queues, queues);
+        // The administration virtqueue of an owner comes after those of its device.
+        let (transient, admin) = transient.map(CheckedTransient::take_queue).unzip();
+        let others = replaced.iter().skip(core.queues.len());
+        let reset = others.map(|queue| Virtqueue::new(queue.max_size()));
+        match admin.flatten() {
+            Some(admin) => core.queues.push(admin),
+            None => core.queues.extend(reset),
+        }
+        core.reset_registers();
         core.driver_features = driver_features;
         let registers = &state.registers;
         core.selectors.device_feature = registers.device_feature_select;
@@ -265,12 +282,6 @@ impl VirtioFunction {
             Restoration::Exact => registers.config_generation,
         };
         core.device.restore_config(&state.config);
-        // The administration virtqueue of an owner comes after those of its device.
-        let (transient, admin) = transient.map(CheckedTransient::take_queue).unzip();
-        let queues = queues.into_iter().chain(admin.flatten());
-        for (slot, queue) in core.queues.iter_mut().zip(queues) {
-            *slot = queue;
-        }
         let suspended = status.contains(Status::SUSPEND);
         let doors = Status::SUSPEND | Status::DEVICE_STOPPED;
         core.status = status - doors;
@@ -288,9 +299,8 @@ impl VirtioFunction {
         let live = core.status.contains(Status::DRIVER_OK);
         if live {
             let event_index = core.event_index();
-            for queue in &mut core.queues {
-                queue.set_event_index(event_index);
-            }
+            let admin = core.queues.iter_mut().skip(self.device_queues.into());
+            admin.for_each(|queue| queue.set_event_index(event_index));
             core.device.activate(driver_features);
         }
         if let Some(transient) = transient {

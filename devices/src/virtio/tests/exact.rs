@@ -82,7 +82,7 @@ fn a_restore_in_two_steps_is_the_same() {
     let (_, other) = twin(&driver);
     let member: &dyn crate::admin::Member = &*other.function;
     member
-        .restore(&saved.0, member.epoch(), Restoration::Exact)
+        .restore(&saved.0, None, member.epoch(), Restoration::Exact)
         .unwrap();
     assert_eq!(other.function.save(), saved.0);
     other.function.check_transient(&saved.1).unwrap();
