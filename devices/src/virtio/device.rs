@@ -70,8 +70,9 @@ pub trait VirtioDevice: Send {
     /// has to end.
     fn recall(&mut self, _io: &mut Io<'_>) {}
 
-    /// True if the device can have `config`, which is of the length of its own, as its configuration.
-    fn accepts_config(&self, config: &[u8]) -> bool {
+    /// True if the device can have `config`, which is of the length of its own, as its configuration, with a driver that
+    /// accepted `features`.
+    fn accepts_config(&self, config: &[u8], _features: u64) -> bool {
         config == self.config()
     }
 
@@ -98,6 +99,10 @@ pub trait VirtioDevice: Send {
     /// Works on `queue`, because of a kick or because the gate opened.
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError>;
 
+    /// The machine is at another place of its networks: a driver that can announce itself there is asked to. Nothing for a
+    /// device that is in no network. Never called while the device is to be still.
+    fn request_announcement(&mut self, _io: &mut Io<'_>) {}
+
     /// Descriptors the I/O thread watches for this device.
     fn sources(&self) -> Vec<Source>;
 
@@ -117,7 +122,19 @@ pub struct Io<'a> {
     pub(super) budget: u32,
     /// Set when the budget ran out with chains left.
     pub(super) more: bool,
-    pub(super) config_changed: bool,
+    pub(super) config: ConfigChange,
+}
+
+/// What happened to the device configuration in one call. The later of two includes the earlier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum ConfigChange {
+    /// Nothing.
+    #[default]
+    None,
+    /// The driver changed it with a request, whose completion tells it so.
+    Requested,
+    /// It changed, and the driver does not know.
+    Unexpected,
 }
 
 impl<'a> Io<'a> {
@@ -204,6 +221,12 @@ impl<'a> Io<'a> {
 
     /// The device configuration changed: the driver is told, now or when the gate opens.
     pub fn config_changed(&mut self) {
-        self.config_changed = true;
+        self.config = ConfigChange::Unexpected;
+    }
+
+    /// The driver changed the device configuration with a request. That has a new generation, as with every change, but no
+    /// notification.
+    pub fn config_changed_on_request(&mut self) {
+        self.config = self.config.max(ConfigChange::Requested);
     }
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{Io, Progress, Source, VirtioDevice};
+use super::device::{ConfigChange, Io, Progress, Source, VirtioDevice};
 use super::queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
 use super::{DeviceType, Status, Warnings, feature};
 use crate::admin::{self, AdminQueue, Epoch, Owner, Wake};
@@ -28,6 +28,8 @@ const BUDGET: u32 = 1024;
 
 /// Token of the sources of the administration virtqueue.
 const ADMIN_TOKEN: u16 = u16::MAX;
+/// Stands for [`VirtioFunction::request_announcement`] where tokens of sources do.
+const ANNOUNCE_TOKEN: u16 = u16::MAX - 1;
 
 /// ISR status bit: a virtqueue was used.
 const ISR_QUEUE: u8 = 1;
@@ -105,8 +107,8 @@ struct Core {
     isr: u8,
     /// The configuration changed while the gate was closed; announced when it opens.
     config_pending: bool,
-    /// Tokens of the sources that became readable while the device was to be still. They are handed to it when the gate
-    /// opens.
+    /// Tokens of the sources that became readable while the device was to be still, and [`ANNOUNCE_TOKEN`]. They are handed
+    /// to it when the gate opens.
     missed: Vec<u16>,
     /// The driver is to be notified of everything once more when the gate opens.
     signal_again: bool,
@@ -362,14 +364,24 @@ impl VirtioFunction {
         self.handle(&mut core, token);
     }
 
+    /// The machine is at another place of its networks: a driver that can announce itself there is asked to, now or when the
+    /// function is not to be still any more.
+    pub fn request_announcement(&self) {
+        self.on_event(ANNOUNCE_TOKEN);
+    }
+
     fn handle(&self, core: &mut Core, token: u16) {
         let (device, admin, mut io) = core.io(BUDGET);
-        let outcome = match admin.filter(|_| token == ADMIN_TOKEN) {
-            Some(admin) => admin.resume(self.device_queues, &mut io),
-            None => device.on_event(token, &mut io),
+        let outcome = match (token, admin) {
+            (ADMIN_TOKEN, Some(admin)) => admin.resume(self.device_queues, &mut io),
+            (ANNOUNCE_TOKEN, _) => {
+                device.request_announcement(&mut io);
+                Ok(())
+            }
+            _ => device.on_event(token, &mut io),
         };
-        let (more, changed) = (io.more, io.config_changed);
-        core.note_config(changed);
+        let (more, change) = (io.more, io.config);
+        core.note_config(change);
         if more {
             (0..self.total_queues()).for_each(|q| self.kick(q));
         }
@@ -387,13 +399,15 @@ impl VirtioFunction {
             let is_admin = core.is_admin(index);
             let (device, admin, mut io) = core.io(budget);
             let progress = match admin.filter(|_| is_admin) {
-                Some(admin) => admin.process(index, &mut io)?,
-                None => device.process(index, &mut io)?,
+                Some(admin) => admin.process(index, &mut io),
+                None => device.process(index, &mut io),
             };
-            let (more, changed) = (io.more, io.config_changed);
+            let (more, change) = (io.more, io.config);
             // A driver that keeps adding chains does not get a new budget with each of them.
             budget = io.budget;
-            core.note_config(changed);
+            // Also after an error: what changed before it stays changed.
+            core.note_config(change);
+            let progress = progress?;
             if more {
                 self.kick(index);
                 return Ok(());
@@ -603,10 +617,12 @@ impl Core {
 
     /// Notes that the device changed its configuration. The generation moves at once, so that a driver that is
     /// reading sees it; the interrupt may have to wait for the gate.
-    fn note_config(&mut self, changed: bool) {
-        if changed {
-            self.config_pending = true;
+    fn note_config(&mut self, change: ConfigChange) {
+        if change > ConfigChange::None {
             self.config_generation = self.config_generation.wrapping_add(1);
+        }
+        if change == ConfigChange::Unexpected {
+            self.config_pending = true;
         }
     }
 
@@ -618,7 +634,7 @@ impl Core {
             gate: &self.gate,
             budget,
             more: false,
-            config_changed: false,
+            config: ConfigChange::None,
         };
         (&mut *self.device, self.admin.as_mut(), io)
     }
@@ -665,6 +681,8 @@ impl Core {
         self.isr = 0;
         self.config_pending = false;
         self.signal_again = false;
+        // The driver that would have been asked is gone.
+        self.missed.retain(|token| *token != ANNOUNCE_TOKEN);
         self.gate.close(Reasons::NO_DRIVER);
         // NO_DRIVER is set, so this cannot be the last reason.
         let _ = self.gate.open(Reasons::UNTIL_RESET);

@@ -207,7 +207,7 @@ impl VirtioFunction {
             queues.push(queue);
         }
         let fits = state.config.len() == self.config_len;
-        if !fits || !core.device.accepts_config(&state.config) {
+        if !fits || !core.device.accepts_config(&state.config, driver_features) {
             return Err(RestoreError::Config);
         }
         Ok(CheckedState {

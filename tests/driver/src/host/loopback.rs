@@ -192,7 +192,7 @@ impl VirtioDevice for Loopback {
         }
     }
 
-    fn accepts_config(&self, config: &[u8]) -> bool {
+    fn accepts_config(&self, config: &[u8], _features: u64) -> bool {
         config.len() == self.config.len()
     }
 
