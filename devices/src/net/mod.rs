@@ -23,7 +23,7 @@ mod uplink;
 #[cfg(test)]
 mod tests;
 
-pub use announce::Announcer;
+pub use announce::{AnnouncementControl, Announcements, Announcer};
 pub use link::{Counters, Link, Stats};
 pub use mac::{MacAddress, MacError};
 pub use switch::{PortConfig, PortInfo, Switch, SwitchError, SwitchPort};

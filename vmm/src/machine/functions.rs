@@ -209,7 +209,7 @@ pub struct Functions {
 impl Functions {
     /// Puts a function around each of `backends` and plugs it into `pci`.
     pub fn plug(
-        backends: Backends,
+        mut backends: Backends,
         ram: &Arc<GuestRam>,
         pci: &Arc<PciRoot>,
         msi: &dyn MsiController,
@@ -255,6 +255,7 @@ impl Functions {
         for group in backends.groups {
             groups.push(Group::plug(group, ram, pci, msi, &io)?);
         }
+        backends.host.serve(&io)?;
         let functions = Self {
             single,
             groups,
@@ -287,7 +288,7 @@ impl Functions {
     /// that have not begun are recalled at once. If that is not enough, none is stopped for `reason` any more, and the
     /// names of those that were stuck are the error.
     ///
-    /// With [`Reasons::PAUSED`], uplinks stop as well, after their senders. They begin that way.
+    /// With [`Reasons::PAUSED`], announcements and uplinks stop as well, after their senders. They begin that way.
     pub fn close_and_drain(&self, reason: Reasons, patience: Duration) -> Result<(), Vec<String>> {
         close_and_drain(|| self.all(), reason, patience)?;
         if reason.contains(Reasons::PAUSED) {
@@ -296,8 +297,8 @@ impl Functions {
         Ok(())
     }
 
-    /// Lets all functions go on that were stopped for `reason`; with [`Reasons::PAUSED`], uplinks as well, and taps that were
-    /// received are the machine's from now on.
+    /// Lets all functions go on that were stopped for `reason`; with [`Reasons::PAUSED`], uplinks and announcements as well, and
+    /// taps that were received are the machine's from now on.
     pub fn reopen(&self, reason: Reasons) {
         if reason.contains(Reasons::PAUSED) {
             self.host.open();
@@ -347,8 +348,13 @@ impl Functions {
         self.host.end_lending();
     }
 
-    /// Tells the network where the machine is now: a frame in the name of each interface that has a driver.
+    /// Tells the network where the machine is now: drivers that can do so are asked to, and frames are sent in the name of each
+    /// interface that has a driver. Frames go on for a second while the machine runs, and wait while it is paused; nothing
+    /// blocks.
     pub fn announce(&self) {
+        for function in self.all() {
+            function.request_announcement();
+        }
         self.host.announce();
     }
 

@@ -15,7 +15,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use devices::block::{BlockError, RawFile};
-use devices::net::{Announcer, Tap, TapError, TapHandle, UplinkControl};
+use devices::io::IoThread;
+use devices::net::{
+    AnnouncementControl, Announcements, Announcer, Tap, TapError, TapHandle, UplinkControl,
+};
+
+use super::functions::FunctionError;
 
 /// Files that came from another process and that no device has a use for.
 #[derive(Debug, thiserror::Error)]
@@ -106,10 +111,22 @@ pub(super) struct HostSide {
     disks: Vec<(String, Arc<RawFile>)>,
     taps: Vec<(String, TapHandle)>,
     uplinks: Vec<UplinkControl>,
+    /// Those that are not served yet.
     announcers: Vec<Announcer>,
+    announcements: Option<AnnouncementControl>,
 }
 
 impl HostSide {
+    /// Has `io` send announcements, once every device has what it needs.
+    pub(super) fn serve(&mut self, io: &IoThread) -> Result<(), FunctionError> {
+        if self.announcers.is_empty() {
+            return Ok(());
+        }
+        let announcements = Announcements::new(std::mem::take(&mut self.announcers))?;
+        self.announcements = Some(announcements.control());
+        Ok(io.add(Box::new(announcements))?)
+    }
+
     /// See [`Functions::take_locks`](super::functions::Functions::take_locks).
     pub(super) fn take_locks(&self) -> Result<(), Vec<String>> {
         let mut taken = Vec::new();
@@ -179,10 +196,16 @@ impl HostSide {
         for uplink in &self.uplinks {
             uplink.reopen();
         }
+        if let Some(announcements) = &self.announcements {
+            announcements.reopen();
+        }
     }
 
     /// The machine was stopped, all functions before this.
     pub(super) fn close(&self) {
+        if let Some(announcements) = &self.announcements {
+            announcements.close();
+        }
         for uplink in &self.uplinks {
             uplink.close();
         }
@@ -190,8 +213,8 @@ impl HostSide {
 
     /// See [`Functions::announce`](super::functions::Functions::announce).
     pub(super) fn announce(&self) {
-        for announcer in &self.announcers {
-            announcer.announce();
+        if let Some(announcements) = &self.announcements {
+            announcements.start();
         }
     }
 }
