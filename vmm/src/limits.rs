@@ -30,10 +30,12 @@ pub struct TooFewDescriptors {
 pub fn needed(config: &MachineSpec) -> u64 {
     let function = |queues: u64| PER_FUNCTION + PER_QUEUE * queues;
     let disks = config.disks.iter().map(|d| function(d.queues.into()));
-    let nets = config.nets.iter().map(|_| function(2));
-    // Two queues are enough for either type; an owner has one more.
+    let net_queues = u64::from(config.layout.net_queues());
+    let nets = config.nets.iter().map(|_| function(net_queues));
+    // No other type has more; an owner has one more.
     let groups = config.pfs.iter();
-    let groups = groups.map(|pf| function(3) + u64::from(pf.vfs) * function(2));
+    let groups =
+        groups.map(|pf| function(net_queues + 1) + u64::from(pf.vfs) * function(net_queues));
     BASE + PER_CPU * u64::from(config.cpus) + disks.chain(nets).chain(groups).sum::<u64>()
 }
 
@@ -81,7 +83,7 @@ mod tests {
         let one = needed(&machine(&["net,vfs=1"]));
         let many = needed(&machine(&["net,vfs=255"]));
         assert!(none < 200 && one > none, "{none} {one}");
-        assert_eq!(many - one, 254 * 7);
+        assert_eq!(many - one, 254 * 9);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! virtio-net (virtio 1.4, "Network Device"): one pair of queues, on a [`Link`].
+//! virtio-net (virtio 1.4, "Network Device"): one pair of queues and a control virtqueue, on a [`Link`].
 //!
 //! | link | carries frames |
 //! |---|---|
@@ -9,10 +9,15 @@
 //!
 //! Every frame, on the ring and in the links, has the 12-byte `virtio_net_hdr` in front of it.
 //!
+//! A machine that was moved has every driver that negotiated VIRTIO_NET_F_GUEST_ANNOUNCE asked to announce itself
+//! (VIRTIO_NET_S_ANNOUNCE), and besides speaks for all of them ([`Announcements`]). Whether a driver was asked and has not
+//! answered yet is in the device configuration, and so in every saved form of it.
+//!
 //! Frames that wait in a link for a driver with buffers are no part of the state of a device: after a restore they are
 //! gone, as frames may be.
 
 mod announce;
+mod control;
 mod link;
 mod mac;
 mod offload;
@@ -30,6 +35,7 @@ pub use switch::{PortConfig, PortInfo, Switch, SwitchError, SwitchPort};
 pub use tap::{Tap, TapError, TapHandle};
 pub use uplink::{Uplink, UplinkControl};
 
+use control::{Ack, Command};
 use link::{HEADER_LEN, NUM_BUFFERS};
 
 use crate::parameters::{BadParameter, queue_size};
@@ -40,15 +46,25 @@ use crate::virtio::{Chain, DeviceType, Io, Progress, RingError, Source, VirtioDe
 const RX: u16 = 0;
 /// Queue on which the driver transmits.
 const TX: u16 = 1;
+/// Control virtqueue. It comes after the only pair of queues, since there is no VIRTIO_NET_F_MQ.
+const CONTROL: u16 = 2;
 
 const F_MAC: u64 = 1 << 5;
 const F_MRG_RXBUF: u64 = 1 << 15;
 const F_STATUS: u64 = 1 << 16;
+const F_CTRL_VQ: u64 = 1 << 17;
+const F_GUEST_ANNOUNCE: u64 = 1 << 21;
+/// What a driver needs that is to be asked to announce itself: the status with the question, and a way to answer.
+const ANNOUNCING: u64 = F_GUEST_ANNOUNCE | F_CTRL_VQ | F_STATUS;
 
 /// Length of the configuration: u8 mac[6] @0, le16 status @6.
 const CONFIG_LEN: usize = 8;
-/// The link is up.
+/// Offset of the lower byte of the status.
+const STATUS: usize = 6;
+/// VIRTIO_NET_S_LINK_UP: the link is up.
 const S_LINK_UP: u8 = 1;
+/// VIRTIO_NET_S_ANNOUNCE: the driver is asked to announce itself.
+const S_ANNOUNCE: u8 = 2;
 
 /// Frames a sending driver may hand over before their receivers are woken.
 const WAKE_EVERY: u32 = 64;
@@ -77,8 +93,11 @@ impl Parameters {
 pub struct Net {
     config: [u8; CONFIG_LEN],
     queue_size: u16,
+    /// There is a control virtqueue.
+    has_control: bool,
     link: Box<dyn Link>,
-    mergeable: bool,
+    /// Feature bits that the driver accepted, once it is ready.
+    features: u64,
     /// Chains gathered for one frame. Kept for its capacity.
     chains: Vec<Chain>,
 }
@@ -93,14 +112,15 @@ enum Delivered {
 }
 
 impl Net {
-    /// A network device with address `mac` on `link`.
+    /// A network device with address `mac` on `link`, and a control virtqueue.
     pub fn new(mac: MacAddress, link: impl Link + 'static) -> Self {
         let [a, b, c, d, e, f] = mac.octets();
         Self {
             config: [a, b, c, d, e, f, S_LINK_UP, 0],
             queue_size: Parameters::default().queue_size,
+            has_control: true,
             link: Box::new(link),
-            mergeable: false,
+            features: 0,
             chains: Vec::new(),
         }
     }
@@ -112,10 +132,23 @@ impl Net {
         Ok(self)
     }
 
+    /// The same device with or without a control virtqueue. To be called before it is put behind a function.
+    #[must_use]
+    pub fn with_control_queue(mut self, has_control: bool) -> Self {
+        self.has_control = has_control;
+        self
+    }
+
+    /// Whether a driver that accepted `features` can be asked to announce itself.
+    fn can_announce(&self, features: u64) -> bool {
+        self.has_control && features & ANNOUNCING == ANNOUNCING
+    }
+
     fn receive(&mut self, io: &mut Io<'_>) -> Result<Progress, RingError> {
+        let mergeable = self.features & F_MRG_RXBUF != 0;
         while let Some(frame) = self.link.peek() {
             let len = frame.len();
-            match deliver(frame, self.mergeable, &mut self.chains, io)? {
+            match deliver(frame, mergeable, &mut self.chains, io)? {
                 Delivered::Yes => self.link.counters().received(len - HEADER_LEN),
                 Delivered::TooLarge => self.link.counters().oversize(),
                 Delivered::NoRoom => return Ok(Progress::Exhausted),
@@ -138,6 +171,45 @@ impl Net {
         }
         Ok(Progress::Exhausted)
     }
+
+    /// Answers commands. Each costs the same, however long its chain is.
+    fn control(&mut self, io: &mut Io<'_>) -> Result<Progress, RingError> {
+        if self.features & F_CTRL_VQ == 0 {
+            // For this driver there is no such queue.
+            return Ok(Progress::Waiting);
+        }
+        while let Some(chain) = io.pop(CONTROL)? {
+            let outcome = self.command(&chain, io);
+            // The chain goes back even if its buffers could not be reached: none is ever dropped (E13).
+            io.push(CONTROL, chain.head(), *outcome.as_ref().unwrap_or(&0))?;
+            outcome?;
+        }
+        Ok(Progress::Exhausted)
+    }
+
+    /// Executes the command in `chain`, and returns how many bytes its answer has: none without room for one, and then nothing
+    /// is executed.
+    fn command(&mut self, chain: &Chain, io: &mut Io<'_>) -> Result<u32, RingError> {
+        if chain.writable_len() == 0 {
+            return Ok(0);
+        }
+        let ack = match Command::read(chain, io.memory())? {
+            Command::AnnounceAck if self.can_announce(self.features) => {
+                self.end_announcement(io);
+                Ack::Ok
+            }
+            Command::AnnounceAck | Command::Unknown => Ack::Err,
+        };
+        let written = chain.write(io.memory(), 0, &[ack as u8])?;
+        Ok(written as u32)
+    }
+
+    fn end_announcement(&mut self, io: &mut Io<'_>) {
+        if self.config[STATUS] & S_ANNOUNCE != 0 {
+            self.config[STATUS] &= !S_ANNOUNCE;
+            io.config_changed_on_request();
+        }
+    }
 }
 
 impl VirtioDevice for Net {
@@ -146,11 +218,16 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        F_MAC | F_STATUS | F_MRG_RXBUF | self.link.offloads()
+        let control = if self.has_control {
+            F_CTRL_VQ | F_GUEST_ANNOUNCE
+        } else {
+            0
+        };
+        F_MAC | F_STATUS | F_MRG_RXBUF | control | self.link.offloads()
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![self.queue_size; 2]
+        vec![self.queue_size; 2 + usize::from(self.has_control)]
     }
 
     fn config(&self) -> &[u8] {
@@ -160,13 +237,31 @@ impl VirtioDevice for Net {
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
     fn activate(&mut self, features: u64) {
-        self.mergeable = features & F_MRG_RXBUF != 0;
+        self.features = features;
         self.link.up(features);
     }
 
     fn reset(&mut self) {
-        self.mergeable = false;
+        self.features = 0;
+        self.config[STATUS] &= !S_ANNOUNCE;
         self.link.down();
+    }
+
+    fn accepts_config(&self, config: &[u8], features: u64) -> bool {
+        let asked = match config.get(STATUS) {
+            Some(status) if self.can_announce(features) => status & S_ANNOUNCE,
+            _ => 0,
+        };
+        let mut own = self.config;
+        own[STATUS] = own[STATUS] & !S_ANNOUNCE | asked;
+        config == own
+    }
+
+    fn restore_config(&mut self, config: &[u8]) {
+        // It was accepted, and so is of this length.
+        if let Ok(config) = config.try_into() {
+            self.config = config;
+        }
     }
 
     fn save_state(&self) -> Result<DeviceState, Unsavable> {
@@ -180,13 +275,24 @@ impl VirtioDevice for Net {
     fn restore_state(&mut self, _state: &DeviceState) {}
 
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError> {
-        if queue == RX {
-            return self.receive(io);
+        match queue {
+            RX => self.receive(io),
+            TX => {
+                let progress = self.transmit(io);
+                // Also after an error: frames sent before it have no other wake-up.
+                self.link.flush();
+                progress
+            }
+            _ => self.control(io),
         }
-        let progress = self.transmit(io);
-        // Also after an error: frames sent before it have no other wake-up.
-        self.link.flush();
-        progress
+    }
+
+    fn request_announcement(&mut self, io: &mut Io<'_>) {
+        if !self.can_announce(self.features) {
+            return;
+        }
+        self.config[STATUS] |= S_ANNOUNCE;
+        io.config_changed();
     }
 
     fn sources(&self) -> Vec<Source> {

@@ -3,6 +3,8 @@ use crate::testing::{Added, Buf, Driver};
 use crate::virtio::feature;
 use proptest::prelude::*;
 
+mod control;
+
 const ALL: u64 = !F_MRG_RXBUF;
 const PLAIN: u64 = feature::VERSION_1;
 const HEADER: usize = HEADER_LEN;
@@ -424,7 +426,7 @@ fn the_configuration_has_the_address_and_a_link_that_is_up() {
     driver.function.read_config(0, &mut config);
     assert_eq!(config, [2, 0, 0, 0, 0, 7, 1, 0]);
     let features = driver.function.device_features(0);
-    for bit in [5, 15, 16] {
+    for bit in [5, 15, 16, 17, 21] {
         assert_ne!(features & 1 << bit, 0, "bit {bit}");
     }
 }
@@ -433,10 +435,10 @@ fn the_configuration_has_the_address_and_a_link_that_is_up() {
 fn the_queues_are_as_long_as_the_parameters_say() {
     let switch = Switch::new();
     let net = |i| Net::new(mac(i), port(&switch, i, false));
-    assert_eq!(net(1).queue_sizes(), [256, 256]);
+    assert_eq!(net(1).queue_sizes(), [256; 3]);
     let parameters = Parameters { queue_size: 8 };
     let short = net(2).with_parameters(&parameters).unwrap();
-    assert_eq!(short.queue_sizes(), [8, 8]);
+    assert_eq!(short.queue_sizes(), [8; 3]);
     for queue_size in [0, 1, 12, 2048] {
         let refused = net(3).with_parameters(&Parameters { queue_size });
         assert_eq!(refused.err().unwrap().field, "queue_size");

@@ -106,8 +106,48 @@ pub struct MachineSpec {
     pub console: Target,
     /// The virtio console.
     pub virtio_console: Option<Target>,
+    /// Where a guest finds its devices, and what they are made of.
+    pub layout: Layout,
     /// What drivers see of devices and no option asks for.
     pub parameters: Parameters,
+}
+
+/// Version of the guest physical address map, the order of devices on the PCI bus, and the virtqueues they have. A new
+/// machine has the newest; one that is restored has that it was saved with, since its drivers have set it up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum Layout {
+    /// The first.
+    V1 = 1,
+    /// Network devices have a control virtqueue.
+    #[default]
+    V2 = 2,
+}
+
+impl Layout {
+    /// Every version, ascending.
+    pub const ALL: [Self; 2] = [Self::V1, Self::V2];
+
+    /// Its number.
+    pub fn number(self) -> u32 {
+        self as u32
+    }
+
+    /// The layout with this number.
+    pub fn from_number(number: u32) -> Option<Self> {
+        let mut all = Self::ALL.into_iter();
+        all.find(|layout| layout.number() == number)
+    }
+
+    /// Whether network devices have a control virtqueue.
+    pub fn has_net_control(self) -> bool {
+        self >= Self::V2
+    }
+
+    /// Virtqueues of a network device.
+    pub fn net_queues(self) -> u16 {
+        2 + u16::from(self.has_net_control())
+    }
 }
 
 /// Parameters of the devices of a machine, by type. Those of a new machine are the defaults; one that is restored has those
@@ -300,6 +340,7 @@ impl Config {
             rng: self.rng.unwrap_or(true),
             console: self.console.unwrap_or_default(),
             virtio_console: self.virtio_console.filter(|t| *t != Target::None),
+            layout: Layout::default(),
             parameters: Parameters::default(),
         };
         // As they were written: the messages are about that.

@@ -146,12 +146,13 @@ impl Backends {
                     Net::new(mac, port)
                 }
             }
+            .with_control_queue(spec.layout.has_net_control())
             .with_parameters(&parameters.net)?;
             backends.add(name, net.bus, net.doors, device);
         }
         for (index, pf) in spec.pfs.iter().enumerate() {
             let name = format!("pf{index}");
-            let group = GroupBackend::open(name, pf, parameters, &mut switches, &mut provider)?;
+            let group = GroupBackend::open(name, pf, spec, &mut switches, &mut provider)?;
             backends.groups.push(group);
         }
         // There is no option for these two.

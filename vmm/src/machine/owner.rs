@@ -26,7 +26,7 @@ use pci::virtio::{Options, VirtioPci};
 use super::functions::FunctionError;
 use super::provider::Provider;
 use crate::config::pf::{member_path, nth_mac};
-use crate::config::{Parameters, Pf, PfDevice};
+use crate::config::{Layout, MachineSpec, Parameters, Pf, PfDevice};
 
 /// Threads that the disks of an owner and its members share.
 const DISK_THREADS: usize = 4;
@@ -37,6 +37,7 @@ const UPLINK_NUMBER: u16 = 0x8000;
 pub struct GroupBackend {
     name: String,
     declaration: Pf,
+    layout: Layout,
     parameters: Parameters,
     /// None if the monitor keeps the owner.
     pf: Option<Box<dyn VirtioDevice>>,
@@ -46,18 +47,19 @@ pub struct GroupBackend {
 }
 
 impl GroupBackend {
-    /// Opens what `pf` names. `switches` are those of the machine.
+    /// Opens what `pf` names, of the machine `spec`. `switches` are those of the machine.
     pub(super) fn open(
         name: String,
         pf: &Pf,
-        parameters: &Parameters,
+        spec: &MachineSpec,
         switches: &mut BTreeMap<String, Switch>,
         provider: &mut Provider,
     ) -> Result<Self, FunctionError> {
         let mut backend = Self {
             name,
             declaration: pf.clone(),
-            parameters: *parameters,
+            layout: spec.layout,
+            parameters: spec.parameters,
             pf: None,
             members: Vec::with_capacity(pf.vfs.into()),
             switch: None,
@@ -157,7 +159,8 @@ impl GroupBackend {
     }
 
     fn card(&self, mac: MacAddress, port: SwitchPort) -> Result<Net, FunctionError> {
-        Ok(Net::new(mac, port).with_parameters(&self.parameters.net)?)
+        let card = Net::new(mac, port).with_control_queue(self.layout.has_net_control());
+        Ok(card.with_parameters(&self.parameters.net)?)
     }
 }
 

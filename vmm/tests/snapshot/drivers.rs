@@ -160,6 +160,21 @@ impl Device {
         })
     }
 
+    /// A command on the control virtqueue of a network device, and its answer.
+    pub fn ask(&mut self, command: &[u8]) -> Option<u8> {
+        const CONTROL: u16 = 2;
+        let from = self.dma.place(command).unwrap();
+        let data = self.dma.place(&[0xff]).unwrap();
+        let chain = [
+            Buffer::readable(from, command.len() as u32),
+            Buffer::writable(data, 1),
+        ];
+        let status = None;
+        let len = 1;
+        self.give(CONTROL, &chain, Chain { data, len, status });
+        self.next(CONTROL)?.data.first().copied()
+    }
+
     /// A block request, from beginning to end.
     pub fn transact(&mut self, kind: u32, sector: u64, out: &[u8], room: u32) -> Vec<u8> {
         self.request(0, kind, sector, out, room);

@@ -6,7 +6,7 @@ use vmm::snapshot::format::machine::Machine;
 use vmm::snapshot::format::state::{NEWEST, State};
 use vmm::snapshot::format::{parse, write};
 
-use super::live::{Mixed, Owned, Plain};
+use super::live::{Asked, Mixed, Owned, Plain};
 use super::rig::{Devices, Rig, World, file, memory};
 
 /// Write documents that are not there. One that is there is never written again.
@@ -67,10 +67,11 @@ fn settle_times(value: &mut serde_json::Value) {
 fn documents_of_the_newest_version_are_there() {
     let newest = golden().join(format!("v{NEWEST}"));
     type Build = fn(&Path) -> World;
-    let machines: [(&str, Build); 3] = [
+    let machines: [(&str, Build); 4] = [
         ("devices.json", |dir| Plain::new(dir).world),
         ("owner.json", |dir| Owned::new(dir).world),
         ("owners.json", |dir| Mixed::new(dir).world),
+        ("announcements.json", |_| Asked::new().world),
     ];
     for (name, build) in machines {
         let path = newest.join(name);

@@ -7,8 +7,9 @@ use driver::access::FunctionExt;
 use driver::pci::{Address, VectorEntry, find_capability, id};
 use driver::virtio::block::request::{IN, OUT};
 use driver::virtio::migration::{Migrate, Range, mode};
+use driver::virtio::net::net_feature;
 use driver::virtio::{Door, NO_VECTOR, feature, status};
-use vmm::config::Config;
+use vmm::config::{Config, Layout};
 
 use super::drivers::{Device, Guest, Monitor};
 use super::rig::{Place, World, file, spec};
@@ -467,4 +468,107 @@ fn devices_at_reset_are_saved_as_well() {
     }));
     let state = world.move_on();
     assert_eq!(state.functions.len(), 3, "disk0, rng, pf0");
+}
+
+/// Network interfaces and a member that were asked to announce themselves: one has acknowledged it, one is about to, and one
+/// was not told yet.
+pub struct Asked {
+    pub world: World,
+    nets: Vec<Device>,
+}
+
+const ANNOUNCING: u64 = net_feature::STATUS | net_feature::CTRL_VQ | net_feature::GUEST_ANNOUNCE;
+/// VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK.
+const ACKNOWLEDGE: [u8; 2] = [3, 0];
+/// Values of the status: the link is up; and the driver is asked.
+const UP: u16 = 1;
+const ASKED: u16 = 3;
+
+fn net_status(device: &Device) -> u16 {
+    let register = driver::access::Register::<u16>::at(6);
+    device.transport.device_get(register)
+}
+
+impl Asked {
+    pub fn new() -> Self {
+        let mut world = World::new(spec(Config {
+            nets: vec![
+                "switch=lan,mac=02:00:5e:00:00:02".parse().unwrap(),
+                "switch=lan,mac=02:00:5e:00:00:03".parse().unwrap(),
+            ],
+            pfs: vec!["net,vfs=2,mac=02:00:5e:00:00:10".parse().unwrap()],
+            rng: Some(false),
+            ..Config::default()
+        }));
+        let memory = world.memory.clone();
+        // 00:01 and 00:02 are net0 and net1; the port is at 00:03.
+        world.seat(Place::At(PF));
+        world.enable_members(PF, 1);
+        let seats = [
+            world.device(0, 1),
+            world.device(0, 2),
+            world.seat(Place::Member(PF, 1)),
+        ];
+        let mut nets: Vec<_> = seats
+            .into_iter()
+            .map(|seat| Device::start(seat, &memory, ANNOUNCING, 16, &[NO_VECTOR; 3]))
+            .collect();
+        // What is not bus master cannot be told.
+        let [acknowledged, _, untold] = nets.as_mut_slice() else {
+            unreachable!("there are three");
+        };
+        let command = driver::pci::command::BUS_MASTER;
+        driver::pci::change_command(untold.transport.function(), 0, command);
+        for function in world.rig().functions.all() {
+            function.request_announcement();
+        }
+        assert_eq!(acknowledged.ask(&ACKNOWLEDGE), Some(0));
+        let looks: Vec<_> = nets.iter().map(net_status).collect();
+        assert_eq!(looks, [UP, ASKED, ASKED]);
+        Self { world, nets }
+    }
+
+    fn finish(mut self) {
+        let looks: Vec<_> = self.nets.iter().map(net_status).collect();
+        assert_eq!(looks, [UP, ASKED, ASKED]);
+        let command = driver::pci::command::BUS_MASTER;
+        driver::pci::change_command(self.nets[2].transport.function(), command, 0);
+        for net in &mut self.nets {
+            assert_eq!(net.ask(&ACKNOWLEDGE), Some(0));
+            assert_eq!(net_status(net), UP);
+            assert_eq!(net.ask(&[0, 0, 1]), Some(1), "another command");
+        }
+    }
+}
+
+#[test]
+fn announcements_are_acknowledged_in_another_machine() {
+    let mut asked = Asked::new();
+    asked.world.move_on();
+    asked.finish();
+}
+
+/// A machine of a snapshot from before network devices had control virtqueues.
+#[test]
+fn a_machine_of_the_first_layout_stays_one() {
+    let mut spec = spec(Config {
+        nets: vec!["switch=lan".parse().unwrap()],
+        pfs: vec!["net,vfs=1".parse().unwrap()],
+        rng: Some(false),
+        ..Config::default()
+    });
+    spec.layout = Layout::V1;
+    let mut world = World::new(spec);
+    let memory = world.memory.clone();
+    let seat = world.device(0, 1);
+    let net = Device::start(seat, &memory, ANNOUNCING, 16, &[NO_VECTOR; 2]);
+    let accepted = net.transport.accepted() & ANNOUNCING;
+    assert_eq!(accepted, net_feature::STATUS);
+    let state = world.move_on();
+    assert_eq!(state.machine.layout, 1);
+    for function in world.rig().functions.all() {
+        assert_eq!(function.num_queues(), 2, "{}", function.name());
+        function.request_announcement();
+    }
+    assert_eq!(net_status(&net), UP);
 }

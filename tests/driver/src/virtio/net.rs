@@ -16,6 +16,10 @@ pub mod net_feature {
     pub const MRG_RXBUF: u64 = 1 << 15;
     /// The configuration has the link status.
     pub const STATUS: u64 = 1 << 16;
+    /// There is a control virtqueue.
+    pub const CTRL_VQ: u64 = 1 << 17;
+    /// The driver can be asked to announce itself.
+    pub const GUEST_ANNOUNCE: u64 = 1 << 21;
 }
 
 /// Receive queue.
@@ -113,6 +117,11 @@ impl<F: Function, D: Dma + Clone> Net<F, D> {
     pub fn mac(&self) -> [u8; 6] {
         self.transport
             .device_read(|t| std::array::from_fn(|i| t.device_get(Register::<u8>::at(i as u64))))
+    }
+
+    /// The status in the configuration: bit 0, the link is up; bit 1, the driver is asked to announce itself.
+    pub fn status(&self) -> u16 {
+        self.transport.device_get(Register::at(6))
     }
 
     /// Sends one Ethernet frame and waits until the device took it.

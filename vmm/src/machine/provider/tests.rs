@@ -9,7 +9,7 @@ use devices::gate::Reasons;
 use driver::host::Machine;
 use driver::pci::{Address, change_command, command};
 use driver::virtio::Transport;
-use driver::virtio::net::Net;
+use driver::virtio::net::{Net, net_feature};
 use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -264,16 +264,23 @@ fn every_interface_with_a_driver_is_announced() {
     let host = Machine::new().unwrap();
     let functions = Functions::plug(backends, host.dma().ram(), host.root(), host.msi()).unwrap();
     host.power_on().unwrap();
-    let start = |bus, device, function| {
+    let start = |bus, device, function, wanted| {
         let function = host.function(Address::new(bus, device, function));
         change_command(&function, command::MEMORY | command::BUS_MASTER, 0);
         let transport = Transport::new(function).unwrap();
-        Net::start(transport, host.dma().clone(), 0).unwrap()
+        Net::start(transport, host.dma().clone(), wanted).unwrap()
     };
-    let mut listener = start(0, 1, 0);
-    let live = [start(0, 2, 0), start(1, 0, 0), start(2, 0, 1)];
+    let asked = net_feature::STATUS | net_feature::CTRL_VQ | net_feature::GUEST_ANNOUNCE;
+    let mut listener = start(0, 1, 0, net_feature::STATUS);
+    let live = [
+        start(0, 2, 0, asked),
+        start(1, 0, 0, 0),
+        start(2, 0, 1, asked),
+    ];
     functions.reopen(Reasons::PAUSED);
     functions.announce();
+    assert_eq!(live.each_ref().map(Net::status), [3, 1, 3]);
+    assert_eq!(listener.status(), 1);
     let mut heard = Vec::new();
     while heard.len() < ROUNDS * live.len() {
         let frame = listener.receive(Duration::from_secs(10)).unwrap();

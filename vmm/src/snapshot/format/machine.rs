@@ -17,17 +17,15 @@ use serde::{Deserialize, Serialize};
 use super::hex::Hex;
 pub use super::parameters::Parameters;
 use crate::boot::load::Sources;
-use crate::config::{self, MachineSpec, NetBackend, PfDevice, Slot};
+use crate::config::{self, Layout, MachineSpec, NetBackend, PfDevice, Slot};
 use crate::layout;
-
-/// The address map and the places on the PCI bus that this version of the monitor builds.
-pub const LAYOUT: u32 = 1;
 
 /// What a machine is made of. Paths are absolute.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Machine {
-    /// Version of the guest physical address map and of the order of devices on the PCI bus.
+    /// Version of the guest physical address map, of the order of devices on the PCI bus, and of the virtqueues they have: 1,
+    /// or 2, in which network devices have a control virtqueue.
     pub layout: u32,
     /// Number of vCPUs.
     pub cpus: u8,
@@ -238,7 +236,7 @@ impl Machine {
     /// The JSON form of `spec`, with what its files are now.
     pub fn of(spec: &MachineSpec) -> Self {
         Self {
-            layout: LAYOUT,
+            layout: spec.layout.number(),
             cpus: spec.cpus,
             memory: spec.memory,
             boot: Boot {
@@ -258,13 +256,11 @@ impl Machine {
 
     /// The specification, checked as one that was given on the command line.
     pub fn to_spec(&self) -> Result<MachineSpec, MachineError> {
-        if self.layout != LAYOUT {
-            let found = self.layout;
-            return Err(wrong(
-                "layout",
-                format!("{found} is unknown; this tern builds layout {LAYOUT}"),
-            ));
-        }
+        let layout = Layout::from_number(self.layout).ok_or_else(|| {
+            let (found, newest) = (self.layout, Layout::default().number());
+            let reason = format!("{found} is unknown; this tern builds layouts 1 to {newest}");
+            wrong("layout", reason)
+        })?;
         if !(1..=config::MAX_CPUS).contains(&self.cpus) {
             let (cpus, most) = (self.cpus, config::MAX_CPUS);
             return Err(wrong("cpus", format!("{cpus} is not between 1 and {most}")));
@@ -296,6 +292,7 @@ impl Machine {
                 Some(text) => Some(text.parse().map_err(|e| wrong("virtio_console", e))?),
                 None => None,
             },
+            layout,
             parameters: self.parameters.to_config()?,
         };
         for (index, disk) in self.disks.iter().enumerate() {
@@ -570,10 +567,24 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_keeps_the_layout_it_was_saved_with() {
+        for layout in Layout::ALL {
+            let saved = Machine {
+                layout: layout.number(),
+                ..Machine::of(&spec())
+            };
+            let restored = saved.to_spec().unwrap();
+            assert_eq!(restored.layout, layout);
+            assert_eq!(Machine::of(&restored), saved);
+        }
+    }
+
+    #[test]
     fn what_no_machine_can_have_is_refused_by_name() {
         let good = serde_json::to_value(Machine::of(&spec())).unwrap();
         for (pointer, value, part) in [
-            ("/layout", 2.into(), "machine.layout"),
+            ("/layout", 0.into(), "machine.layout"),
+            ("/layout", 3.into(), "machine.layout"),
             ("/cpus", 0.into(), "machine.cpus"),
             ("/cpus", 255.into(), "machine.cpus"),
             ("/memory", 1.into(), "machine.memory"),

@@ -388,3 +388,27 @@ fn functions_that_cannot_be_are_refused() {
         ],
     );
 }
+
+#[test]
+fn announcements_that_cannot_be_are_refused() {
+    refuse(
+        "announcements.json",
+        &[
+            (
+                "of a driver that cannot be asked",
+                |d| field(d, "net1", "DRV_FEATURES", None)["features"] = json!("0x100030000"),
+                &["functions (net1)", "configuration"],
+            ),
+            (
+                "without a link",
+                |d| field(d, "net1", "DEV_CFG", None)["config"] = json!("02005e0000030200"),
+                &["functions (net1)", "configuration"],
+            ),
+            (
+                "of a machine whose devices have no control queue",
+                |d| d["machine"]["layout"] = json!(1),
+                &["pci: PCI function \"pf0\"", "configuration space"],
+            ),
+        ],
+    );
+}

@@ -52,7 +52,7 @@ fn machines_that_cannot_be_are_refused() {
             ),
             (
                 "layout",
-                |d| d["machine"]["layout"] = json!(2),
+                |d| d["machine"]["layout"] = json!(3),
                 &["machine.layout"],
             ),
             (
