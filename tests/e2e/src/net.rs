@@ -50,11 +50,8 @@ pub fn with_tap(
     run: impl FnOnce(String) -> Result<Outcome>,
 ) -> Result<()> {
     const BYTES: usize = 4 << 20;
-    ip(&format!("tuntap add dev {name} mode tap"))?;
-    let result = (|| {
-        let host = format!("192.168.{network}.1");
-        ip(&format!("addr add {host}/24 dev {name}"))?;
-        ip(&format!("link set {name} up"))?;
+    let host = format!("192.168.{network}.1");
+    with_interface(name, &host, || {
         let listener = TcpListener::bind((host.as_str(), 0))?;
         let port = listener.local_addr()?.port();
         let data: Vec<u8> = (0..BYTES).map(|i| (i * 7 + i / 251) as u8).collect();
@@ -74,6 +71,16 @@ pub fn with_tap(
             "the server on the tap failed"
         );
         Ok(())
+    })
+}
+
+/// Makes tap `name` with this address of a network of 24 bits, for as long as `run` takes.
+pub fn with_interface<T>(name: &str, address: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
+    ip(&format!("tuntap add dev {name} mode tap"))?;
+    let result = (|| {
+        ip(&format!("addr add {address}/24 dev {name}"))?;
+        ip(&format!("link set {name} up"))?;
+        run()
     })();
     ip(&format!("link del {name}"))?;
     result

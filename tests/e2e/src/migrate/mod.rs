@@ -6,6 +6,7 @@
 //! TERN_ROUNDS=50 cargo xtask test --e2e --timeout 7200 migrate::rounds
 //! ```
 
+mod announce;
 mod control;
 mod faults;
 mod proxy;
@@ -30,6 +31,7 @@ pub fn trials() -> Vec<Trial> {
     [
         rounds::trials(),
         control::trials(),
+        announce::trials(),
         faults::trials(),
         tls::trials(),
     ]
