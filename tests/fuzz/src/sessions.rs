@@ -245,7 +245,7 @@ impl World {
         let progress = &mut self.progress[party][member];
         let writing = &mut progress.writing;
         let decoder = writing.get_or_insert_with(|| Decoder::new(&function.shape()));
-        match decoder.push_checked(data, |state| function.check(state)) {
+        match decoder.push_checked(data, |state| function.check(state).map(drop)) {
             Ok(pushed) => {
                 assert_eq!(answer, Ok(()), "S3-34");
                 if pushed == Pushed::Complete {
