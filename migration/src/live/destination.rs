@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use super::commit::{Destination, DestinationAction, DestinationEvent};
 use super::guest::{DestinationGuest, GuestError};
 use super::pages::Arriving;
+use super::verify::{Comparing, Difference};
 use crate::layout::RamLayout;
 use crate::wire::connection::{Named, Section};
 use crate::wire::message::{Memory, Outcome, PROTOCOL, Purpose, VERSION};
@@ -54,6 +55,13 @@ pub enum Failure {
     /// A page arrived damaged and was not sent again.
     #[error("memory: page {0} was damaged on its way")]
     Torn(u64),
+    /// Memory was compared, and is not that of the source: pages were written that the source did not know of, or changed
+    /// here.
+    #[error(
+        "memory: pages that differ from those of the source: {}; the first is page {}, at guest address {:#x}",
+        .0.pages, .0.first, .0.address
+    )]
+    Differs(Difference),
     /// Not a source of a migration.
     #[error("whoever connected does not want to move a guest: {0}")]
     Stranger(String),
@@ -218,6 +226,7 @@ impl Incoming {
             descriptors: Vec::new(),
             memory: Vec::new(),
             how: Memory::Copy,
+            verify: false,
             connection,
         };
         match offered.receive() {
@@ -272,6 +281,7 @@ pub struct Offered {
     descriptors: Vec<Named>,
     memory: Vec<(u64, u64)>,
     how: Memory,
+    verify: bool,
 }
 
 impl Offered {
@@ -289,7 +299,11 @@ impl Offered {
                         return Err(wire(WireError::malformed(kind, why)));
                     }
                 }
-                Received::Message(Message::Offer { memory, how }) => {
+                Received::Message(Message::Offer {
+                    memory,
+                    how,
+                    verify,
+                }) => {
                     self.memory = memory
                         .iter()
                         .map(|range| (range.start, range.len))
@@ -297,7 +311,12 @@ impl Offered {
                     // Whoever builds the machine need not look again.
                     RamLayout::new(self.memory.iter().copied())
                         .map_err(|e| wire(WireError::malformed(crate::wire::Kind::Message, e)))?;
-                    self.how = how;
+                    if verify && how != Memory::Copy {
+                        let why = "memory that is not copied is not verified";
+                        let kind = crate::wire::Kind::Message;
+                        return Err(wire(WireError::malformed(kind, why)));
+                    }
+                    (self.how, self.verify) = (how, verify);
                     return Ok(());
                 }
                 Received::Message(Message::Cancel { reason }) => {
@@ -359,6 +378,7 @@ impl Offered {
             decision: self.decision,
             memory: self.memory,
             how: self.how,
+            verify: self.verify,
         })
     }
 }
@@ -369,6 +389,7 @@ pub struct Receiving {
     decision: Decision,
     memory: Vec<(u64, u64)>,
     how: Memory,
+    verify: bool,
 }
 
 /// How far it is.
@@ -419,8 +440,10 @@ impl Receiving {
         let mut arriving = Arriving::new(&layout);
         let mut arrived = Arrived::default();
         let mut sections = Sections::default();
-        let copies = self.how == Memory::Copy;
+        let mut comparing = Comparing::default();
         loop {
+            // Once it is compared, nothing of it comes any more.
+            let copies = self.how == Memory::Copy && !comparing.has_begun();
             let during = if copies && sections.list.is_empty() {
                 "memory"
             } else {
@@ -461,6 +484,9 @@ impl Receiving {
                     progress(arrived);
                 }
                 Received::Section(section) => sections.add(section).map_err(wire)?,
+                Received::Sums(body) if self.verify => {
+                    comparing.sums(guest.memory(), &body).map_err(wire)?;
+                }
                 Received::Message(Message::Complete) => break,
                 Received::Message(Message::Cancel { reason }) => {
                     return Err(Failure::Cancelled { during, reason });
@@ -470,6 +496,12 @@ impl Receiving {
         }
         if let Some(page) = arriving.first_torn() {
             return Err(Failure::Torn(page));
+        }
+        // Before anything is restored, which may write to it.
+        if self.verify
+            && let Some(difference) = comparing.finish(guest.memory())
+        {
+            return Err(Failure::Differs(difference));
         }
         let begun = Instant::now();
         guest

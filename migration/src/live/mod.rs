@@ -5,7 +5,7 @@
 //!   hello ─────────────────────────────────► welcome
 //!   offer (sections, descriptors) ─────────► builds the machine: accept, or refuse with all reasons
 //!   pages, round ──────────────────────────► arrived              copying only, while the guest runs
-//!   stop; last pages, sections, complete ──► restores and verifies: prepared
+//!   stop; last pages, sections, complete ──► restores and verifies: prepared    checksums before complete, if asked for
 //!   commit ────────────────────────────────► running
 //!   bye ───────────────────────────────────►
 //! ```
@@ -19,6 +19,7 @@
 //! | [`policy`] | when to stop the guest: predicted pause, slowing down, patience |
 //! | [`report`] | what a migration came to |
 //! | [`source`] | the sending end |
+//! | [`verify`] | all of memory compared at both ends |
 
 pub mod commit;
 pub mod destination;
@@ -27,6 +28,7 @@ pub mod pages;
 pub mod policy;
 pub mod report;
 pub mod source;
+pub mod verify;
 
 #[cfg(test)]
 mod tests;

@@ -67,7 +67,11 @@ pub fn send<G: GuestPages + ?Sized>(
 }
 
 /// Offset and length of the pieces of `run` to look at.
-fn pieces<G: GuestPages + ?Sized>(guest: &G, run: &Run, round: Round) -> Vec<(u64, u64)> {
+pub(super) fn pieces<G: GuestPages + ?Sized>(
+    guest: &G,
+    run: &Run,
+    round: Round,
+) -> Vec<(u64, u64)> {
     let end = run.offset + run.bytes();
     if round == Round::Later {
         return vec![(run.offset, run.bytes())];
@@ -157,7 +161,7 @@ impl<G: GuestPages + ?Sized> Batch<'_, G> {
 }
 
 /// The memory of each run of `table`.
-fn locate<'g, G: GuestPages + ?Sized>(
+pub(super) fn locate<'g, G: GuestPages + ?Sized>(
     guest: &'g G,
     kind: Kind,
     table: &PageTable,

@@ -57,6 +57,8 @@ pub struct Pause {
     pub state: u64,
     /// The last pages and the state were sent.
     pub send: u64,
+    /// Checksums of all memory were sent, while the destination compared. Zero if that was not asked for.
+    pub verify: u64,
     /// The destination restored and verified everything, as it says.
     pub restore: u64,
     /// The destination took locks and had the guest run, as it says.

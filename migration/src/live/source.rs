@@ -10,6 +10,7 @@ use super::guest::{GuestError, SourceGuest};
 use super::pages::{self, Round};
 use super::policy::{self, Decision, Limits, Policy};
 use super::report::{self, Pause, Report};
+use super::verify;
 use crate::guest::GuestPages;
 use crate::id::SnapshotId;
 use crate::layout::PAGE_SIZE;
@@ -31,6 +32,9 @@ pub struct Options {
     pub how: Memory,
     /// The connection passes open files.
     pub files: bool,
+    /// The destination compares all of memory with that of the source before the guest is given away. Only for a guest whose
+    /// memory is copied. The pause is as long as that takes.
+    pub verify: bool,
     /// What it may cost the guest.
     pub limits: Limits,
     /// How often a lost destination is asked what became of the guest, and how long between.
@@ -50,6 +54,8 @@ pub enum Phase {
     Memory,
     /// The guest stands still: last pages and state.
     Pause,
+    /// All of memory is compared.
+    Verify,
     /// The destination restores and verifies.
     Restore,
     /// The guest is handed over.
@@ -64,6 +70,7 @@ impl Phase {
             Self::Offer => "offer",
             Self::Memory => "memory",
             Self::Pause => "pause",
+            Self::Verify => "verify",
             Self::Restore => "restore",
             Self::Commit => "commit",
         }
@@ -389,7 +396,7 @@ impl<G: SourceGuest> Run<'_, G> {
             self.sent(connection, outcome)?;
         }
         let layout = self.guest.memory().layout().clone();
-        let outcome = connection.send(&Message::offer(&layout, self.options.how));
+        let outcome = connection.send(&Message::offer(&layout, self.options.how, self.verifies()));
         self.sent(connection, outcome)?;
         match self.answer(connection, "accept")? {
             Message::Accept => {}
@@ -482,24 +489,47 @@ impl<G: SourceGuest> Run<'_, G> {
         pages: &PageSet,
         round: Round,
     ) -> Result<pages::Sent, Reason> {
+        self.watched(|memory, tick| pages::send(connection, memory, pages, round, tick))
+            .and_then(|outcome| self.sent(connection, outcome))
+    }
+
+    /// Has `work` go through memory, and tells of the progress it makes in pages; an error if it was called off.
+    fn watched<T>(
+        &mut self,
+        work: impl FnOnce(
+            &G::Memory,
+            &mut dyn FnMut(u64) -> Result<(), WireError>,
+        ) -> Result<T, WireError>,
+    ) -> Result<Result<T, WireError>, Reason> {
         let mut called_off = false;
-        let outcome = {
-            let (progress, watch) = (&mut self.progress, &mut self.watch);
-            pages::send(connection, self.guest.memory(), pages, round, |done| {
-                progress.done = done * PAGE_SIZE;
-                match watch(*progress) {
-                    ControlFlow::Continue(()) => Ok(()),
-                    ControlFlow::Break(()) => {
-                        called_off = true;
-                        Err(WireError::Closed)
-                    }
+        let (progress, watch) = (&mut self.progress, &mut self.watch);
+        let outcome = work(self.guest.memory(), &mut |done| {
+            progress.done = done * PAGE_SIZE;
+            match watch(*progress) {
+                ControlFlow::Continue(()) => Ok(()),
+                ControlFlow::Break(()) => {
+                    called_off = true;
+                    Err(WireError::Closed)
                 }
-            })
-        };
+            }
+        });
         if called_off {
             return Err(Reason::Cancelled(self.progress.phase));
         }
-        self.sent(connection, outcome)
+        Ok(outcome)
+    }
+
+    /// Memory is compared: handed over, it is the same.
+    fn verifies(&self) -> bool {
+        self.options.verify && self.options.how == Memory::Copy
+    }
+
+    /// Sends checksums of all of memory, none of which is written any more.
+    fn verify(&mut self, connection: &mut Connection) -> Result<(), Reason> {
+        self.begin(Phase::Verify)?;
+        self.progress.total = self.guest.memory().layout().bytes();
+        self.watched(|memory, tick| verify::send(connection, memory, tick))
+            .and_then(|outcome| self.sent(connection, outcome))
     }
 
     /// Stops the guest and gives it away. `left` are pages to be copied.
@@ -526,10 +556,14 @@ impl<G: SourceGuest> Run<'_, G> {
             let outcome = connection.send_section(section);
             self.sent(connection, outcome)?;
         }
-        let outcome = connection.send(&Message::Complete);
-        self.sent(connection, outcome)?;
         self.report.paused_bytes = connection.bytes_sent() - before;
         self.report.pause_us.send = clock(&mut lap);
+        if self.verifies() {
+            self.verify(connection)?;
+            self.report.pause_us.verify = clock(&mut lap);
+        }
+        let outcome = connection.send(&Message::Complete);
+        self.sent(connection, outcome)?;
         self.begin(Phase::Restore)?;
         match self.answer(connection, "prepared")? {
             Message::Prepared => {}

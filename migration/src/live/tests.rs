@@ -19,6 +19,7 @@ use crate::wire::message::Memory;
 mod faults;
 mod pages;
 mod proxy;
+mod verify;
 
 const PAGES: u64 = 1000;
 
@@ -206,6 +207,7 @@ fn options(how: Memory) -> Options {
     Options {
         how,
         files: how == Memory::Handoff,
+        verify: false,
         limits: Limits::default(),
         ask: (1, Duration::ZERO),
     }

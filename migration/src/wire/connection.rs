@@ -65,6 +65,8 @@ pub enum Received {
     Pages(Vec<u8>),
     /// The table of zero pages.
     Zeroes(Vec<u8>),
+    /// A table of pages with their checksums.
+    Sums(Vec<u8>),
     /// Descriptors with their names.
     Descriptors(Vec<Named>),
 }
@@ -77,6 +79,7 @@ impl Received {
             Self::Section(section) => format!("section {}", section.name),
             Self::Pages(_) => "pages".to_owned(),
             Self::Zeroes(_) => "zero pages".to_owned(),
+            Self::Sums(_) => "checksums of pages".to_owned(),
             Self::Descriptors(_) => "descriptors".to_owned(),
         }
     }
@@ -210,6 +213,11 @@ impl Connection {
         self.shared.frame(Kind::Zeroes, &table.to_bytes(), &[])
     }
 
+    /// Sends the checksums of pages.
+    pub(crate) fn send_sums(&mut self, table: &PageTable) -> Result<(), WireError> {
+        self.shared.frame(Kind::Sums, &table.to_bytes(), &[])
+    }
+
     /// Waits for the next frame that is no keep-alive.
     pub fn receive(&mut self) -> Result<Received, WireError> {
         loop {
@@ -251,6 +259,7 @@ impl Connection {
             Kind::Section => Received::Section(Section::parse(&body)?),
             Kind::Pages => Received::Pages(body),
             Kind::Zeroes => Received::Zeroes(body),
+            Kind::Sums => Received::Sums(body),
             Kind::Descriptors => Received::Descriptors(self.descriptors(&body)?),
         }))
     }

@@ -16,6 +16,7 @@
 //!
 //! The body of a [`Kind::Pages`] frame is followed by the pages themselves, which have checksums of their own in the body:
 //! see [`PageTable`].
+//! That of a [`Kind::Sums`] frame is such a table alone.
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -30,6 +31,8 @@ pub const MAX_BODY: u32 = 1 << 16;
 pub const MAX_SECTION: u32 = 64 << 20;
 /// The most pages that follow one frame: as many as a large page has.
 pub const MAX_PAGES: usize = 512;
+/// The most checksums in a [`Kind::Sums`] frame: with as many runs as there can be, they fit a body.
+pub const MAX_SUMS: usize = 4096;
 /// The most runs of pages in one frame.
 pub const MAX_RUNS: usize = 256;
 
@@ -49,6 +52,8 @@ pub enum Kind {
     Descriptors = 4,
     /// Nothing: the sender is alive.
     KeepAlive = 5,
+    /// Checksums of pages of guest memory, which do not follow.
+    Sums = 6,
 }
 
 impl Kind {
@@ -60,6 +65,7 @@ impl Kind {
             Self::Zeroes,
             Self::Descriptors,
             Self::KeepAlive,
+            Self::Sums,
         ];
         all.into_iter()
             .find(|kind| *kind as u32 == number)
@@ -71,7 +77,7 @@ impl Kind {
         match self {
             Self::Section => MAX_SECTION,
             Self::KeepAlive => 0,
-            Self::Message | Self::Pages | Self::Zeroes | Self::Descriptors => MAX_BODY,
+            Self::Message | Self::Pages | Self::Zeroes | Self::Descriptors | Self::Sums => MAX_BODY,
         }
     }
 }
@@ -167,13 +173,13 @@ impl Header {
     }
 }
 
-/// Runs of pages, and for a [`Kind::Pages`] frame the checksum of each page.
+/// Runs of pages, and for a [`Kind::Pages`] or [`Kind::Sums`] frame the checksum of each page.
 ///
 /// | bytes | |
 /// |---|---|
 /// | 4 | number of runs *r* |
 /// | 12 *r* | for each run, number of its first page (8), number of pages (4), not zero |
-/// | 8 *p* | [`Kind::Pages`] only: XXH64 of each of the *p* pages |
+/// | 8 *p* | not [`Kind::Zeroes`]: XXH64 of each of the *p* pages |
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PageTable {
     /// First page and number of pages, ascending and disjoint; each run lies in one RAM range.
@@ -250,12 +256,15 @@ impl PageTable {
             free = end;
             table.runs.push((first, pages));
         }
-        if kind == Kind::Pages {
+        let max = match kind {
+            Kind::Pages => MAX_PAGES,
+            Kind::Sums => MAX_SUMS,
+            _ => 0,
+        };
+        if max > 0 {
             let pages = table.pages();
-            if pages > MAX_PAGES as u64 {
-                return Err(malformed(format!(
-                    "{pages} pages; there are at most {MAX_PAGES}"
-                )));
+            if pages > max as u64 {
+                return Err(malformed(format!("{pages} pages; there are at most {max}")));
             }
             let (sums, end) = rest.as_chunks();
             if sums.len() as u64 != pages || !end.is_empty() {
@@ -363,10 +372,28 @@ mod tests {
         assert!(PageTable::parse(Kind::Pages, &good.to_bytes(), &layout()).is_err());
     }
 
+    #[test]
+    fn the_largest_table_of_checksums_fits_a_body() {
+        let layout = RamLayout::new([(0, 2 * MAX_SUMS as u64 * PAGE_SIZE)]).unwrap();
+        let mut table = PageTable {
+            runs: (0..MAX_RUNS as u64).map(|run| (2 * run, 1)).collect(),
+            sums: vec![7; MAX_SUMS],
+        };
+        let last = table.runs.last_mut().unwrap();
+        last.1 = (MAX_SUMS - MAX_RUNS + 1) as u32;
+        let bytes = table.to_bytes();
+        assert!(bytes.len() <= Kind::Sums.max_len() as usize);
+        let parsed = PageTable::parse(Kind::Sums, &bytes, &layout).unwrap();
+        assert_eq!(parsed, table);
+        table.runs.last_mut().unwrap().1 += 1;
+        table.sums.push(7);
+        assert!(PageTable::parse(Kind::Sums, &table.to_bytes(), &layout).is_err());
+    }
+
     proptest! {
         #[test]
         fn any_bytes_are_a_table_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            for kind in [Kind::Pages, Kind::Zeroes] {
+            for kind in [Kind::Pages, Kind::Zeroes, Kind::Sums] {
                 if let Ok(table) = PageTable::parse(kind, &bytes, &layout()) {
                     prop_assert_eq!(table.to_bytes(), bytes.clone());
                 }

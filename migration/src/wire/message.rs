@@ -86,6 +86,8 @@ pub enum Message {
         memory: Vec<Range>,
         /// How memory gets there.
         how: Memory,
+        /// The source sends checksums of all memory, and the destination compares. Only if it is copied.
+        verify: bool,
     },
     /// The destination has built the machine and takes pages.
     Accept,
@@ -144,7 +146,7 @@ impl Message {
     }
 
     /// An offer of a guest with this RAM.
-    pub fn offer(layout: &RamLayout, how: Memory) -> Self {
+    pub fn offer(layout: &RamLayout, how: Memory, verify: bool) -> Self {
         let ranges = layout.ranges().iter();
         Self::Offer {
             memory: ranges
@@ -154,6 +156,7 @@ impl Message {
                 })
                 .collect(),
             how,
+            verify,
         }
     }
 
@@ -239,7 +242,8 @@ mod tests {
         let layout = RamLayout::new([(0, 4096), (1 << 32, 8192)]).unwrap();
         for message in [
             Message::hello(Purpose::Migrate, SnapshotId([7; 16])),
-            Message::offer(&layout, Memory::Handoff),
+            Message::offer(&layout, Memory::Handoff, false),
+            Message::offer(&layout, Memory::Copy, true),
             Message::refuse(vec!["a".to_owned(), "b".to_owned()]),
             Message::Complete,
             Message::Outcome {

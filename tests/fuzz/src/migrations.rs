@@ -133,8 +133,9 @@ impl Stream {
             Kind::Zeroes,
             Kind::Descriptors,
             Kind::KeepAlive,
+            Kind::Sums,
         ];
-        let kind = kinds[usize::from(input.pick(6))];
+        let kind = kinds[usize::from(input.pick(7))];
         let len = usize::from(input.byte());
         let body = input.slice(len).to_vec();
         self.frame(kind, &body);
@@ -153,6 +154,19 @@ impl Stream {
         };
         let body = section.to_bytes().expect("a section");
         self.say(input, Kind::Section, &body, &[]);
+    }
+
+    /// Checksums of pages, which may be those of zeroes.
+    fn sums(&mut self, input: &mut Input<'_>) {
+        let mut table = PageTable::default();
+        for _ in 0..=input.pick(2) {
+            let (first, count) = (input.pick(13).into(), input.pick(4).into());
+            table.runs.push((first, count));
+        }
+        let pages = table.pages() as usize;
+        let mut sum = || input.qword();
+        table.sums = (0..pages).map(|_| sum()).collect();
+        self.say(input, Kind::Sums, &table.to_bytes(), &[]);
     }
 
     /// Pages of zeroes, in either way: as such, or with checksums that may be right.
@@ -232,11 +246,12 @@ fn destination(input: &mut Input<'_>, how: Memory) {
     }
     let session = SnapshotId([7; 16]);
     let mut stream = Stream::default();
+    let verify = input.pick(4) == 1;
     let purposes = [Purpose::Migrate, Purpose::Outcome];
     let purpose = purposes[usize::from(input.pick(16) == 1)];
     stream.message(input, &Message::hello(purpose, session));
     stream.section(input, "machine");
-    stream.message(input, &Message::offer(&ram.layout, how));
+    stream.message(input, &Message::offer(&ram.layout, how, verify));
     for number in 1..=u32::from(input.pick(3)) {
         for _ in 0..input.pick(4) {
             stream.pages(input);
@@ -248,6 +263,10 @@ fn destination(input: &mut Input<'_>, how: Memory) {
         stream.pages(input);
     }
     stream.section(input, "state");
+    // Without any, all of memory is said to be zero.
+    for _ in 0..input.pick(3) * u8::from(verify) {
+        stream.sums(input);
+    }
     stream.message(input, &Message::Complete);
     let last = match input.pick(4) {
         1 => Message::cancel("no"),
@@ -413,6 +432,7 @@ fn source(input: &mut Input<'_>, how: Memory) {
     let options = Options {
         how,
         files: how == Memory::Handoff,
+        verify: input.pick(2) == 1,
         limits: Limits {
             timeout: Duration::ZERO,
             ..Limits::default()

@@ -231,9 +231,11 @@ async fn migrate(Extract(context): Extract<Context>, body: Bytes) -> Response {
     tell_state(&context);
     match answer {
         Ok(Ok(answer)) => Json(answer).into_response(),
-        Ok(Err(error @ (MigrateError::Address(_) | MigrateError::Security(_)))) => {
-            failure(StatusCode::BAD_REQUEST, error)
-        }
+        Ok(Err(
+            error @ (MigrateError::Address(_)
+            | MigrateError::Security(_)
+            | MigrateError::NothingToVerify),
+        )) => failure(StatusCode::BAD_REQUEST, error),
         Ok(Err(error)) => failure(StatusCode::CONFLICT, chain(&error)),
         Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
     }

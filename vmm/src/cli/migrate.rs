@@ -33,7 +33,9 @@ Examples:
 
 Over a unix: address, memory, open disks and taps are handed over to the other process. With --copy, and over tcp:, memory is
 copied while the guest runs, again and again what it has written, until the rest fits the pause; a guest that writes faster
-is slowed down in steps.
+is slowed down in steps. With --verify, the destination then compares every page with its checksum at the source, while the
+guest stands still, and refuses the guest if one differs; the pause that --downtime plans for does not include that. Memory
+that is handed over is the same memory: there is nothing to compare.
 
 Exit status: 0 the guest runs at the destination, and its `tern run` here ends with 8; 1 the guest goes on here, and why is
 said; 9 the guest was given away and whether it runs there is not known: see `tern resolve --help`. A request that is broken
@@ -54,6 +56,10 @@ pub struct Migrate {
     /// Copy memory although it could be handed over
     #[arg(long)]
     copy: bool,
+
+    /// Have the destination compare all of memory before the guest is given away; the pause is as long as that takes
+    #[arg(long)]
+    verify: bool,
 
     /// Longest pause to plan for, in milliseconds
     #[arg(long, value_name = "MS", default_value_t = DOWNTIME_MS, value_parser = clap::value_parser!(u64).range(1..=600_000))]
@@ -107,6 +113,7 @@ impl Migrate {
         let body = serde_json::to_vec(&Request {
             to: to.to_string(),
             copy: self.copy,
+            verify: self.verify,
             downtime_ms: self.downtime,
             timeout_s: self.timeout,
             on_timeout: match self.on_timeout {
@@ -187,9 +194,13 @@ fn describe(to: &Address, report: &Report) -> String {
         ),
         Memory::Handoff => "memory was handed over".to_owned(),
     };
+    let verify = match pause.verify {
+        0 => String::new(),
+        us => format!(" verify {:.1},", ms(us)),
+    };
     format!(
         "the guest runs at {to}: {how}, {:.2} s in all\n\
-         pause {:.1} ms: stop {:.1}, state {:.1}, {:.1} MiB sent {:.1}, restore {:.1}, resume {:.1}",
+         pause {:.1} ms: stop {:.1}, state {:.1}, {:.1} MiB sent {:.1},{verify} restore {:.1}, resume {:.1}",
         report.total_us as f64 / 1e6,
         ms(pause.total),
         ms(pause.stop),

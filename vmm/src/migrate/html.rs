@@ -18,8 +18,8 @@ svg{width:100%;height:auto;font:12px system-ui,sans-serif}
 /// Width of the pictures.
 const WIDTH: f64 = 720.0;
 /// Colours of the parts of a pause, and of what was copied and written.
-const COLOURS: [&str; 6] = [
-    "#1f5fa8", "#4c9f70", "#c8553d", "#8e6bb0", "#d9a441", "#5b6b7b",
+const COLOURS: [&str; 7] = [
+    "#1f5fa8", "#4c9f70", "#c8553d", "#8e6bb0", "#3b8ea5", "#d9a441", "#5b6b7b",
 ];
 
 /// The file, for a guest that was moved to `to`.
@@ -70,11 +70,12 @@ fn write(out: &mut String, to: &str, report: &Report) -> fmt::Result {
 /// The parts of the pause, one after the other.
 fn pause(out: &mut String, report: &Report) -> fmt::Result {
     let pause = report.pause_us;
-    let known = pause.stop + pause.state + pause.send + pause.restore + pause.resume;
+    let known = pause.stop + pause.state + pause.send + pause.verify + pause.restore + pause.resume;
     let parts = [
         ("vCPUs and devices come to rest", pause.stop),
         ("state is read", pause.state),
         ("last pages and state are sent", pause.send),
+        ("all of memory is compared", pause.verify),
         ("the destination restores and verifies", pause.restore),
         ("the destination resumes", pause.resume),
         ("messages, and waiting", pause.total.saturating_sub(known)),
@@ -225,6 +226,7 @@ mod tests {
                 stop: 2_000,
                 state: 6_000,
                 send: 30_000,
+                verify: 0,
                 restore: 12_000,
                 resume: 3_000,
             },
@@ -236,7 +238,7 @@ mod tests {
     fn the_page_has_the_figures_and_needs_nothing_else() {
         let html = page("unix:/run/a<b>&\"c", &report(4));
         assert!(html.contains("unix:/run/a&lt;b&gt;&amp;&quot;c") && !html.contains("a<b>"));
-        assert!(html.contains("60.0 ms") && html.matches("<rect").count() == 6 + 2 * 4);
+        assert!(html.contains("60.0 ms") && html.matches("<rect").count() == 7 + 2 * 4);
         for foreign in ["http:", "https:", "src=", "href="] {
             assert!(!html.contains(foreign), "{foreign}");
         }

@@ -42,6 +42,9 @@ pub struct Request {
     /// Copy memory also where it could be handed over.
     #[serde(default)]
     pub copy: bool,
+    /// Have the destination compare all of memory with that of this process before the guest is given away.
+    #[serde(default)]
+    pub verify: bool,
     /// Longest pause that is planned for, in milliseconds.
     #[serde(default = "downtime")]
     pub downtime_ms: u64,
@@ -87,6 +90,11 @@ pub enum MigrateError {
     /// Guest memory cannot be described. A mistake of the program.
     #[error(transparent)]
     Layout(#[from] migration::layout::LayoutError),
+    /// Memory is to be verified and would not be copied.
+    #[error(
+        "memory would be handed over, so that there is nothing to compare it with; have it copied (--copy), or leave out --verify"
+    )]
+    NothingToVerify,
     /// The guest stays.
     #[error("the guest stays here: {0}")]
     Kept(String),
@@ -128,6 +136,9 @@ pub fn run(
         Some(_) if to.passes_files() && !request.copy => Memory::Handoff,
         _ => Memory::Copy,
     };
+    if request.verify && how == Memory::Handoff {
+        return answer(Err(MigrateError::NothingToVerify));
+    }
     let name = to.to_string();
     let mut leaving = Leaving {
         machine,
@@ -145,6 +156,7 @@ pub fn run(
     let options = Options {
         how,
         files: to.passes_files(),
+        verify: request.verify,
         limits: Limits {
             downtime: Duration::from_millis(request.downtime_ms),
             timeout: Duration::from_secs(request.timeout_s),

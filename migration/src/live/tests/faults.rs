@@ -41,6 +41,8 @@ struct Here {
     writes: u64,
     fails: Option<(&'static str, usize)>,
     calls: usize,
+    /// Writes that no log has: page and value.
+    unrecorded: Vec<(u64, u64)>,
     runs: bool,
     released: bool,
 }
@@ -57,6 +59,7 @@ impl Here {
             writes: 0,
             fails: None,
             calls: 0,
+            unrecorded: Vec::new(),
             runs: true,
             released: false,
         }
@@ -124,6 +127,12 @@ impl SourceGuest for Here {
             self.ram.write(3, self.writes);
             self.ram.write(4, 0);
             self.dirty.insert_run(3, 2);
+        }
+        if self.runs && self.writes == 2 {
+            // After the first round.
+            for (page, value) in self.unrecorded.drain(..) {
+                self.ram.write(page, value);
+            }
         }
         Ok(taken)
     }
@@ -330,6 +339,7 @@ fn go_on() -> impl FnMut(super::super::source::Progress) -> ControlFlow<()> {
 fn patient(how: Memory) -> Options {
     Options {
         ask: (20, Duration::from_millis(50)),
+        verify: how == Memory::Copy,
         ..options(how)
     }
 }
@@ -442,6 +452,10 @@ fn faults_at_every_frame(how: Memory) {
         messages
             .iter()
             .all(|one| names(Way::ToDestination).contains(one))
+    );
+    assert_eq!(
+        names(Way::ToDestination).contains(&"sums"),
+        how == Memory::Copy
     );
     assert!(plans.len() > 150, "{} faults", plans.len());
     all(&plans, |(plan, name)| {
@@ -563,6 +577,62 @@ fn a_guest_that_fails_at_its_source_stays() {
         guest.fails = None;
         again(&mut guest, how);
     }
+}
+
+#[test]
+fn a_write_that_nobody_recorded_is_found_when_memory_is_compared() {
+    // Even pages below 24 are not zero; 3 and 4 are written and recorded in each round.
+    for (writes, expected) in [
+        (
+            &[(5, 9)][..],
+            "source: 1; the first is page 5, at guest address 0x5000",
+        ),
+        (
+            &[(6, 0)],
+            "source: 1; the first is page 6, at guest address 0x6000",
+        ),
+        (
+            &[(8, 1)],
+            "source: 1; the first is page 8, at guest address 0x8000",
+        ),
+        (
+            &[(23, 1)],
+            "source: 1; the first is page 23, at guest address 0x100007000",
+        ),
+        (
+            &[(22, 0), (16, 5), (15, 6)],
+            "source: 3; the first is page 15, at guest address 0xf000",
+        ),
+    ] {
+        let mut guest = Here::new();
+        guest.unrecorded = writes.to_vec();
+        let host = Host::new(Habits::default());
+        let connect = &mut || host.connect(PATIENT);
+        let end = migrate(&mut guest, connect, &patient(Memory::Copy), &mut go_on());
+        let there = host.end();
+        settled(&end, &guest, there.as_deref(), Memory::Copy);
+        let End::Kept(Reason::Refused { phase, reasons }) = end else {
+            panic!("{writes:?}: {end:?}");
+        };
+        assert_eq!((phase, reasons.len()), (Phase::Restore, 1), "{writes:?}");
+        assert!(reasons[0].ends_with(expected), "{}", reasons[0]);
+        again(&mut guest, Memory::Copy);
+    }
+}
+
+#[test]
+fn a_write_that_nobody_recorded_is_lost_when_memory_is_not_compared() {
+    let mut guest = Here::new();
+    guest.unrecorded = vec![(5, 9)];
+    let host = Host::new(Habits::default());
+    let blind = Options {
+        verify: false,
+        ..patient(Memory::Copy)
+    };
+    let connect = &mut || host.connect(PATIENT);
+    let end = migrate(&mut guest, connect, &blind, &mut go_on());
+    assert!(matches!(end, End::Moved(_)), "{end:?}");
+    assert_ne!(guest.ram.bytes, host.end().unwrap());
 }
 
 #[test]
@@ -795,7 +865,13 @@ fn an_offer_that_makes_no_sense_is_refused_with_a_reason() {
         let purpose = crate::wire::message::Purpose::Migrate;
         near.send(&Message::hello(purpose, session)).unwrap();
         let how = Memory::Copy;
-        near.send(&Message::Offer { memory, how }).unwrap();
+        let verify = false;
+        near.send(&Message::Offer {
+            memory,
+            how,
+            verify,
+        })
+        .unwrap();
         let accepted = std::thread::spawn(move || Incoming::accept(open(far, PATIENT), "test"));
         let reasons = bounded(move || {
             near.message("welcome").unwrap();

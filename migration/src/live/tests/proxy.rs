@@ -113,6 +113,8 @@ impl Frame {
             frame.bytes.resize(start + pages * PAGE_SIZE as usize, 0);
             from.read_exact(&mut frame.bytes[start..])?;
             frame.name = Some("pages".to_owned());
+        } else if is(Kind::Sums) {
+            frame.name = Some("sums".to_owned());
         } else if is(Kind::Descriptors) {
             frame.bytes.push(0);
             frame.fds = receive_fds(from)?;
