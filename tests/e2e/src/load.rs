@@ -51,7 +51,7 @@ impl Load {
     pub fn with_everything(cpus: u32) -> Result<Self> {
         let load = Self::new(cpus)?.disk("")?.interfaces();
         let card = ["--pf".into(), format!("net,vfs={MEMBERS}")];
-        let mut load = load.options(card).owner_of_disks("pf1", "")?;
+        let mut load = load.options(card).owner_of_disks("pf1", MEMBERS, "")?;
         let members = [format!("vfs={MEMBERS}"), "pfs=0+1".into()];
         load.parameters.extend(members);
         Ok(load)
@@ -59,20 +59,26 @@ impl Load {
 
     /// An owner of disks with two members, offering these doors.
     pub fn of_disks(cpus: u32, doors: &str) -> Result<Self> {
-        Self::new(cpus)?.owner_of_disks("pf0", doors)
+        Self::of_many_disks(cpus, MEMBERS, doors)
     }
 
-    /// Adds an owner of disks with two members.
-    fn owner_of_disks(mut self, name: &str, doors: &str) -> Result<Self> {
-        for member in ["", "-vf1", "-vf2"] {
-            self.file(&format!("{name}{member}"))?;
+    /// The same with another number of members.
+    pub fn of_many_disks(cpus: u32, members: u16, more: &str) -> Result<Self> {
+        Self::new(cpus)?.owner_of_disks("pf0", members, more)
+    }
+
+    /// Adds an owner of disks.
+    fn owner_of_disks(mut self, name: &str, members: u16, doors: &str) -> Result<Self> {
+        self.file(name)?;
+        for member in 1..=members {
+            self.file(&format!("{name}-vf{member}"))?;
         }
         let path = |file: String| self.path(&file).display().to_string();
         let (pf, vf) = (
             path(format!("{name}.raw")),
             path(format!("{name}-vf%d.raw")),
         );
-        let option = format!("block,vfs={MEMBERS},path={pf},vf-path={vf}{doors}");
+        let option = format!("block,vfs={members},path={pf},vf-path={vf}{doors}");
         self.options.extend(["--pf".into(), option]);
         Ok(self)
     }
@@ -177,10 +183,15 @@ impl Guest {
 
     /// Waits until the monitor has a guest that runs.
     pub fn awake(&mut self) -> Result<()> {
+        self.await_state("running")
+    }
+
+    /// Waits until the monitor has a guest in this state.
+    pub fn await_state(&mut self, wanted: &str) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
-        while !self.control.state().is_ok_and(|state| state == "running") {
+        while !self.control.state().is_ok_and(|state| state == wanted) {
             self.vm.expect_alive()?;
-            ensure!(Instant::now() < deadline, "the guest does not run");
+            ensure!(Instant::now() < deadline, "the guest is not {wanted}");
             std::thread::sleep(LOOK);
         }
         Ok(())

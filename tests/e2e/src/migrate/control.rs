@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 
-use super::{await_socket, move_to, receive};
+use super::{await_socket, move_as, move_to, receive};
 use crate::load::{Guest, Load, TICK};
 use crate::trial;
 
@@ -36,6 +36,7 @@ fn refused() -> Result<()> {
     )?;
     control.refuse("migrate", &["tcp:127.0.0.1:9"], &["--insecure"])?;
     control.refuse("migrate", &["file:x"], &["unix:PATH"])?;
+    control.refuse("migrate", &[&nobody, "--verify"], &["--copy"])?;
     control.refuse("resolve", &["--run"], &["not in doubt"])?;
     control.refuse("migrate", &["--cancel"], &["no migration is under way"])?;
     let path = load.path("move.sock");
@@ -162,15 +163,7 @@ fn paused() -> Result<()> {
     let mut guest = load.run()?;
     guest.ticks(1)?;
     guest.control.ask("pause", &[])?;
-    let path = load.path("move.sock");
-    let address = format!("unix:{}", path.display());
-    let socket = load.path("there.sock");
-    let mut there = receive(&address, &socket, &[])?;
-    await_socket(&path, &mut there)?;
-    guest.control.ask("migrate", &[&address])?;
-    guest.vm.wait()?.expect_code(super::MOVED)?;
-    let mut guest = Guest::new(there, socket);
-    guest.control.await_state("paused")?;
+    let mut guest = move_as("paused", guest, load.directory(), 1, &[])?.guest;
     std::thread::sleep(Duration::from_secs(2));
     ensure!(
         !guest.vm.console().contains(TICK),

@@ -11,6 +11,7 @@ mod control;
 mod faults;
 mod proxy;
 mod rounds;
+mod states;
 mod tls;
 
 use std::path::{Path, PathBuf};
@@ -30,6 +31,7 @@ const MOVED: i32 = 8;
 pub fn trials() -> Vec<Trial> {
     [
         rounds::trials(),
+        states::trials(),
         control::trials(),
         announce::trials(),
         faults::trials(),
@@ -72,21 +74,35 @@ struct Moved {
 
 /// Moves a guest into a new process, whose files are in `directory`. `number` makes their names.
 fn move_to(guest: Guest, directory: &Path, number: u32, options: &[&str]) -> Result<Moved> {
+    move_as("running", guest, directory, number, options)
+}
+
+/// The same with a guest that is in this state.
+fn move_as(
+    state: &str,
+    guest: Guest,
+    directory: &Path,
+    number: u32,
+    options: &[&str],
+) -> Result<Moved> {
     let path = directory.join(format!("move-{number}.sock"));
     let address = format!("unix:{}", path.display());
     let socket = directory.join(format!("api-{number}.sock"));
     let mut next = receive(&address, &socket, &[])?;
     await_socket(&path, &mut next)?;
-    move_into(
-        guest,
-        next,
-        socket,
-        &[&[address.as_str()], options].concat(),
-    )
+    let words = [&[address.as_str()], options].concat();
+    move_into(state, guest, next, socket, &words)
 }
 
-/// Moves a guest into the process `next`, whose control socket is `socket`, with these words of `tern migrate`.
-fn move_into(guest: Guest, next: Running, socket: PathBuf, words: &[&str]) -> Result<Moved> {
+/// Moves a guest that is in this state into the process `next`, whose control socket is `socket`, with these words of
+/// `tern migrate`.
+fn move_into(
+    state: &str,
+    guest: Guest,
+    next: Running,
+    socket: PathBuf,
+    words: &[&str],
+) -> Result<Moved> {
     let answer = guest.control.ask("migrate", words).with_context(|| {
         format!(
             "the source says\n{}\nthe destination says\n{}",
@@ -98,7 +114,7 @@ fn move_into(guest: Guest, next: Running, socket: PathBuf, words: &[&str]) -> Re
     before.expect_code(MOVED)?;
     ensure!(!before.stdout.contains("FAIL"), "{}", before.stdout);
     let mut guest = Guest::new(next, socket);
-    guest.awake().context("after the move")?;
+    guest.await_state(state).context("after the move")?;
     Ok(Moved {
         guest,
         before,

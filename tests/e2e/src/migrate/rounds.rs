@@ -15,7 +15,8 @@ use crate::trial;
 /// How often, unless `TERN_ROUNDS` says it.
 const ROUNDS: u32 = 3;
 /// Copies memory. Emulated hosts are slow: with a shorter pause the guests would be slowed down all the time.
-const COPY: [&str; 3] = ["--copy", "--downtime", "500"];
+/// Every page is compared in the end.
+pub const COPY: [&str; 4] = ["--copy", "--downtime", "500", "--verify"];
 /// Longest time from one move to the next.
 const APART: Duration = Duration::from_millis(2000);
 /// Longest time from the start to the last of the moves that happen while the guest boots.

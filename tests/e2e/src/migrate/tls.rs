@@ -89,7 +89,7 @@ impl Authority {
             .chain(tls.iter().map(String::as_str))
             .chain(options.iter().copied())
             .collect();
-        move_into(guest, next, socket, &words)
+        move_into("running", guest, next, socket, &words)
     }
 }
 
@@ -117,7 +117,7 @@ fn strangers() -> Result<()> {
     }
     let words = [vec![address], ours.options()].concat();
     let words: Vec<_> = words.iter().map(String::as_str).collect();
-    let mut moved = move_into(guest, next, PathBuf::from(&socket), &words)?;
+    let mut moved = move_into("running", guest, next, PathBuf::from(&socket), &words)?;
     moved.guest.ticks(1)?;
     moved.guest.enough().map(drop)
 }

@@ -9,7 +9,7 @@
 mod chain;
 mod copies;
 mod kill;
-mod members;
+pub mod members;
 mod reading;
 mod refused;
 mod rounds;

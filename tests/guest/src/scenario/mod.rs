@@ -53,7 +53,7 @@ impl fmt::Display for Found {
 type Run = fn(&Request) -> Result<Found>;
 
 /// Name, parameters, what runs. The README says what each does.
-const SCENARIOS: [(&str, &[&str], Run); 37] = [
+const SCENARIOS: [(&str, &[&str], Run); 39] = [
     ("boot", &[], boot::run),
     ("pci", &[], pci::run),
     ("poweroff", &[], |_| power::end(RebootCommand::PowerOff)),
@@ -93,6 +93,8 @@ const SCENARIOS: [(&str, &[&str], Run); 37] = [
     ("flr-pf", &["pf", "n", "rounds"], sriov::flr_pf),
     ("admin-user", &["pf", "n", "strict"], sriov::admin_user),
     ("vf-stop", &["pf", "way", "hold"], sriov::vf_stop),
+    ("vf-states", &["pf", "ways"], sriov::vf_states),
+    ("vf-waits", &["pf"], sriov::vf_waits),
     (
         "steady",
         &[

@@ -5,7 +5,9 @@
 mod admin;
 mod block;
 mod flr;
+mod held;
 mod net;
+mod states;
 mod stops;
 
 use std::collections::BTreeSet;
@@ -27,6 +29,7 @@ pub use admin::run as admin_user;
 pub use block::run as block;
 pub use flr::{physical as flr_pf, run as flr_io};
 pub use net::{ping, traffic};
+pub use states::{run as vf_states, waits as vf_waits};
 pub use stops::run as vf_stop;
 
 const DEVICES: &str = "/sys/bus/pci/devices";
