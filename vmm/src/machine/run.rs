@@ -85,7 +85,7 @@ pub fn run(
         if ready.revived {
             machine.register_doorbells();
         }
-        if ready.stdin {
+        if ready.stdin && !machine.migration.is_leaving_still() {
             input.read(machine);
         }
         if ready.hungry {
@@ -116,14 +116,17 @@ fn wait(machine: &Machine, signals: &Signals, input: &Input) -> io::Result<Ready
         PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
         PollFd::from_borrowed_fd(borrow(machine.functions.revived()), PollFlags::IN),
     ];
-    if input.wants_more() {
+    // What is typed while the guest is given away is for whoever has the terminal then.
+    let given_away = machine.migration.is_leaving_still();
+    if input.wants_more() && !given_away {
         fds.push(PollFd::from_borrowed_fd(stdin.as_fd(), PollFlags::IN));
     }
     let retry = Timespec {
         tv_sec: 0,
         tv_nsec: RETRY.subsec_nanos().into(),
     };
-    let timeout = (input.waits || !input.pending.is_empty()).then_some(&retry);
+    let again = input.waits || !input.pending.is_empty() || given_away;
+    let timeout = again.then_some(&retry);
     match poll(&mut fds, timeout) {
         Ok(_) => {}
         Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),

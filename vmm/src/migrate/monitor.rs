@@ -77,6 +77,14 @@ impl Monitor {
         matches!(self.lock().status, Some(Status::Doubt { .. }))
     }
 
+    /// True while the guest stands still to be given away.
+    pub fn is_leaving_still(&self) -> bool {
+        match self.lock().status {
+            Some(Status::Source { phase, .. }) => phase >= Phase::Pause,
+            _ => false,
+        }
+    }
+
     /// Calls off the migration that is under way. False if there is none, or if it is too late.
     pub fn call_off(&self) -> bool {
         let mut inner = self.lock();
@@ -182,5 +190,37 @@ impl Monitor {
             stuck: inner.stuck.take(),
             ..Inner::default()
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_leaves_still_from_the_pause_on() {
+        let monitor = Monitor::default();
+        assert!(!monitor.is_leaving_still());
+        monitor.begin("there");
+        for (phase, still) in [
+            (Phase::Offer, false),
+            (Phase::Memory, false),
+            (Phase::Pause, true),
+            (Phase::Verify, true),
+            (Phase::Restore, true),
+            (Phase::Commit, true),
+        ] {
+            let progress = Progress {
+                phase,
+                ..Progress::default()
+            };
+            assert!(!monitor.leaving("there", &progress));
+            assert_eq!(monitor.is_leaving_still(), still, "{phase}");
+        }
+        // Whoever is in doubt may want to end it.
+        monitor.doubt("there", String::new());
+        assert!(!monitor.is_leaving_still());
+        monitor.end();
+        assert!(!monitor.is_leaving_still());
     }
 }
