@@ -30,7 +30,7 @@ pub struct Test {
     #[arg(long)]
     e2e: bool,
     /// How long each fuzz target runs; 0 leaves them out
-    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     fuzz: u32,
     /// Only tests whose name contains this; leaves the fuzz targets out
     filter: Option<String>,
