@@ -251,6 +251,33 @@ pub fn answer(mut connection: Connection, outcome: Outcome) -> Result<(), WireEr
     }
 }
 
+fn called_off(during: &'static str) -> Failure {
+    Failure::Guest {
+        during,
+        source: "called off here".into(),
+    }
+}
+
+/// What comes next; `None` if `watch`, which is asked now and then while nothing comes, says `Break`.
+fn next(
+    connection: &mut Connection,
+    watch: &mut dyn FnMut() -> ControlFlow<()>,
+) -> Result<Option<Received>, WireError> {
+    const LOOK: Duration = Duration::from_millis(50);
+    let silence = connection.silence();
+    let mut heard = Instant::now();
+    loop {
+        let before = connection.received();
+        match connection.receive_within(LOOK)? {
+            Some(received) => return Ok(Some(received)),
+            None if watch().is_break() => return Ok(None),
+            None if connection.received() != before => heard = Instant::now(),
+            None if heard.elapsed() > silence => return Err(WireError::Silent(silence)),
+            None => {}
+        }
+    }
+}
+
 /// Sections that arrived, bounded in number and size.
 #[derive(Debug, Default)]
 struct Sections {
@@ -402,11 +429,12 @@ pub struct Arrived {
 }
 
 impl Receiving {
-    /// Receives memory and state, and has `guest` restore and verify it. `progress` is told how far it is.
+    /// Receives memory and state, and has `guest` restore and verify it. `progress` is told how far it is, also while
+    /// nothing comes; with `Break` the guest is refused.
     pub fn receive<G: DestinationGuest>(
         mut self,
         guest: &mut G,
-        progress: &mut dyn FnMut(Arrived),
+        progress: &mut dyn FnMut(Arrived) -> ControlFlow<()>,
     ) -> Result<Prepared, Failure> {
         let outcome = self.all(guest, progress);
         match outcome {
@@ -426,7 +454,7 @@ impl Receiving {
     fn all<G: DestinationGuest>(
         &mut self,
         guest: &mut G,
-        progress: &mut dyn FnMut(Arrived),
+        progress: &mut dyn FnMut(Arrived) -> ControlFlow<()>,
     ) -> Result<u64, Failure> {
         let layout: RamLayout = crate::GuestPages::layout(guest.memory()).clone();
         let ranges = layout.ranges().iter().map(|range| (range.start, range.len));
@@ -456,16 +484,18 @@ impl Receiving {
                     expected: "pages or state",
                 })
             };
-            match self.connection.receive().map_err(wire)? {
+            let next = next(&mut self.connection, &mut || progress(arrived));
+            let Some(received) = next.map_err(wire)? else {
+                return Err(called_off(during));
+            };
+            match received {
                 Received::Pages(body) if copies => {
                     let memory = guest.memory();
                     let connection = &mut self.connection;
                     arrived.pages += arriving.data(connection, memory, &body).map_err(wire)?;
-                    progress(arrived);
                 }
                 Received::Zeroes(body) if copies => {
                     arrived.pages += arriving.zeroes(guest.memory(), &body).map_err(wire)?;
-                    progress(arrived);
                 }
                 Received::Message(Message::Round { number }) if copies => {
                     if number != arrived.round + 1 {
@@ -481,7 +511,6 @@ impl Receiving {
                     self.connection
                         .send(&Message::Arrived { number })
                         .map_err(wire)?;
-                    progress(arrived);
                 }
                 Received::Section(section) => sections.add(section).map_err(wire)?,
                 Received::Sums(body) if self.verify => {
@@ -492,6 +521,10 @@ impl Receiving {
                     return Err(Failure::Cancelled { during, reason });
                 }
                 other => return Err(unexpected(other.name())),
+            }
+            // Something comes all the time.
+            if copies && progress(arrived).is_break() {
+                return Err(called_off(during));
             }
         }
         if let Some(page) = arriving.first_torn() {
@@ -549,12 +582,8 @@ impl Prepared {
         take: impl FnOnce() -> Result<(), GuestError>,
     ) -> Result<Committed, Failure> {
         let during = "commit";
-        let called_off = || Failure::Guest {
-            during,
-            source: "called off here".into(),
-        };
         let outcome = match self.wait(watch) {
-            Ok(None) => Err(called_off()),
+            Ok(None) => Err(called_off(during)),
             Ok(Some(Message::Commit)) => {
                 let begun = Instant::now();
                 self.decide(take).map(|()| begun)
@@ -594,24 +623,13 @@ impl Prepared {
         &mut self,
         watch: &mut dyn FnMut() -> ControlFlow<()>,
     ) -> Result<Option<Message>, WireError> {
-        const LOOK: Duration = Duration::from_millis(50);
-        let silence = self.connection.silence();
-        let mut heard = Instant::now();
-        loop {
-            let before = self.connection.received();
-            match self.connection.receive_within(LOOK)? {
-                Some(Received::Message(message)) => return Ok(Some(message)),
-                Some(other) => {
-                    return Err(WireError::Unexpected {
-                        found: other.name(),
-                        expected: "commit",
-                    });
-                }
-                None if watch().is_break() => return Ok(None),
-                None if self.connection.received() != before => heard = Instant::now(),
-                None if heard.elapsed() > silence => return Err(WireError::Silent(silence)),
-                None => {}
-            }
+        match next(&mut self.connection, watch)? {
+            None => Ok(None),
+            Some(Received::Message(message)) => Ok(Some(message)),
+            Some(other) => Err(WireError::Unexpected {
+                found: other.name(),
+                expected: "commit",
+            }),
         }
     }
 

@@ -214,6 +214,36 @@ fn options(how: Memory) -> Options {
 }
 
 #[test]
+fn a_destination_can_call_it_off_while_memory_arrives() {
+    let (near, far) = pair();
+    let destination = std::thread::spawn(move || {
+        let Incoming::Offer(mut offered) = Incoming::accept(far, "test").unwrap() else {
+            panic!("not an offer");
+        };
+        offered.sections();
+        let mut guest = Arriving {
+            ram: Ram::new(),
+            early: 0,
+            state: Vec::new(),
+        };
+        let receiving = offered.accept().unwrap();
+        let called_off = receiving.receive(&mut guest, &mut |_| ControlFlow::Break(()));
+        assert!(called_off.is_err() && guest.state.is_empty());
+    });
+    let mut guest = Leaving::new();
+    let mut near = Some(near);
+    let end = migrate(
+        &mut guest,
+        &mut || Ok(near.take().unwrap()),
+        &options(Memory::Copy),
+        &mut |_| ControlFlow::Continue(()),
+    );
+    destination.join().unwrap();
+    assert!(matches!(end, End::Kept(_)), "{end:?}");
+    assert!(!guest.calls.contains(&"release"), "{:?}", guest.calls);
+}
+
+#[test]
 fn a_guest_is_moved_with_all_its_memory() {
     let (near, far) = pair();
     let destination = std::thread::spawn(move || {
@@ -227,7 +257,9 @@ fn a_guest_is_moved_with_all_its_memory() {
             state: Vec::new(),
         };
         let receiving = offered.accept().unwrap();
-        let prepared = receiving.receive(&mut guest, &mut |_: Arrived| {}).unwrap();
+        let prepared = receiving
+            .receive(&mut guest, &mut |_: Arrived| ControlFlow::Continue(()))
+            .unwrap();
         let committed = prepared.commit(&mut || ControlFlow::Continue(()), || Ok(()));
         let mut committed = committed.unwrap();
         assert!(committed.tell() && committed.is_known());
@@ -277,7 +309,9 @@ fn a_guest_is_handed_over_with_its_files() {
             state: Vec::new(),
         };
         let receiving = offered.accept().unwrap();
-        let prepared = receiving.receive(&mut guest, &mut |_| {}).unwrap();
+        let prepared = receiving
+            .receive(&mut guest, &mut |_| ControlFlow::Continue(()))
+            .unwrap();
         let committed = prepared.commit(&mut || ControlFlow::Continue(()), || Ok(()));
         let mut committed = committed.unwrap();
         assert!(committed.tell() && committed.is_known());

@@ -317,6 +317,7 @@ fn arrive(offered: Offered, guest: &mut There) -> Result<Decision, Failure> {
     let receiving = offered.accept()?;
     let prepared = receiving.receive(guest, &mut |arrived| {
         assert!(arrived.pages <= 1 << 20);
+        ControlFlow::Continue(())
     })?;
     let decision = prepared.decision();
     assert!(guest.restored);

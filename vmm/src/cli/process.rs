@@ -106,7 +106,14 @@ impl Process {
             Some(socket) => Some(Server::start(socket, Arc::clone(&machine))?),
             None => None,
         };
-        origin.arrive(&machine)?;
+        if let Err(error) = origin.arrive(&machine) {
+            // Somebody ended it meanwhile.
+            let Some(outcome) = machine.outcome() else {
+                return Err(error);
+            };
+            eprintln!("tern: {outcome}, before the guest was here");
+            return Ok(outcome.status());
+        }
         keep_made();
         let mut signals = self.watch.finish()?;
         let outcome = run::run(&machine, &mut signals, sink, |machine, signals| {

@@ -50,6 +50,8 @@ pub const MEMORY: &str = "memory";
 const LOOK: Duration = Duration::from_millis(100);
 /// The same, while somebody is about to say what they want.
 const SOON: Duration = Duration::from_millis(2);
+/// What the end of a destination means to whoever wonders whether the guest is there.
+const NEVER: &str = "the guest did not run here and never will; if its source is in doubt, `tern resolve --run` lets it go on there";
 /// How long a source that may be in doubt has time to ask, before this process ends without its guest.
 const GRACE: Duration = Duration::from_secs(20);
 /// Connections that have said nothing yet, at most.
@@ -351,6 +353,10 @@ impl Candidate {
         };
         let prepared = receiving.receive(&mut landing, &mut |arrived| {
             machine.migration.arriving(arrived);
+            match machine.outcome() {
+                Some(_) => ControlFlow::Break(()),
+                None => ControlFlow::Continue(()),
+            }
         })?;
         Ok(ArrivedGuest {
             prepared,
@@ -447,9 +453,10 @@ impl ArrivedGuest {
             Err(failure) => {
                 // A source that does not know yet may ask.
                 if !matches!(failure, Failure::Cancelled { .. }) {
+                    tracing::warn!("{}; waiting for the source to ask", chain(&failure));
                     self.decision.wait_until_told(GRACE);
                 }
-                return Err(failure.into());
+                return Err(anyhow::Error::from(failure).context(NEVER));
             }
         };
         machine.migration.end();

@@ -316,7 +316,9 @@ fn hear(
     *known.lock().unwrap() = Some(decision.clone());
     assert_eq!(offered.sections(), [section("machine", "a machine")]);
     let receiving = offered.accept().ok()?;
-    let prepared = receiving.receive(&mut guest, &mut |_| {}).ok()?;
+    let prepared = receiving
+        .receive(&mut guest, &mut |_| ControlFlow::Continue(()))
+        .ok()?;
     let mut committed = prepared
         .commit(&mut || ControlFlow::Continue(()), || guest.call("take"))
         .ok()?;

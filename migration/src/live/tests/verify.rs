@@ -137,7 +137,10 @@ fn refused(
             early: 0,
             state: Vec::new(),
         };
-        let outcome = offered.accept().unwrap().receive(&mut guest, &mut |_| {});
+        let outcome = offered
+            .accept()
+            .unwrap()
+            .receive(&mut guest, &mut |_| ControlFlow::Continue(()));
         match outcome {
             Ok(_) => panic!("it was taken"),
             Err(failure) => failure,
