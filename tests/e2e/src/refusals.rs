@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
@@ -254,10 +254,35 @@ const fn refusal(
 }
 
 pub fn trials() -> Vec<Trial> {
-    REFUSALS
+    let mut trials: Vec<_> = REFUSALS
         .iter()
         .map(|r| trial(format!("refusals::{}", r.name), move || check(r)))
-        .collect()
+        .collect();
+    trials.push(trial(
+        "refusals::standard_output_that_takes_nothing",
+        output_lost,
+    ));
+    trials
+}
+
+/// A reader that has gone is no error, and a full disk is one of the command, which does not crash for either.
+fn output_lost() -> Result<()> {
+    let doctor = |output: Stdio| {
+        let mut command = Command::new(tern()?);
+        command.arg("doctor").stdout(output).stderr(Stdio::piped());
+        let told = command.spawn()?.wait_with_output()?;
+        let stderr = String::from_utf8_lossy(&told.stderr).into_owned();
+        anyhow::Ok((told.status.code(), stderr))
+    };
+    let usable = Command::new(tern()?).arg("doctor").output()?.status.code();
+    let (reader, writer) = std::io::pipe()?;
+    drop(reader);
+    let gone = doctor(writer.into())?;
+    ensure!(gone == (usable, String::new()), "{gone:?}");
+    let full = doctor(File::options().write(true).open("/dev/full")?.into())?;
+    let says = full.1.contains("standard output cannot be written");
+    ensure!(full.0 == Some(1) && says, "{full:?}");
+    Ok(())
 }
 
 fn prepare(dir: &Path) -> Result<()> {

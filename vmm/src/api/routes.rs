@@ -233,6 +233,7 @@ async fn migrate(Extract(context): Extract<Context>, body: Bytes) -> Response {
         Ok(Ok(answer)) => Json(answer).into_response(),
         Ok(Err(
             error @ (MigrateError::Address(_)
+            | MigrateError::Time { .. }
             | MigrateError::Security(_)
             | MigrateError::NothingToVerify),
         )) => failure(StatusCode::BAD_REQUEST, error),

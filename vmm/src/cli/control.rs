@@ -9,6 +9,7 @@ use clap::Args;
 use super::info;
 use crate::api::client::{ClientError, request};
 use crate::api::{Info, Shutdown, State, Status};
+use crate::cli::print::say;
 
 /// How often a guest that shuts down is looked at.
 const LOOK: Duration = Duration::from_millis(50);
@@ -37,7 +38,7 @@ impl Guest {
 
     fn answer(&self, status: Status) -> anyhow::Result<u8> {
         if self.json {
-            println!("{}", serde_json::to_string(&status)?);
+            say!("{}", serde_json::to_string(&status)?);
         }
         Ok(0)
     }
@@ -46,9 +47,9 @@ impl Guest {
     pub fn info(&self) -> anyhow::Result<u8> {
         let info: Info = request(&self.api_socket, "GET", "/api/v1/info", b"")?;
         if self.json {
-            println!("{}", serde_json::to_string(&info)?);
+            say!("{}", serde_json::to_string(&info)?);
         } else {
-            println!("{}", info::describe(&info));
+            say!("{}", info::describe(&info));
         }
         Ok(0)
     }

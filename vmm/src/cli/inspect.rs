@@ -11,6 +11,7 @@ use migration::Reader;
 use migration::directory::STATE;
 use serde_json::{Value, json};
 
+use crate::cli::print::{self, say};
 use crate::exit;
 use crate::snapshot::format::diff::{self, Difference, What};
 use crate::snapshot::format::document::Document;
@@ -81,9 +82,9 @@ impl Inspect {
         let first = Snapshot::open::<T>(&self.directory, self.verify)?;
         let Some(other) = &self.other else {
             if self.json {
-                println!("{}", first.in_json());
+                say!("{}", first.in_json());
             } else {
-                print!("{}", summary::describe(&first, self.limit()));
+                print::text(format_args!("{}", summary::describe(&first, self.limit())));
             }
             return Ok(0);
         };
@@ -91,16 +92,16 @@ impl Inspect {
         let found = diff::compare(&first.state, &second.state, &self.ignore, self.limit());
         if self.json {
             let differences: Vec<_> = found.shown.iter().map(difference).collect();
-            println!(
+            say!(
                 "{}",
                 json!({ "differences": differences, "left_out": found.more })
             );
         } else {
             for difference in &found.shown {
-                println!("{}", summary::printable(&difference.to_string()));
+                say!("{}", summary::printable(&difference.to_string()));
             }
             if found.more > 0 {
-                println!("{} more differences; --limit 0 shows all", found.more);
+                say!("{} more differences; --limit 0 shows all", found.more);
             }
         }
         Ok(if found.is_empty() { 0 } else { exit::DIFFERENT })

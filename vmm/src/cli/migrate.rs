@@ -1,8 +1,8 @@
 //! `tern migrate` and `tern resolve`.
 
-use std::fs::File;
-use std::io::Write;
-use std::path::PathBuf;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
@@ -17,11 +17,12 @@ use super::tls::{self, Tls};
 use crate::api::client::request;
 use crate::api::migrations::{CallOff, Resolve as ResolveRequest};
 use crate::api::{Info, Status};
+use crate::cli::print::say;
 use crate::exit;
 use crate::migrate::address::Address;
 use crate::migrate::html;
 use crate::migrate::monitor::Status as Migration;
-use crate::migrate::source::{Answer, DOWNTIME_MS, Request, TIMEOUT_S};
+use crate::migrate::source::{Answer, DOWNTIME_MS, DOWNTIMES_MS, Request, TIMEOUT_S, TIMEOUTS_S};
 use crate::migrate::tls::Files;
 
 const EXAMPLES: &str = "\
@@ -62,11 +63,11 @@ pub struct Migrate {
     verify: bool,
 
     /// Longest pause to plan for, in milliseconds
-    #[arg(long, value_name = "MS", default_value_t = DOWNTIME_MS, value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    #[arg(long, value_name = "MS", default_value_t = DOWNTIME_MS, value_parser = clap::value_parser!(u64).range(DOWNTIMES_MS))]
     downtime: u64,
 
     /// How long to copy memory at most while the guest runs, in seconds
-    #[arg(long, value_name = "S", default_value_t = TIMEOUT_S, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, value_name = "S", default_value_t = TIMEOUT_S, value_parser = clap::value_parser!(u64).range(TIMEOUTS_S))]
     timeout: u64,
 
     /// What to do then: leave the guest here, or move it with a longer pause
@@ -125,23 +126,25 @@ impl Migrate {
         })?;
         // Before anything happens: a guest that was moved is not moved back for it.
         let report_file = match &self.report {
-            Some(path) => Some(File::create(path).with_context(|| path.display().to_string())?),
+            Some(path) => Some(
+                ReportFile::create(path).with_context(|| format!("--report {}", path.display()))?,
+            ),
             None => None,
         };
         let answer = follow(&self.api_socket, "/api/v1/migrate", &body, show)?;
         if self.json {
-            println!("{}", serde_json::to_string(&answer)?);
+            say!("{}", serde_json::to_string(&answer)?);
         }
         match answer {
             Answer::Moved { report } => {
                 let html = html::page(&to.to_string(), &report);
-                if let Some(mut file) = report_file
-                    && let Err(error) = file.write_all(html.as_bytes())
+                if let Some(file) = report_file
+                    && let Err(error) = file.finish(&html)
                 {
                     eprintln!("tern: the report cannot be written: {error}");
                 }
                 if !self.json {
-                    println!("{}", describe(&to, &report));
+                    say!("{}", describe(&to, &report));
                 }
                 Ok(0)
             }
@@ -150,6 +153,39 @@ impl Migrate {
                 Ok(exit::IN_DOUBT)
             }
         }
+    }
+}
+
+/// A file that is there when the report is, and replaces an older one only then.
+struct ReportFile {
+    path: PathBuf,
+    part: PathBuf,
+    file: File,
+}
+
+impl ReportFile {
+    fn create(path: &Path) -> io::Result<Self> {
+        if path.is_dir() {
+            return Err(io::ErrorKind::IsADirectory.into());
+        }
+        let mut part = path.as_os_str().to_owned();
+        part.push(".part");
+        let part = PathBuf::from(part);
+        let file = File::create(&part)?;
+        let path = path.to_owned();
+        Ok(Self { path, part, file })
+    }
+
+    fn finish(mut self, html: &str) -> io::Result<()> {
+        self.file.write_all(html.as_bytes())?;
+        fs::rename(&self.part, &self.path)
+    }
+}
+
+impl Drop for ReportFile {
+    fn drop(&mut self) {
+        // Unless it was renamed.
+        let _ = fs::remove_file(&self.part);
     }
 }
 
@@ -253,7 +289,7 @@ impl Resolve {
         let body = serde_json::to_vec(&ResolveRequest { resolution })?;
         let status: Status = request(&self.api_socket, "PUT", "/api/v1/resolve", &body)?;
         if self.json {
-            println!("{}", serde_json::to_string(&status)?);
+            say!("{}", serde_json::to_string(&status)?);
         }
         Ok(0)
     }

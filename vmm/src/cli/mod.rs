@@ -6,6 +6,7 @@ mod info;
 mod inspect;
 mod migrate;
 mod overrides;
+pub(crate) mod print;
 pub(crate) mod process;
 mod progress;
 mod receive;
@@ -19,6 +20,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use self::print::say;
 use crate::api::socket;
 use crate::console::terminal;
 use crate::errors::chain;
@@ -79,9 +81,9 @@ impl Doctor {
     fn run(&self) -> anyhow::Result<u8> {
         let report = doctor::examine();
         if self.json {
-            println!("{}", serde_json::to_string(&report)?);
+            say!("{}", serde_json::to_string(&report)?);
         } else {
-            println!("{report}");
+            say!("{report}");
         }
         Ok(if report.usable { 0 } else { exit::SETUP })
     }
@@ -93,6 +95,10 @@ pub fn main() -> ExitCode {
     logging();
     clean_up_on_panic();
     signals::on_crash(terminal::restore);
+    let tells = matches!(
+        cli.command,
+        Command::Info(_) | Command::Inspect(_) | Command::Doctor(_)
+    );
     let result = match cli.command {
         Command::Run(command) => command.run(),
         Command::Info(guest) => guest.info(),
@@ -110,6 +116,8 @@ pub fn main() -> ExitCode {
     };
     terminal::restore();
     match result {
+        // Of a command that only tells, nothing is left.
+        Ok(0) if tells && print::is_lost() => ExitCode::from(exit::SETUP),
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             eprintln!("tern: {}", chain(error.as_ref()));

@@ -1,6 +1,5 @@
 //! `tern receive`.
 
-use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,8 +29,8 @@ Examples:
 
 The machine is built when a guest is offered, with the options it had at its source; what is not the same here is said with
 options. Over a unix: address, open disks and taps are handed over, and memory too unless the source copies it; a console on a
-file is not: give another one with --console. Over tcp:, no path of the source is followed: every disk and tap is named with
---disk and --net, and disks are locked here when the source has let go of them.
+file is not: give another one with --console. Over tcp: with --insecure, no path of the source is followed: every disk and tap
+is named with --disk and --net. Disks that are not handed over are locked here when the source has let go of them.
 
 Nothing of the guest happens here before all of it has arrived and its source gives it away. If that fails, this process
 ends with status 1, and the guest goes on at its source.";
@@ -75,9 +74,7 @@ impl Receive {
         limits::raise_to_maximum();
         let overrides: Overrides = self.different.into();
         let receiver = Receiver::bind(&self.address, self.tls.files().as_ref(), self.insecure)?;
-        if std::io::stderr().is_terminal() {
-            eprintln!("tern: waiting for a guest at {}", self.address);
-        }
+        eprintln!("tern: waiting for a guest at {}", self.address);
         let candidate = receiver.wait(&overrides, self.force)?;
         let spec = candidate.spec().clone();
         let mut moved = Moved {

@@ -8,6 +8,7 @@ use indicatif::ProgressBar;
 use super::progress::follow;
 use crate::api::snapshots::SnapshotAnswer;
 use crate::api::{Info, State};
+use crate::cli::print::say;
 use crate::snapshot::report::{Request, Then};
 
 const EXAMPLES: &str = "\
@@ -79,9 +80,9 @@ impl Snapshot {
         let body = serde_json::to_vec(&body)?;
         let answer = follow(&self.api_socket, "/api/v1/snapshot", &body, show)?;
         if self.json {
-            println!("{}", serde_json::to_string(&answer)?);
+            say!("{}", serde_json::to_string(&answer)?);
         } else {
-            println!("{}", describe(&answer));
+            say!("{}", describe(&answer));
         }
         Ok(0)
     }

@@ -44,7 +44,10 @@ impl fmt::Display for Purpose {
             Self::Pause => "it is being paused",
             Self::Resume => "it is being resumed",
             Self::Snapshot => "a snapshot of it is being taken",
-            Self::Migration => "it is being moved to another process",
+            Self::Migration => {
+                "it is being moved to another process, or nobody knows whether it runs there (`tern info` says which, \
+                 `tern resolve` ends the latter)"
+            }
         })
     }
 }

@@ -1,6 +1,7 @@
 //! A machine whose guest goes to another process.
 
-use std::ops::ControlFlow;
+use std::io::Write;
+use std::ops::{ControlFlow, RangeInclusive};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -62,6 +63,10 @@ pub struct Request {
     pub tls: Option<tls::Files>,
 }
 
+/// What [`Request::downtime_ms`] may be.
+pub const DOWNTIMES_MS: RangeInclusive<u64> = 1..=600_000;
+/// What [`Request::timeout_s`] may be.
+pub const TIMEOUTS_S: RangeInclusive<u64> = 1..=86_400;
 /// Default of [`Request::downtime_ms`].
 pub const DOWNTIME_MS: u64 = 100;
 /// Default of [`Request::timeout_s`].
@@ -95,6 +100,14 @@ pub enum MigrateError {
         "memory would be handed over, so that there is nothing to compare it with; have it copied (--copy), or leave out --verify"
     )]
     NothingToVerify,
+    /// A time that no migration can keep.
+    #[error("{name} has to be from {} to {}", .range.start(), .range.end())]
+    Time {
+        /// The member of the request.
+        name: &'static str,
+        /// What it may be.
+        range: RangeInclusive<u64>,
+    },
     /// The guest stays.
     #[error("the guest stays here: {0}")]
     Kept(String),
@@ -205,6 +218,8 @@ pub fn run(
         } => {
             let reason = doubt(&name, &chain(&reason), &asked);
             machine.migration.doubt(&name, reason.clone());
+            // For whoever sits at its console and sees it stand still.
+            let _ = writeln!(std::io::stderr(), "tern: {reason}");
             answer(Ok(Answer::Doubt { reason }));
             if !settle(machine, &mut leaving, session, &mut connect, &name) {
                 // How the process ends says that, too.
@@ -225,6 +240,14 @@ fn begin<'m>(
     machine: &'m Machine,
     request: &Request,
 ) -> Result<(Lease<'m>, Address, Option<tls::Client>), MigrateError> {
+    for (name, value, range) in [
+        ("downtime_ms", request.downtime_ms, DOWNTIMES_MS),
+        ("timeout_s", request.timeout_s, TIMEOUTS_S),
+    ] {
+        if !range.contains(&value) {
+            return Err(MigrateError::Time { name, range });
+        }
+    }
     let to: Address = request.to.parse().map_err(MigrateError::Address)?;
     let tls = to.client(request.tls.as_ref(), request.insecure)?;
     Ok((machine.lease(Purpose::Migration)?, to, tls))

@@ -11,6 +11,7 @@ use devices::context::{self, FieldType};
 use serde_json::json;
 
 use super::member::{Member, Refused};
+use crate::cli::print::say;
 use crate::snapshot::format::context::Context;
 
 /// Bytes of a context that are written with one command: as hexadecimal digits, they fit into a request.
@@ -86,8 +87,8 @@ impl ContextCommand {
             Action::Discard => {
                 member.command(Migration::ContextDiscard, &[])?;
                 match in_json {
-                    true => println!("{}", json!({ "member": member.name })),
-                    false => println!("discarded"),
+                    true => say!("{}", json!({ "member": member.name })),
+                    false => say!("discarded"),
                 }
                 Ok(())
             }
@@ -99,8 +100,8 @@ impl ContextCommand {
 
 fn tell(member: &Member, bytes: usize, in_json: bool) {
     match in_json {
-        true => println!("{}", json!({ "member": member.name, "bytes": bytes })),
-        false => println!("context  {bytes} bytes"),
+        true => say!("{}", json!({ "member": member.name, "bytes": bytes })),
+        false => say!("context  {bytes} bytes"),
     }
 }
 
@@ -121,11 +122,11 @@ fn fields(member: &Member, in_json: bool) -> anyhow::Result<()> {
         let entries: Vec<_> = entries
             .map(|(raw, len)| json!({ "type": raw, "name": type_name(raw), "bytes": len }))
             .collect();
-        println!("{}", json!({ "member": member.name, "fields": entries }));
+        say!("{}", json!({ "member": member.name, "fields": entries }));
         return Ok(());
     }
     for (raw, len) in entries {
-        println!("{raw:#06x}  {:<22} {len:>6} bytes", type_name(raw));
+        say!("{raw:#06x}  {:<22} {len:>6} bytes", type_name(raw));
     }
     Ok(())
 }
@@ -204,11 +205,11 @@ fn show(bytes: &[u8], in_json: bool) -> anyhow::Result<()> {
     // Refuses what no device has; the form of snapshots keeps anything that is framed.
     let fields = context::parse(bytes)?;
     if in_json {
-        println!("{}", json!({ "fields": Context::decode(bytes)? }));
+        say!("{}", json!({ "fields": Context::decode(bytes)? }));
         return Ok(());
     }
     for field in fields {
-        println!("{field}");
+        say!("{field}");
     }
     Ok(())
 }

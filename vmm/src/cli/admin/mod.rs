@@ -20,6 +20,7 @@ use devices::admin::profile::{LIST_QUERY, LIST_USE};
 
 use crate::api::client::request;
 use crate::api::owners::{AdminAnswer, AdminCommand, from_hex};
+use crate::cli::print::say;
 use crate::exit;
 use member::{Member, Refused};
 
@@ -150,7 +151,7 @@ impl Admin {
             && let Some(refused) = error.downcast_ref::<Refused>()
             && self.json
         {
-            println!("{}", serde_json::to_string(&refused.answer)?);
+            say!("{}", serde_json::to_string(&refused.answer)?);
         }
         done.map(|()| 0)
     }
@@ -205,11 +206,11 @@ impl Admin {
     fn show(&self, answer: &AdminAnswer, meaning: impl FnOnce() -> String) -> anyhow::Result<u8> {
         let done = answer.status == 0;
         if self.json {
-            println!("{}", serde_json::to_string(answer)?);
+            say!("{}", serde_json::to_string(answer)?);
         } else {
-            println!("{}", outcome(answer));
+            say!("{}", outcome(answer));
             if done {
-                println!("{}", meaning());
+                say!("{}", meaning());
             }
         }
         Ok(if done { 0 } else { exit::SETUP })

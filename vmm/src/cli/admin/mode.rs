@@ -6,6 +6,7 @@ use devices::gate::Mode as DeviceMode;
 use serde_json::json;
 
 use super::member::Member;
+use crate::cli::print::say;
 
 #[derive(Debug, Args)]
 pub struct Mode {
@@ -32,8 +33,8 @@ impl Mode {
         let raw = done.result.first().copied().unwrap_or(0);
         let mode = DeviceMode::from_raw(raw).map_or("unknown", DeviceMode::name);
         match in_json {
-            true => println!("{}", json!({ "member": member.name, "mode": mode })),
-            false => println!("mode     {mode}"),
+            true => say!("{}", json!({ "member": member.name, "mode": mode })),
+            false => say!("mode     {mode}"),
         }
         Ok(())
     }

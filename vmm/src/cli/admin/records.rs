@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::member::Member;
 use super::number;
+use crate::cli::print::say;
 
 /// Bytes of the smallest page.
 const PAGE: u64 = 4096;
@@ -63,8 +64,8 @@ impl Records {
 
 fn tell(member: &Member, state: &str, in_json: bool) {
     match in_json {
-        true => println!("{}", json!({ "member": member.name, "records": state })),
-        false => println!("records  {state}"),
+        true => say!("{}", json!({ "member": member.name, "records": state })),
+        false => say!("records  {state}"),
     }
 }
 
@@ -76,15 +77,15 @@ fn caps(member: &Member, in_json: bool) -> anyhow::Result<()> {
         .map(|n| PAGE << n)
         .collect();
     if in_json {
-        println!(
+        say!(
             "{}",
             json!({ "member": member.name, "page_sizes": sizes, "ranges": ranges })
         );
         return Ok(());
     }
     let sizes: Vec<_> = sizes.into_iter().map(format_size).collect();
-    println!("pages    {}", sizes.join(" "));
-    println!("ranges   at most {ranges}");
+    say!("pages    {}", sizes.join(" "));
+    say!("ranges   at most {ranges}");
     Ok(())
 }
 
@@ -112,14 +113,14 @@ fn read(member: &Member, (address, length): (u64, u64), in_json: bool) -> anyhow
     // As many as there was room for.
     let more = pages.len() >= MAX_DATA / 8;
     if in_json {
-        println!(
+        say!(
             "{}",
             json!({ "member": member.name, "pages": pages, "more": more })
         );
         return Ok(());
     }
     for page in &pages {
-        println!("{page:#x}");
+        say!("{page:#x}");
     }
     if more {
         eprintln!("there may be more; read again");
