@@ -667,7 +667,7 @@ impl Committed {
     }
 
     /// Waits until the source has heard that. False if it may not have; then it will ask.
-    pub fn is_known(mut self) -> bool {
+    pub fn await_bye(mut self) -> bool {
         let heard = self.connection.message("bye");
         let known = matches!(heard, Ok(Message::Bye));
         if known {

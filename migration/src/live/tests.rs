@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use super::destination::{Arrived, Incoming};
+use super::destination::{Incoming, Offered, Receiving};
 use super::source::{End, Options, migrate};
 use super::{DestinationGuest, GuestError, Limits, SourceGuest};
 use crate::guest::GuestPages;
@@ -174,6 +174,16 @@ struct Arriving {
     state: Vec<Section>,
 }
 
+impl Arriving {
+    fn new() -> Self {
+        Self {
+            ram: Ram::new(),
+            early: 0,
+            state: Vec::new(),
+        }
+    }
+}
+
 impl DestinationGuest for Arriving {
     type Memory = Ram;
 
@@ -213,31 +223,46 @@ fn options(how: Memory) -> Options {
     }
 }
 
+/// What is offered over `connection`.
+fn offer(connection: Connection) -> Box<Offered> {
+    match Incoming::accept(connection, "test").unwrap() {
+        Incoming::Offer(offered) => offered,
+        Incoming::Question { .. } => panic!("not an offer"),
+    }
+}
+
+/// Has a guest arrive, and says that it runs.
+fn arrive(receiving: Receiving, guest: &mut Arriving) {
+    let prepared = receiving.receive(guest, &mut |_| ControlFlow::Continue(()));
+    let committed = prepared
+        .unwrap()
+        .commit(&mut || ControlFlow::Continue(()), || Ok(()));
+    let mut committed = committed.unwrap();
+    assert!(committed.tell() && committed.await_bye());
+}
+
+/// Moves `guest` over `connection`.
+fn leave(guest: &mut Leaving, connection: Connection, how: Memory) -> End {
+    let mut connection = Some(connection);
+    let mut connect = || Ok(connection.take().unwrap());
+    migrate(guest, &mut connect, &options(how), &mut |_| {
+        ControlFlow::Continue(())
+    })
+}
+
 #[test]
 fn a_destination_can_call_it_off_while_memory_arrives() {
     let (near, far) = pair();
     let destination = std::thread::spawn(move || {
-        let Incoming::Offer(mut offered) = Incoming::accept(far, "test").unwrap() else {
-            panic!("not an offer");
-        };
+        let mut offered = offer(far);
         offered.sections();
-        let mut guest = Arriving {
-            ram: Ram::new(),
-            early: 0,
-            state: Vec::new(),
-        };
+        let mut guest = Arriving::new();
         let receiving = offered.accept().unwrap();
         let called_off = receiving.receive(&mut guest, &mut |_| ControlFlow::Break(()));
         assert!(called_off.is_err() && guest.state.is_empty());
     });
     let mut guest = Leaving::new();
-    let mut near = Some(near);
-    let end = migrate(
-        &mut guest,
-        &mut || Ok(near.take().unwrap()),
-        &options(Memory::Copy),
-        &mut |_| ControlFlow::Continue(()),
-    );
+    let end = leave(&mut guest, near, Memory::Copy);
     destination.join().unwrap();
     assert!(matches!(end, End::Kept(_)), "{end:?}");
     assert!(!guest.calls.contains(&"release"), "{:?}", guest.calls);
@@ -247,32 +272,15 @@ fn a_destination_can_call_it_off_while_memory_arrives() {
 fn a_guest_is_moved_with_all_its_memory() {
     let (near, far) = pair();
     let destination = std::thread::spawn(move || {
-        let Incoming::Offer(mut offered) = Incoming::accept(far, "test").unwrap() else {
-            panic!("not an offer");
-        };
+        let mut offered = offer(far);
         assert_eq!(offered.sections(), [section("machine", "a machine")]);
-        let mut guest = Arriving {
-            ram: Ram::new(),
-            early: 0,
-            state: Vec::new(),
-        };
+        let mut guest = Arriving::new();
         let receiving = offered.accept().unwrap();
-        let prepared = receiving
-            .receive(&mut guest, &mut |_: Arrived| ControlFlow::Continue(()))
-            .unwrap();
-        let committed = prepared.commit(&mut || ControlFlow::Continue(()), || Ok(()));
-        let mut committed = committed.unwrap();
-        assert!(committed.tell() && committed.is_known());
+        arrive(receiving, &mut guest);
         guest
     });
     let mut guest = Leaving::new();
-    let mut near = Some(near);
-    let end = migrate(
-        &mut guest,
-        &mut || Ok(near.take().unwrap()),
-        &options(Memory::Copy),
-        &mut |_| ControlFlow::Continue(()),
-    );
+    let end = leave(&mut guest, near, Memory::Copy);
     let there = destination.join().unwrap();
     let End::Moved(report) = end else {
         panic!("{end:?}");
@@ -296,34 +304,17 @@ fn a_guest_is_moved_with_all_its_memory() {
 fn a_guest_is_handed_over_with_its_files() {
     let (near, far) = pair();
     let destination = std::thread::spawn(move || {
-        let Incoming::Offer(mut offered) = Incoming::accept(far, "test").unwrap() else {
-            panic!("not an offer");
-        };
+        let mut offered = offer(far);
         assert_eq!(offered.how(), Memory::Handoff);
         let files = offered.descriptors();
         assert_eq!(files.len(), 1);
         assert_eq!(files[0].0, "memory");
-        let mut guest = Arriving {
-            ram: Ram::new(),
-            early: 0,
-            state: Vec::new(),
-        };
+        let mut guest = Arriving::new();
         let receiving = offered.accept().unwrap();
-        let prepared = receiving
-            .receive(&mut guest, &mut |_| ControlFlow::Continue(()))
-            .unwrap();
-        let committed = prepared.commit(&mut || ControlFlow::Continue(()), || Ok(()));
-        let mut committed = committed.unwrap();
-        assert!(committed.tell() && committed.is_known());
+        arrive(receiving, &mut guest);
     });
     let mut guest = Leaving::new();
-    let mut near = Some(near);
-    let end = migrate(
-        &mut guest,
-        &mut || Ok(near.take().unwrap()),
-        &options(Memory::Handoff),
-        &mut |_| ControlFlow::Continue(()),
-    );
+    let end = leave(&mut guest, near, Memory::Handoff);
     destination.join().unwrap();
     assert!(matches!(end, End::Moved(_)), "{end:?}");
     assert_eq!(guest.calls, ["offer", "stop", "state", "release"]);

@@ -323,7 +323,7 @@ fn arrive(offered: Offered, guest: &mut There) -> Result<Decision, Failure> {
     assert!(guest.restored);
     let mut committed = prepared.commit(&mut || ControlFlow::Continue(()), || Ok(()))?;
     if committed.tell() {
-        committed.is_known();
+        committed.await_bye();
     }
     Ok(decision)
 }

@@ -469,7 +469,7 @@ impl ArrivedGuest {
             .name("moved".to_owned())
             .stack_size(256 << 10)
             .spawn(move || {
-                if told && committed.is_known() {
+                if told && committed.await_bye() {
                     answering.end();
                 }
                 // Otherwise the source asks, whenever it can.

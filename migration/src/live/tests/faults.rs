@@ -328,7 +328,7 @@ fn hear(
     }
     assert!(!runs.swap(true, Ordering::SeqCst), "it runs twice");
     if committed.tell() {
-        committed.is_known();
+        committed.await_bye();
     }
     assert_eq!(decision.state(), commit::Destination::Running);
     Some(guest.ram.bytes)
@@ -838,7 +838,7 @@ fn a_destination_that_hangs_after_the_commit_leaves_doubt() {
 
 #[test]
 fn a_destination_that_hangs_before_the_commit_does_not_keep_the_guest_standing_still() {
-    let end = to_one_that_hangs("restore");
+    let end = bounded(|| to_one_that_hangs("restore"));
     let phase = Phase::Restore;
     assert!(
         matches!(&end, End::Kept(Reason::Wire { phase: in_phase, .. }) if *in_phase == phase),
