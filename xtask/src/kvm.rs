@@ -232,7 +232,13 @@ fn emulated(options: &Options, command: &[OsString]) -> Result<i32> {
             eprintln!("xtask: interrupted; the emulated host is switched off");
             Ok(128 + signal)
         }
-        Ok(Outcome::TimedOut) => Ok(report_time_limit(options.timeout.unwrap_or_default())),
+        Ok(Outcome::TimedOut(console)) => {
+            let console = console.to_string();
+            if !console.is_empty() {
+                eprintln!("xtask: the emulated host's console ends with{console}");
+            }
+            Ok(report_time_limit(options.timeout.unwrap_or_default()))
+        }
         // Not a failure of the command, and therefore none of its exit statuses.
         Err(session::Error::Command(why)) => {
             eprintln!("xtask: {why}");

@@ -10,6 +10,7 @@
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +22,8 @@ pub const ROOT_TAG: &str = "host";
 pub const MAX_PAYLOAD: usize = 1024 * 1024;
 /// How many bytes of a stream are put into one frame.
 pub const CHUNK: usize = 32 * 1024;
+/// How often the machine says that it is there, once it is up.
+pub const ALIVE_EVERY: Duration = Duration::from_secs(5);
 /// How much standard input may be under way before the receiver has asked for more, in bytes.
 pub const STDIN_WINDOW: usize = 512 * 1024;
 
@@ -84,6 +87,8 @@ pub enum Frame {
     Exit(i32),
     /// `<` The command could not be run, and why. Nothing follows.
     Failed(String),
+    /// `<` The machine is there, although it has nothing to say.
+    Alive,
 }
 
 const READY: u8 = 1;
@@ -97,6 +102,7 @@ const RESIZE: u8 = 8;
 const SIGNAL: u8 = 9;
 const EXIT: u8 = 10;
 const FAILED: u8 = 11;
+const ALIVE: u8 = 12;
 
 /// Writes one frame, in one `write` if the other side takes it.
 ///
@@ -118,6 +124,7 @@ pub fn write_frame(writer: &mut impl Write, frame: &Frame) -> io::Result<()> {
         Frame::Signal(signal) => (SIGNAL, signal.to_le_bytes().to_vec()),
         Frame::Exit(status) => (EXIT, status.to_le_bytes().to_vec()),
         Frame::Failed(why) => (FAILED, why.as_bytes().to_vec()),
+        Frame::Alive => (ALIVE, Vec::new()),
     };
     if payload.len() > MAX_PAYLOAD {
         let message = format!(
@@ -168,6 +175,7 @@ pub fn read_frame(reader: &mut impl Read) -> io::Result<Frame> {
         SIGNAL => Frame::Signal(i32::from_le_bytes(fixed(&payload)?)),
         EXIT => Frame::Exit(i32::from_le_bytes(fixed(&payload)?)),
         FAILED => Frame::Failed(String::from_utf8_lossy(&payload).into_owned()),
+        ALIVE => Frame::Alive,
         other => return Err(invalid(format!("unknown frame kind {other}"))),
     })
 }
@@ -217,6 +225,7 @@ mod tests {
             Frame::Signal(15),
             Frame::Exit(-1),
             Frame::Failed("no such file".into()),
+            Frame::Alive,
         ]
     }
 

@@ -17,9 +17,10 @@ use rustix::io::{FdFlags, fcntl_setfd};
 
 use crate::protocol::{PORT_NAME, ROOT_TAG, Share};
 
-/// Kernel parameters. On a panic the machine restarts at once, which `-no-reboot` turns into the end of QEMU.
-const CMDLINE: &str =
-    "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on";
+/// Kernel parameters. On a panic the machine restarts at once, which `-no-reboot` turns into the end of QEMU; a kernel that
+/// has lost a lock to an oops, or that spins for a minute, is as good as dead and says more if it panics.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 watchdog_thresh=30 \
+                       mitigations=off tsc=reliable random.trust_cpu=on";
 
 /// An emulated host, before it is started.
 #[derive(Debug, Clone)]

@@ -22,6 +22,8 @@ use crate::tty::{EscapeWatch, RawMode, window_size};
 
 /// How long a command may take to end after a signal was passed to it, before the machine is switched off.
 const GRACE: Duration = Duration::from_secs(3);
+/// How long a machine may say nothing, not even that it is there, before it is called dead.
+const SILENCE: Duration = Duration::from_secs(120);
 /// How much of the machine's console is kept to explain a failure.
 const CONSOLE_KEPT: usize = 16 * 1024;
 
@@ -32,8 +34,8 @@ pub enum Outcome {
     Exited(i32),
     /// A signal to this process, or the escape typed at the terminal, ended the session.
     Interrupted(i32),
-    /// The time limit ended the session.
-    TimedOut,
+    /// The time limit ended the session; the last the machine wrote to its console.
+    TimedOut(ConsoleTail),
 }
 
 /// Why a session could not be held.
@@ -129,7 +131,9 @@ pub fn run(host: &EmulatedHost, request: &Request) -> Result<Outcome, Error> {
     let reader = control.try_clone().map_err(Error::Setup)?;
     let reader_credit = Arc::clone(&credit);
     let reader_events = events.clone();
-    thread::spawn(move || read_frames(reader, &reader_credit, &reader_events));
+    let heard = Arc::new(Mutex::new(Heard::At(Instant::now())));
+    let reader_heard = Arc::clone(&heard);
+    thread::spawn(move || read_frames(reader, &reader_credit, &reader_heard, &reader_events));
 
     let interactive = io::stdin().is_terminal();
     let mut start = request.start.clone();
@@ -149,6 +153,7 @@ pub fn run(host: &EmulatedHost, request: &Request) -> Result<Outcome, Error> {
         writer: Arc::new(Mutex::new(control)),
         events,
         credit,
+        heard,
         interactive,
     };
     let ended = session.conduct(start, &inbox, deadline);
@@ -156,23 +161,24 @@ pub fn run(host: &EmulatedHost, request: &Request) -> Result<Outcome, Error> {
     let own_end = qemu.ended();
     // The machine has written back what it shares; nothing in it is worth an orderly shutdown.
     drop(qemu);
-    ended.map_err(|error| match (error, own_end) {
-        (Error::Lost { reason, .. }, Some(status)) if !status.success() => Error::Lost {
-            reason: format!("{reason} (QEMU: {status})"),
+    match ended {
+        Ok(Outcome::TimedOut(_)) => Ok(Outcome::TimedOut(tail(&console))),
+        Err(Error::Lost { reason, .. }) => Err(Error::Lost {
+            reason: match own_end {
+                Some(status) if !status.success() => format!("{reason} (QEMU: {status})"),
+                _ => reason,
+            },
             console: tail(&console),
-        },
-        (Error::Lost { reason, .. }, _) => Error::Lost {
-            reason,
-            console: tail(&console),
-        },
-        (other, _) => other,
-    })
+        }),
+        ended => ended,
+    }
 }
 
 struct Session {
     writer: Arc<Mutex<UnixStream>>,
     events: Sender<Event>,
     credit: Arc<Credit>,
+    heard: Arc<Mutex<Heard>>,
     interactive: bool,
 }
 
@@ -188,7 +194,8 @@ impl Session {
         let mut raw_mode = None;
         let mut interrupted: Option<(i32, Instant)> = None;
         loop {
-            let until = [deadline, interrupted.map(|(_, until)| until)]
+            let silent = lock(&self.heard).until();
+            let until = [deadline, interrupted.map(|(_, until)| until), silent]
                 .into_iter()
                 .flatten()
                 .min();
@@ -230,12 +237,23 @@ impl Session {
                     interrupted = Some((signal, Instant::now() + GRACE));
                 }
                 None => {
-                    return Ok(match interrupted {
-                        Some((signal, until)) if until <= Instant::now() => {
-                            Outcome::Interrupted(signal)
+                    let now = Instant::now();
+                    match interrupted {
+                        Some((signal, until)) if until <= now => {
+                            return Ok(Outcome::Interrupted(signal));
                         }
-                        _ => Outcome::TimedOut,
-                    });
+                        _ if deadline.is_some_and(|deadline| deadline <= now) => {
+                            return Ok(Outcome::TimedOut(ConsoleTail::default()));
+                        }
+                        // It may have been heard of since.
+                        _ if lock(&self.heard).until().is_some_and(|until| until <= now) => {
+                            return Err(Error::Lost {
+                                reason: format!("it has said nothing for {} s", SILENCE.as_secs()),
+                                console: ConsoleTail::default(),
+                            });
+                        }
+                        _ => {}
+                    }
                 }
             }
         }
@@ -293,10 +311,35 @@ fn receive(inbox: &Receiver<Event>, until: Option<Instant>) -> Option<Event> {
     }
 }
 
+/// When the machine was last heard of.
+enum Heard {
+    At(Instant),
+    /// Now: what it said is being written.
+    Now,
+}
+
+impl Heard {
+    /// When its silence is too long.
+    fn until(&self) -> Option<Instant> {
+        match self {
+            Self::At(at) => Some(*at + SILENCE),
+            Self::Now => None,
+        }
+    }
+}
+
 /// Reads frames until the last one, writing output where it belongs.
-fn read_frames(mut reader: UnixStream, credit: &Credit, events: &Sender<Event>) {
+fn read_frames(
+    mut reader: UnixStream,
+    credit: &Credit,
+    heard: &Mutex<Heard>,
+    events: &Sender<Event>,
+) {
     loop {
-        let event = match read_frame(&mut reader) {
+        *lock(heard) = Heard::At(Instant::now());
+        let frame = read_frame(&mut reader);
+        *lock(heard) = Heard::Now;
+        let event = match frame {
             Ok(Frame::Stdout(bytes)) => {
                 if let Err(e) = put(&mut io::stdout().lock(), &bytes)
                     && e.kind() == io::ErrorKind::BrokenPipe
@@ -315,6 +358,7 @@ fn read_frames(mut reader: UnixStream, credit: &Credit, events: &Sender<Event>) 
                 credit.give(bytes as usize);
                 continue;
             }
+            Ok(Frame::Alive) => continue,
             Ok(Frame::Ready) => Event::Ready,
             Ok(Frame::Exit(status)) => Event::Exit(status),
             Ok(Frame::Failed(why)) => Event::Failed(why),
@@ -435,6 +479,39 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_that_falls_silent_is_lost() {
+        let long_ago = Instant::now().checked_sub(SILENCE).unwrap();
+        let conduct = |heard: Heard, deadline: Option<Instant>| {
+            let (events, inbox) = mpsc::channel();
+            let session = Session {
+                writer: Arc::new(Mutex::new(UnixStream::pair().unwrap().0)),
+                events,
+                credit: Arc::default(),
+                heard: Arc::new(Mutex::new(heard)),
+                interactive: false,
+            };
+            session.conduct(start(), &inbox, deadline)
+        };
+        let error = conduct(Heard::At(long_ago), None).unwrap_err();
+        assert!(error.to_string().contains("said nothing for 120 s"));
+        // It is not to blame for a reader of its output that takes long.
+        let soon = Instant::now() + Duration::from_millis(5);
+        let ended = conduct(Heard::Now, Some(soon)).unwrap();
+        assert_eq!(ended, Outcome::TimedOut(ConsoleTail::default()));
+    }
+
+    fn start() -> Start {
+        Start {
+            argv: vec!["true".into()],
+            env: Vec::new(),
+            cwd: "/".into(),
+            terminal: None,
+            on_terminal: [false; 3],
+            shares: Vec::new(),
+        }
+    }
+
+    #[test]
     fn the_last_of_the_console_is_kept() {
         let kept = Arc::new(Mutex::new(VecDeque::new()));
         let mut text = vec![b'x'; 2 * CONSOLE_KEPT];
@@ -470,16 +547,8 @@ mod tests {
             memory_mib: 64,
             shares: Vec::new(),
         };
-        let start = Start {
-            argv: vec!["true".into()],
-            env: Vec::new(),
-            cwd: "/".into(),
-            terminal: None,
-            on_terminal: [false; 3],
-            shares: Vec::new(),
-        };
         let request = Request {
-            start,
+            start: start(),
             time_limit: None,
             show_console: false,
         };

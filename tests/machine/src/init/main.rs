@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use machine::protocol::{Frame, PORT_NAME, read_frame};
+use machine::protocol::{ALIVE_EVERY, Frame, PORT_NAME, read_frame};
 
 use streams::Port;
 
@@ -70,6 +70,12 @@ fn serve(port: &Arc<Port>) -> Result<()> {
     pin::branches()?;
     port.send(&Frame::Ready)
         .context(|| "reporting for work".into())?;
+    let alive = Arc::clone(port);
+    thread::spawn(move || {
+        while alive.send(&Frame::Alive).is_ok() {
+            thread::sleep(ALIVE_EVERY);
+        }
+    });
     let mut reader = port.reader().context(|| "reading the port".into())?;
     let start = match read_frame(&mut reader).context(|| "waiting for a command".into())? {
         Frame::Start(start) => start,
