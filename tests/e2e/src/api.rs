@@ -3,7 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Output;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -11,8 +11,9 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::control::Control;
 use crate::trial;
-use crate::vm::{PATIENCE, Running, Vm, tern};
+use crate::vm::{PATIENCE, Running, Vm};
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -60,12 +61,14 @@ fn run(vm: Vm) -> Result<Guest> {
     })
 }
 
+fn control(socket: &Path) -> Control {
+    Control {
+        socket: socket.to_owned(),
+    }
+}
+
 fn client(verb: &str, socket: &Path) -> Result<Output> {
-    Command::new(tern()?)
-        .args([verb, "--json", "--api-socket"])
-        .arg(socket)
-        .output()
-        .context("cannot run tern")
+    control(socket).run(verb, &[])
 }
 
 fn succeeds(verb: &str, socket: &Path) -> Result<Value> {
@@ -157,27 +160,7 @@ fn stopped() -> Result<()> {
 }
 
 fn curl(socket: &Path, method: &str, path: &str) -> Result<(u16, Value)> {
-    let output = Command::new("curl")
-        .args([
-            "--silent",
-            "--show-error",
-            "--write-out",
-            "\n%{http_code}",
-            "--request",
-            method,
-        ])
-        .arg("--unix-socket")
-        .arg(socket)
-        .arg(format!("http://localhost{path}"))
-        .output()
-        .context("cannot run curl")?;
-    let text = String::from_utf8(output.stdout)?;
-    let (body, code) = text.rsplit_once('\n').context("no status from curl")?;
-    let body = match body.trim() {
-        "" => Value::Null,
-        json => serde_json::from_str(json).with_context(|| json.to_owned())?,
-    };
-    Ok((code.parse()?, body))
+    control(socket).curl(method, path, None)
 }
 
 fn by_curl() -> Result<()> {

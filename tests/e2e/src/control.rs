@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::vm::{PATIENCE, tern};
+use crate::vm::{PATIENCE, output, tern};
 
 /// The socket of a guest.
 #[derive(Debug, Clone)]
@@ -31,7 +31,8 @@ impl Control {
     /// The same, with `--json`, run to its end.
     pub fn run(&self, verb: &str, words: &[&str]) -> Result<Output> {
         let mut command = self.command(verb, words)?;
-        command.arg("--json").output().context("cannot run tern")
+        command.arg("--json");
+        output(command)
     }
 
     /// The same, expecting success: what it answers.
@@ -73,8 +74,7 @@ impl Control {
             command.args(["--header", "Content-Type: application/json"]);
         }
         command.arg(format!("http://localhost{path}"));
-        let output = command.output().context("cannot run curl")?;
-        let text = String::from_utf8(output.stdout)?;
+        let text = String::from_utf8(output(command)?.stdout)?;
         let (body, code) = text.rsplit_once('\n').context("no status from curl")?;
         let body = match body.trim() {
             "" => Value::Null,

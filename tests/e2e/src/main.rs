@@ -27,6 +27,7 @@ mod sriov;
 mod steady;
 mod stops;
 mod vm;
+mod watch;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -61,7 +62,7 @@ fn trial(
     let name = name.into();
     let told = name.clone();
     Trial::test(name, move || {
-        test().map_err(|error| {
+        watch::watched(&told, test).map_err(|error| {
             eprintln!("{told} has failed: {error:#}");
             "see above".into()
         })

@@ -4,11 +4,11 @@ use std::io::Write;
 use std::net::TcpListener;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 
 use crate::trial;
-use crate::vm::{Outcome, Vm};
+use crate::vm::{Outcome, Vm, output};
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -30,10 +30,9 @@ fn switch() -> Result<()> {
 }
 
 fn ip(arguments: &str) -> Result<()> {
-    let output = Command::new("ip")
-        .args(arguments.split_whitespace())
-        .output()
-        .context("cannot run ip")?;
+    let mut ip = Command::new("ip");
+    ip.args(arguments.split_whitespace());
+    let output = output(ip)?;
     ensure!(
         output.status.success(),
         "ip {arguments}: {}",

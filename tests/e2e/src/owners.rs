@@ -1,7 +1,7 @@
 //! Owners and members through the control API, while the guest's own driver uses them.
 
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::Output;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -10,8 +10,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::block::MIB;
+use crate::control::Control;
 use crate::trial;
-use crate::vm::{Running, Vm, tern};
+use crate::vm::{Running, Vm};
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -48,12 +49,8 @@ impl Guest {
 
     /// `tern VERB --json --api-socket … WORDS…`
     fn tern(&self, verb: &str, words: &[&str]) -> Result<Output> {
-        Command::new(tern()?)
-            .args([verb, "--json", "--api-socket"])
-            .arg(&self.socket)
-            .args(words)
-            .output()
-            .context("cannot run tern")
+        let socket = self.socket.clone();
+        Control { socket }.run(verb, words)
     }
 
     /// The same, expecting success.

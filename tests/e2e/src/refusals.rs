@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 
 use crate::trial;
-use crate::vm::{image, tern};
+use crate::vm::{image, output, tern};
 
 /// A command line that must be refused: name, arguments, status, and what the message must contain.
 struct Refusal {
@@ -274,7 +274,9 @@ fn output_lost() -> Result<()> {
         let stderr = String::from_utf8_lossy(&told.stderr).into_owned();
         anyhow::Ok((told.status.code(), stderr))
     };
-    let usable = Command::new(tern()?).arg("doctor").output()?.status.code();
+    let mut usable = Command::new(tern()?);
+    usable.arg("doctor");
+    let usable = output(usable)?.status.code();
     let (reader, writer) = std::io::pipe()?;
     drop(reader);
     let gone = doctor(writer.into())?;
@@ -321,11 +323,9 @@ fn check(refusal: &Refusal) -> Result<()> {
             .replace("{kernel}", &kernel)
             .replace("{initrd}", &initrd)
     });
-    let output = Command::new(tern()?)
-        .arg("run")
-        .args(arguments)
-        .current_dir(dir.path())
-        .output()?;
+    let mut command = Command::new(tern()?);
+    command.arg("run").args(arguments).current_dir(dir.path());
+    let output = output(command)?;
     let message = String::from_utf8_lossy(&output.stderr);
     ensure!(
         output.status.code() == Some(refusal.code),

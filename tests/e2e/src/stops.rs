@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Output;
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
@@ -11,8 +11,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::block::{MIB, checksum};
+use crate::control::Control;
 use crate::trial;
-use crate::vm::{Vm, tern};
+use crate::vm::Vm;
 
 /// How often what is in use is moved.
 const MOVES: u32 = 5;
@@ -234,12 +235,8 @@ struct Hand<'a> {
 
 impl Hand<'_> {
     fn run(&self, verb: &str, words: &[&str]) -> Result<Output> {
-        Command::new(tern()?)
-            .args([verb, "--json", "--api-socket"])
-            .arg(self.socket)
-            .args(words)
-            .output()
-            .context("cannot run tern")
+        let socket = self.socket.to_owned();
+        Control { socket }.run(verb, words)
     }
 
     /// `tern admin WORDS…`, which is to be done.

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -118,6 +118,22 @@ impl Vm {
         outcome.expect_ok()?;
         Ok(outcome)
     }
+}
+
+/// Runs a command to its end, without input; fails if that does not come.
+pub fn output(command: Command) -> Result<Output> {
+    let mut running = Running::start(command)?;
+    running.close_input();
+    let Outcome {
+        status,
+        stdout,
+        stderr,
+    } = running.wait()?;
+    Ok(Output {
+        status,
+        stdout: stdout.into_bytes(),
+        stderr: stderr.into_bytes(),
+    })
 }
 
 /// A running process whose output is collected.

@@ -16,14 +16,14 @@ mod rounds;
 mod states;
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
 use crate::load::Guest;
-use crate::vm::{Running, tern};
+use crate::vm::{Running, output, tern};
 
 /// `tern run` whose guest was stopped by its snapshot.
 const STOPPED: i32 = 6;
@@ -104,14 +104,9 @@ pub fn move_over(guest: Guest, directory: &Path, options: &[&str]) -> Result<Gue
 
 /// Has `jq` evaluate this.
 fn jq(file: &Path, filter: &str) -> Result<Value> {
-    let output = Command::new("jq")
-        .arg("--compact-output")
-        .arg(filter)
-        .arg(file)
-        .stdin(Stdio::null())
-        .output()
-        .context("cannot run jq")?;
-    crate::control::answer(&output).with_context(|| format!("jq {filter}"))
+    let mut command = Command::new("jq");
+    command.arg("--compact-output").arg(filter).arg(file);
+    crate::control::answer(&output(command)?).with_context(|| format!("jq {filter}"))
 }
 
 /// A number in an answer, by its names from the outside in.

@@ -4,14 +4,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use serde_json::{Value, json};
 
 use super::{jq, save, text};
 use crate::load::Load;
 use crate::trial;
-use crate::vm::tern;
+use crate::vm::{output, tern};
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -26,7 +26,7 @@ const DIFFERENT: i32 = 10;
 fn inspect(words: &[&str]) -> Result<Output> {
     let mut command = Command::new(tern()?);
     command.arg("inspect").args(words);
-    command.output().context("cannot run tern")
+    output(command)
 }
 
 fn shown(words: &[&str], status: i32) -> Result<String> {

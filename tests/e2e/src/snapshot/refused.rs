@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -13,7 +13,7 @@ use super::{restoring, save, text};
 use crate::control::{is_absent, refused};
 use crate::load::{Guest, Load};
 use crate::trial;
-use crate::vm::Running;
+use crate::vm::{Running, output};
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -81,8 +81,9 @@ fn taking() -> Result<()> {
 
 fn command(words: &[&str]) -> Result<()> {
     let (program, arguments) = words.split_first().context("no command")?;
-    let output = Command::new(program).args(arguments).output();
-    let output = output.with_context(|| format!("cannot run {words:?}"))?;
+    let mut command = Command::new(program);
+    command.args(arguments);
+    let output = output(command)?;
     ensure!(output.status.success(), "{words:?}: {output:?}");
     Ok(())
 }
@@ -180,10 +181,9 @@ fn restoring_tampered() -> Result<()> {
     {
         let bad = load.path(&format!("bad-{number}"));
         let state = copy(&good, &bad)?;
-        let output = Command::new("jq")
-            .args([filter, text(&good.join("state.json"))?])
-            .output()
-            .context("cannot run jq")?;
+        let mut jq = Command::new("jq");
+        jq.args([filter, text(&good.join("state.json"))?]);
+        let output = output(jq)?;
         ensure!(output.status.success(), "{output:?}");
         fs::write(&state, output.stdout)?;
         refuses(&load, &bad, parts, &[]).with_context(|| filter.to_owned())?;
@@ -239,11 +239,7 @@ fn shorten(path: &Path) -> Result<()> {
 /// No guest is restored, in so many words.
 fn refuses(load: &Load, directory: &Path, parts: &[&str], options: &[&str]) -> Result<()> {
     let socket = load.path("refused.sock");
-    let mut command = restoring(directory, &socket, options)?;
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .context("cannot run tern")?;
+    let output = output(restoring(directory, &socket, options)?)?;
     refused(&output, parts)?;
     ensure!(output.stdout.is_empty(), "{output:?}");
     ensure!(is_absent(&socket), "the socket outlived its owner");
