@@ -15,6 +15,8 @@
 //! | [`TransientState`] | a function: notifications it owes, its administration virtqueue, what is its device type's own | no |
 //! | [`OwnerState`] | an owner: sessions of its drivers, modes, write records | no |
 
+use std::collections::BTreeMap;
+
 use crate::gate::{Mode, Party};
 use crate::memory::records::PageRange;
 
@@ -104,12 +106,11 @@ pub struct TransientState {
     pub isr: u8,
     /// A configuration change, or DEVICE_NEEDS_RESET, was not announced to the driver yet.
     pub config_pending: bool,
-    /// Virtqueues with used buffers that the driver was not notified of yet, ascending. The administration virtqueue has
-    /// the number after those of the device.
+    /// Virtqueues with used buffers that the driver was not notified of yet, ascending. Those of services have the numbers
+    /// after those of the device.
     pub unsignalled: Vec<u16>,
-    /// The administration virtqueue, of an owner. A command that waits for a member is in it as a chain that the device
-    /// owns.
-    pub admin_queue: Option<QueueState>,
+    /// The virtqueues of services, by name. A command that waits is in one as a chain that the device owns.
+    pub services: BTreeMap<&'static str, QueueState>,
     /// State of the device type's own.
     pub device: DeviceState,
 }

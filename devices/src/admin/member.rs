@@ -5,37 +5,11 @@ use std::sync::Arc;
 use crate::gate::{Mode, Party};
 use crate::memory::records::Records;
 use crate::state::{FunctionState, Shape};
-use crate::virtio::{CheckedState, Restoration, RestoreError};
+use crate::virtio::{CheckedState, Epoch, Rest, Restoration, RestoreError, VirtioFunction, Wake};
 
 /// A member's number within its group: 1 for the first VF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MemberId(pub u16);
-
-/// How far a member is from standing still.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rest {
-    /// Nothing is in flight. If its gate is closed, it stands still.
-    AtRest,
-    /// Requests are in flight.
-    Draining,
-    /// A reset waits for requests in flight.
-    Resetting,
-}
-
-/// What a member went through, to tell whether anything it was told before still holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Epoch {
-    /// How often it came to exist, or ceased to.
-    pub life: u64,
-    /// How often it was reset by a function level reset, or with its bus.
-    pub resets: u64,
-}
-
-/// Someone who waits for members. Called with the lock of a member's function held: it must only leave a note.
-pub trait Wake: Send + Sync {
-    /// A member came to rest.
-    fn wake(&self);
-}
 
 /// A device that belongs to a group. It does not know its owner.
 pub trait Member: Send + Sync {
@@ -81,4 +55,60 @@ pub trait Member: Send + Sync {
 
     /// Says who is to be woken. Only the first call counts.
     fn set_wake(&self, wake: Arc<dyn Wake>);
+}
+
+impl Member for VirtioFunction {
+    fn name(&self) -> &str {
+        Self::name(self)
+    }
+
+    fn mode(&self, party: Party) -> Mode {
+        self.reasons().mode(party)
+    }
+
+    fn set_mode(&self, party: Party, mode: Mode) {
+        Self::set_mode(self, party, mode);
+    }
+
+    fn rest(&self) -> Rest {
+        Self::rest(self)
+    }
+
+    fn recall(&self) {
+        Self::recall(self);
+    }
+
+    fn epoch(&self) -> Epoch {
+        Self::epoch(self)
+    }
+
+    fn shape(&self) -> Shape {
+        Self::shape(self)
+    }
+
+    fn save(&self) -> FunctionState {
+        Self::save(self)
+    }
+
+    fn check(&self, state: &FunctionState) -> Result<CheckedState, RestoreError> {
+        Self::check(self, state)
+    }
+
+    fn restore(
+        &self,
+        state: &FunctionState,
+        checked: Option<CheckedState>,
+        epoch: Epoch,
+        how: Restoration,
+    ) -> Result<(), RestoreError> {
+        self.restore_in(epoch, state, checked, how)
+    }
+
+    fn records(&self) -> Arc<Records> {
+        Self::records(self)
+    }
+
+    fn set_wake(&self, wake: Arc<dyn Wake>) {
+        Self::set_wake(self, wake);
+    }
 }

@@ -1,7 +1,7 @@
 //! Device groups and administration commands (virtio 1.4, "Device groups" and "Administration Virtqueues").
 //!
 //! An [`Owner`] has members and executes commands for them. Commands come as bytes from two places, through one entry,
-//! [`Owner::execute`]: from the owner's driver in the guest, over the administration virtqueue ([`AdminQueue`]), and
+//! [`Owner::execute`]: from the owner's driver in the guest, over the administration virtqueue ([`AdminService`]), and
 //! from the monitor ([`OwnerDriver`]), which acts as an owner driver for whoever gives it commands, and when it moves a
 //! member itself. Each has a [`Session`] of its own, so that none sees what another negotiated.
 //!
@@ -55,13 +55,14 @@ pub mod saved;
 pub mod session;
 mod wakeups;
 
+pub use crate::virtio::{Epoch, Rest, Wake};
 pub use driver::OwnerDriver;
 pub use envelope::{Answer, Failure, GroupType, Outcome, Qualifier, Reply, Request, Status};
 pub use list::CommandSet;
-pub use member::{Epoch, Member, MemberId, Rest, Wake};
+pub use member::{Member, MemberId};
 pub use owner::{Drain, FixedMembership, Membership, Options, Owner, Strictness};
 pub use profile::{Command, Migration, Profile};
-pub use queue::AdminQueue;
+pub use queue::AdminService;
 pub use saved::{SessionError, check_owner, restore_owner, save_owner};
 pub use session::Session;
 

@@ -12,14 +12,15 @@ use std::time::{Duration, Instant};
 use super::driver::OwnerDriver;
 use super::envelope::GroupType;
 use super::list::CommandSet;
-use super::member::{Member, MemberId, Rest};
+use super::member::{Member, MemberId};
 use super::migration::{ContextSession, Transition};
 use super::owner::Owner;
+use super::queue::AdminService;
 use super::session::Session;
 use crate::gate::{Mode, Party};
 use crate::memory::records::Prepared;
 use crate::state::{MemberSessionState, OwnerState, ReadingState, SessionState, TransitionState};
-use crate::virtio::VirtioFunction;
+use crate::virtio::{Rest, VirtioFunction};
 
 /// Why the sessions of an owner were rejected. Nothing was changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,8 +50,9 @@ impl std::error::Error for SessionError {}
 /// The sessions of an owner: that of the guest, if it has a `function`, and that of the `monitor`'s commands.
 pub fn save_owner(function: Option<&VirtioFunction>, monitor: &OwnerDriver) -> OwnerState {
     let owner = monitor.owner();
-    let guest = function
-        .and_then(|function| function.with_admin(|queue, _| owner.save_session(queue.session())));
+    let guest = function.and_then(|function| {
+        function.with_service(|guest: &mut AdminService, _| owner.save_session(guest.session()))
+    });
     let monitor = owner.save_session(monitor.session());
     OwnerState {
         sessions: guest.into_iter().chain([monitor]).collect(),
@@ -87,7 +89,9 @@ pub fn restore_owner(
     } = Both::check(function, monitor, state)?;
     let owner = Arc::clone(monitor.owner());
     if let (Some(function), Some(guest)) = (function, guest) {
-        function.with_admin(|queue, _| owner.commit(queue.session_mut(), guest));
+        function.with_service(|service: &mut AdminService, _| {
+            owner.commit(service.session_mut(), guest);
+        });
     }
     owner.commit(monitor.session_mut(), theirs);
     Ok(())
@@ -144,7 +148,9 @@ impl Both {
                 "commands of the monitor are over when a VM is saved",
             );
         }
-        let executed = function.and_then(|f| f.with_admin(|_, owns| owns)) == Some(true);
+        let owns =
+            |function: &VirtioFunction| function.with_service(|_: &mut AdminService, owns| owns);
+        let executed = function.and_then(owns) == Some(true);
         if self.guest.as_ref().is_some_and(waits) && !executed {
             return error(
                 Party::Guest,

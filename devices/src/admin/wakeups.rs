@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::member::Wake;
+use crate::virtio::Wake;
 
 /// See the [module documentation](self).
 pub struct Wakeups {

@@ -14,11 +14,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{ConfigChange, Io, Progress, Source, VirtioDevice};
 use super::queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
+use super::service::{Service, ServiceQueue};
 use super::{DeviceType, Status, Warnings, feature};
-use crate::admin::{self, AdminQueue, Epoch, Owner, Wake};
 use crate::gate::{Gate, Patience, Reasons};
 use crate::memory::View;
 pub use doors::{Doors, Suspend};
+pub use member::{Epoch, Rest, Wake};
 pub use registers::Selectors;
 pub use saved::{CheckedState, Restoration, RestoreError};
 
@@ -26,10 +27,10 @@ pub use saved::{CheckedState, Restoration, RestoreError};
 /// other queues, and vCPUs that wait for its lock.
 const BUDGET: u32 = 1024;
 
-/// Token of the sources of the administration virtqueue.
-const ADMIN_TOKEN: u16 = u16::MAX;
+/// Token of the sources of the first service. Those of the others follow, up to [`ANNOUNCE_TOKEN`].
+const SERVICE_TOKEN: u16 = 0xff00;
 /// Stands for [`VirtioFunction::request_announcement`] where tokens of sources do.
-const ANNOUNCE_TOKEN: u16 = u16::MAX - 1;
+const ANNOUNCE_TOKEN: u16 = u16::MAX;
 
 /// ISR status bit: a virtqueue was used.
 const ISR_QUEUE: u8 = 1;
@@ -80,9 +81,8 @@ pub struct VirtioFunction {
     revived: OnceLock<Arc<EventFd>>,
     device_type: DeviceType,
     config_len: usize,
-    /// Queues of the device; the administration virtqueue of an owner comes after them.
+    /// Queues of the device; those of services come after them.
     device_queues: u16,
-    owner: Option<Arc<Owner>>,
     doors: Doors,
     /// Of a member: who wants to know when it comes to rest.
     wake: OnceLock<Arc<dyn Wake>>,
@@ -94,8 +94,10 @@ struct Core {
     device: Box<dyn VirtioDevice>,
     view: View,
     queues: Vec<Virtqueue>,
-    /// Of an owner: what serves its administration virtqueue, the last of `queues`.
-    admin: Option<AdminQueue>,
+    /// What serves the last of `queues`, one each.
+    services: Vec<ServiceQueue>,
+    /// Features that the transport has, apart from those of every transport.
+    transport_features: u64,
     gate: Gate,
     doors: Doors,
     /// Without the bits of the doors, which the gate has.
@@ -128,7 +130,7 @@ impl VirtioFunction {
         device: Box<dyn VirtioDevice>,
         view: View,
     ) -> std::io::Result<Arc<Self>> {
-        Self::build(name.into(), device, view, Doors::default(), None)
+        Self::build(name.into(), device, view, Doors::default(), Vec::new(), 0)
     }
 
     /// The same for a device that offers `doors`.
@@ -138,19 +140,20 @@ impl VirtioFunction {
         view: View,
         doors: Doors,
     ) -> std::io::Result<Arc<Self>> {
-        Self::build(name.into(), device, view, doors, None)
+        Self::build(name.into(), device, view, doors, Vec::new(), 0)
     }
 
-    /// The same for a device that owns others. It has an administration virtqueue after those of the device, and
-    /// offers VIRTIO_F_ADMIN_VQ and VIRTIO_F_SR_IOV. It has no doors: a suspended owner could not execute the commands that
-    /// its driver waits for (G1-i).
-    pub fn new_owner(
+    /// The same with virtqueues after those of the device, which `services` serve, one each. `features` are those of its
+    /// transport that not every function has. It has no doors: a function that is suspended serves nobody.
+    pub fn with_services(
         name: impl Into<String>,
         device: Box<dyn VirtioDevice>,
         view: View,
-        owner: Arc<Owner>,
+        services: Vec<Box<dyn Service>>,
+        features: u64,
     ) -> std::io::Result<Arc<Self>> {
-        Self::build(name.into(), device, view, Doors::default(), Some(owner))
+        let doors = Doors::default();
+        Self::build(name.into(), device, view, doors, services, features)
     }
 
     fn build(
@@ -158,16 +161,18 @@ impl VirtioFunction {
         device: Box<dyn VirtioDevice>,
         view: View,
         doors: Doors,
-        owner: Option<Arc<Owner>>,
+        services: Vec<Box<dyn Service>>,
+        transport_features: u64,
     ) -> std::io::Result<Arc<Self>> {
         let mut sizes = device.queue_sizes();
         let device_queues = sizes.len() as u16;
-        sizes.extend(owner.as_ref().map(|_| admin::queue::QUEUE_SIZE));
+        sizes.extend(services.iter().map(|service| service.queue_size()));
         let queues: Vec<_> = sizes.into_iter().map(Virtqueue::new).collect();
         let kicks = queues
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
             .collect::<std::io::Result<_>>()?;
+        let services = services.into_iter().map(ServiceQueue::new);
         Ok(Arc::new(Self {
             name,
             device_type: device.device_type(),
@@ -176,7 +181,8 @@ impl VirtioFunction {
                 device,
                 view,
                 queues,
-                admin: owner.clone().map(AdminQueue::new).transpose()?,
+                services: services.collect::<std::io::Result<_>>()?,
+                transport_features,
                 gate: Gate::closed_for(Reasons::NO_DRIVER),
                 doors,
                 selectors: Selectors::default(),
@@ -197,7 +203,6 @@ impl VirtioFunction {
             interrupt: OnceLock::new(),
             revived: OnceLock::new(),
             device_queues,
-            owner,
             doors,
             wake: OnceLock::new(),
             warnings: Warnings::default(),
@@ -231,11 +236,6 @@ impl VirtioFunction {
     /// The doors it offers its driver.
     pub fn doors(&self) -> Doors {
         self.doors
-    }
-
-    /// The owner it is, if it is one.
-    pub fn owner(&self) -> Option<&Arc<Owner>> {
-        self.owner.as_ref()
     }
 
     // The gate -----------------------------------------------------------------------------------------------------
@@ -317,15 +317,14 @@ impl VirtioFunction {
 
     // The I/O thread -----------------------------------------------------------------------------------------------
 
-    /// Descriptors to watch for the device, and for the administration virtqueue.
+    /// Descriptors to watch for the device, and for services.
     pub fn sources(&self) -> Vec<Source> {
         let core = self.lock();
         let mut sources = core.device.sources();
-        let admin = core.admin.iter().flat_map(AdminQueue::wake_fds);
-        sources.extend(admin.map(|fd| Source {
-            fd,
-            token: ADMIN_TOKEN,
-        }));
+        for (token, service) in (SERVICE_TOKEN..ANNOUNCE_TOKEN).zip(&core.services) {
+            let fds = service.wake_fds().into_iter();
+            sources.extend(fds.map(|fd| Source { fd, token }));
+        }
         sources
     }
 
@@ -346,14 +345,14 @@ impl VirtioFunction {
     /// The device's source `token` became readable.
     pub fn on_event(&self, token: u16) {
         let mut core = self.lock();
-        // What an administration command waits for may come while the owner reaches no memory for the answer, or while
-        // nothing of the guest may happen.
-        let waits = match token {
-            ADMIN_TOKEN => core
+        // What a command waits for may come while no memory can be reached for the answer, or while nothing of the guest may
+        // happen.
+        let waits = match core.service_of(token) {
+            Some(_) => core
                 .gate
                 .reasons()
                 .intersects(Reasons::BUS_MASTER | Reasons::PAUSED),
-            _ => core.is_acknowledged(Reasons::STILL),
+            None => core.is_acknowledged(Reasons::STILL),
         };
         if waits {
             if !core.missed.contains(&token) {
@@ -371,10 +370,12 @@ impl VirtioFunction {
     }
 
     fn handle(&self, core: &mut Core, token: u16) {
-        let (device, admin, mut io) = core.io(BUDGET);
-        let outcome = match (token, admin) {
-            (ADMIN_TOKEN, Some(admin)) => admin.resume(self.device_queues, &mut io),
-            (ANNOUNCE_TOKEN, _) => {
+        let served = core.service_of(token);
+        let (device, services, mut io) = core.io(BUDGET);
+        let service = served.and_then(|slot| Some((slot, services.get_mut(slot)?)));
+        let outcome = match (token, service) {
+            (_, Some((slot, service))) => service.resume(self.device_queues + slot as u16, &mut io),
+            (ANNOUNCE_TOKEN, None) => {
                 device.request_announcement(&mut io);
                 Ok(())
             }
@@ -396,10 +397,10 @@ impl VirtioFunction {
             if let Some(queue) = core.queues.get_mut(slot) {
                 queue.disable_kicks(&core.view)?;
             }
-            let is_admin = core.is_admin(index);
-            let (device, admin, mut io) = core.io(budget);
-            let progress = match admin.filter(|_| is_admin) {
-                Some(admin) => admin.process(index, &mut io),
+            let served = core.service_behind(index);
+            let (device, services, mut io) = core.io(budget);
+            let progress = match served.and_then(|slot| services.get_mut(slot)) {
+                Some(service) => service.process(index, &mut io),
                 None => device.process(index, &mut io),
             };
             let (more, change) = (io.more, io.config);
@@ -467,7 +468,7 @@ impl VirtioFunction {
         // The gate is closed, so this fetches nothing.
         let (device, _, mut io) = core.io(0);
         device.call_off(&mut io);
-        core.call_off_admin();
+        core.call_off_commands();
         self.settle(core);
     }
 
@@ -575,20 +576,34 @@ impl VirtioFunction {
 
 impl Core {
     fn offered(&self) -> u64 {
-        let owner = match self.admin {
-            Some(_) => feature::ADMIN_VQ | feature::SR_IOV,
-            None => 0,
-        };
-        self.device.features() | feature::TRANSPORT | self.doors.features() | owner
+        let services = self.services.iter();
+        let served = services.fold(0, |all, queue| all | queue.service().feature());
+        let transport = feature::TRANSPORT | self.transport_features;
+        self.device.features() | transport | self.doors.features() | served
     }
 
-    fn is_admin(&self, index: u16) -> bool {
-        self.admin.is_some() && usize::from(index) + 1 == self.queues.len()
+    /// Queues of the device.
+    fn device_queues(&self) -> usize {
+        self.queues.len() - self.services.len()
     }
 
-    /// True for an administration virtqueue the driver did not ask for.
+    /// Which of the services serves queue `index`.
+    fn service_behind(&self, index: u16) -> Option<usize> {
+        let slot = usize::from(index).checked_sub(self.device_queues())?;
+        (slot < self.services.len()).then_some(slot)
+    }
+
+    /// The service whose sources have this token.
+    fn service_of(&self, token: u16) -> Option<usize> {
+        let slot = usize::from(token.checked_sub(SERVICE_TOKEN)?);
+        (slot < self.services.len()).then_some(slot)
+    }
+
+    /// True for the virtqueue of a service that the driver did not ask for.
     fn hides(&self, index: u16) -> bool {
-        self.is_admin(index) && self.driver_features & feature::ADMIN_VQ == 0
+        let service = self.service_behind(index);
+        let service = service.and_then(|slot| self.services.get(slot));
+        service.is_some_and(|queue| self.driver_features & queue.service().feature() == 0)
     }
 
     /// Queue `index`, if there is one for this driver.
@@ -597,12 +612,17 @@ impl Core {
         queue.filter(|_| !self.hides(index))
     }
 
-    /// The command that the administration virtqueue waits for is abandoned.
-    fn call_off_admin(&mut self) {
-        let index = self.queues.len().saturating_sub(1) as u16;
-        let (_, admin, mut io) = self.io(0);
-        if let Some(admin) = admin {
-            admin.call_off(index, &mut io);
+    /// The commands that services wait for are abandoned.
+    fn call_off_commands(&mut self) {
+        (0..self.services.len()).for_each(|slot| self.call_off_command(slot));
+    }
+
+    /// The command that a service waits for is abandoned.
+    fn call_off_command(&mut self, slot: usize) {
+        let index = (self.device_queues() + slot) as u16;
+        let (_, services, mut io) = self.io(0);
+        if let Some(service) = services.get_mut(slot) {
+            service.call_off(index, &mut io);
         }
     }
 
@@ -626,8 +646,8 @@ impl Core {
         }
     }
 
-    /// Splits the core into the device and what it may touch, to fetch at most `budget` chains.
-    fn io(&mut self, budget: u32) -> (&mut dyn VirtioDevice, Option<&mut AdminQueue>, Io<'_>) {
+    /// Splits the core into the device, the services, and what they may touch, to fetch at most `budget` chains.
+    fn io(&mut self, budget: u32) -> (&mut dyn VirtioDevice, &mut [ServiceQueue], Io<'_>) {
         let io = Io {
             view: &self.view,
             queues: &mut self.queues,
@@ -636,7 +656,7 @@ impl Core {
             more: false,
             config: ConfigChange::None,
         };
-        (&mut *self.device, self.admin.as_mut(), io)
+        (&mut *self.device, &mut self.services, io)
     }
 
     /// False when neither rings nor messages are within reach. Without bus mastering, whoever opens the gate comes back
@@ -652,13 +672,13 @@ impl Core {
         self.may_reach_out() && !self.is_acknowledged(Reasons::STILL)
     }
 
-    /// True if nothing is in flight; with a closed gate, nothing more will happen. An administration command that waits
-    /// for a member does not count. It is the only one of its queue, since those behind it stay on the ring.
+    /// True if nothing is in flight; with a closed gate, nothing more will happen. A command that waits does not count. It is
+    /// the only one of its queue, since those behind it stay on the ring.
     fn drained(&self) -> bool {
-        let waiting = self.admin.as_ref().is_some_and(AdminQueue::is_waiting);
-        let counted = self.queues.len() - usize::from(waiting);
-        let mut queues = self.queues.iter().take(counted);
-        queues.all(Virtqueue::is_drained)
+        let (own, served) = self.queues.split_at(self.device_queues());
+        let mut served = served.iter().zip(&self.services);
+        own.iter().all(Virtqueue::is_drained)
+            && served.all(|(queue, service)| service.is_waiting() || queue.is_drained())
     }
 
     fn reset(&mut self) {
@@ -671,9 +691,7 @@ impl Core {
     /// Everything but the queues.
     fn reset_registers(&mut self) {
         self.device.reset();
-        if let Some(admin) = &mut self.admin {
-            admin.reset();
-        }
+        self.services.iter_mut().for_each(ServiceQueue::reset);
         self.status = Status::empty();
         self.selectors = Selectors::default();
         self.driver_features = 0;

@@ -7,12 +7,14 @@
 //! ```
 //!
 //! A transport calls [`VirtioFunction`] for registers; the I/O thread calls it for kicks and backend events. The
-//! function decides whether the gate is open and hands the device an [`Io`], its only way to the rings.
+//! function decides whether the gate is open and hands the device an [`Io`], its only way to the rings. Virtqueues that are
+//! not the device's own, such as the administration virtqueue, are served by a [`Service`] each.
 
 mod chain;
 mod device;
 mod function;
 mod queue;
+mod service;
 mod warnings;
 
 #[cfg(test)]
@@ -21,10 +23,11 @@ mod tests;
 pub use chain::{Chain, ChainError, Head};
 pub use device::{Io, Progress, Source, VirtioDevice};
 pub use function::{
-    CheckedState, Doors, Interrupt, QueueInfo, Restoration, RestoreError, Selectors, Suspend,
-    VirtioFunction,
+    CheckedState, Doors, Epoch, Interrupt, QueueInfo, Rest, Restoration, RestoreError, Selectors,
+    Suspend, VirtioFunction, Wake,
 };
 pub use queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
+pub use service::{Executed, Service};
 pub(crate) use warnings::Warnings;
 
 use bitflags::bitflags;

@@ -5,8 +5,8 @@
 
 use super::{BAD_FIELD, BAD_STATE, Exchange, Refusal};
 use crate::admin::envelope::Answer;
-use crate::admin::member::{Epoch, Member};
 use crate::admin::queue::MAX_DATA;
+use crate::admin::{Epoch, Member};
 use crate::context::{self, Decoder, Pushed};
 use crate::gate::{Mode, Party};
 use crate::state::{FunctionState, ReadingState, Shape, WritingState};

@@ -27,10 +27,11 @@ pub(super) use mode::Transition;
 use std::time::Duration;
 
 use super::envelope::{Answer, Failure, Qualifier};
-use super::member::{Member, MemberId, Rest};
+use super::member::{Member, MemberId};
 use super::profile::Migration;
 use super::session::Session;
 use crate::gate::{Mode, Party};
+use crate::virtio::Rest;
 
 /// Why a command did not give an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

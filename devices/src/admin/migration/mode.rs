@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::{BAD_FIELD, BAD_STATE, Exchange, Refusal};
 use crate::admin::envelope::Answer;
-use crate::admin::member::{Member, MemberId, Rest};
+use crate::admin::{Member, MemberId, Rest};
 use crate::gate::{Mode, Party};
 
 /// A change of a member's mode that waits for what is in flight.

@@ -242,7 +242,7 @@ fn b7_commands_are_executed_and_used_in_the_order_they_were_queued() {
 #[test]
 fn b4_a_reset_of_the_owner_forgets_the_list_and_keeps_that_of_the_monitor() {
     let (mut driver, _) = untouched();
-    let owner = Arc::clone(driver.function.owner().unwrap());
+    let owner = driver.function.owner().unwrap();
     let mut monitor = OwnerDriver::new(owner);
     assert_eq!(
         monitor.command(GroupType::SrIov, 1, 0, &[2]),
@@ -485,16 +485,16 @@ fn an_owner_is_restored_with_its_queue_or_not_at_all() {
     assert!(driver.function.stop(Reasons::PAUSED, AT_ONCE));
     let state = driver.function.save();
     let transient = driver.function.save_transient().unwrap();
-    let queue = transient.admin_queue.clone().unwrap();
+    let queue = transient.services[queue::NAME].clone();
     assert!(queue.enabled && queue.owned.len() == 1);
 
     let (mut other, _) = twin_of(&driver);
     let f = Arc::clone(&other.function);
-    assert!(matches!(f.check(&state), Err(RestoreError::Owner)));
-    assert!(matches!(f.restore(&state), Err(RestoreError::Owner)));
+    assert!(matches!(f.check(&state), Err(RestoreError::Inexact(_))));
+    assert!(matches!(f.restore(&state), Err(RestoreError::Inexact(_))));
     assert!(matches!(
         f.restore_transient(&transient),
-        Err(RestoreError::Owner)
+        Err(RestoreError::Inexact(_))
     ));
     let spoil: [fn(&mut QueueState); 4] = [
         |q| q.size = 512,
@@ -504,13 +504,13 @@ fn an_owner_is_restored_with_its_queue_or_not_at_all() {
     ];
     for spoil in spoil {
         let mut bad = transient.clone();
-        spoil(bad.admin_queue.as_mut().unwrap());
+        spoil(bad.services.get_mut(queue::NAME).unwrap());
         assert!(f.restore_exact(&state, &bad).is_err());
     }
     let mut none = transient.clone();
-    none.admin_queue = None;
+    none.services.clear();
     let refused = f.restore_exact(&state, &none);
-    assert!(matches!(refused, Err(RestoreError::AdminQueue(_))));
+    assert!(matches!(refused, Err(RestoreError::ServiceMissing(_))));
     assert_eq!(f.status(), 0);
 
     f.restore_exact(&state, &transient).unwrap();

@@ -272,14 +272,14 @@ fn sessions_that_cannot_be_are_refused_by_name_and_change_nothing() {
 /// Another owner in the state of the one that `driver` drives, whose command waits; both are paused.
 fn moved(driver: &crate::testing::Driver) -> (crate::testing::Driver, Arc<Slow>) {
     assert!(driver.function.stop(Reasons::PAUSED, AT_ONCE));
-    let monitor = OwnerDriver::new(Arc::clone(driver.function.owner().unwrap()));
+    let monitor = OwnerDriver::new(driver.function.owner().unwrap());
     let state = driver.function.save();
     let transient = driver.function.save_transient().unwrap();
     let sessions = save_owner(Some(&driver.function), &monitor);
     assert_eq!(sessions.sessions[0].party, Party::Guest);
 
     let (other, slow) = twin_of(driver);
-    let mut monitor = OwnerDriver::new(Arc::clone(other.function.owner().unwrap()));
+    let mut monitor = OwnerDriver::new(other.function.owner().unwrap());
     let error = check_owner(Some(&other.function), &monitor, &sessions).unwrap_err();
     assert_eq!((error.party, error.field), (Party::Guest, "members"));
     slow.busy.store(false, SeqCst);
@@ -348,12 +348,8 @@ fn a_command_that_the_guest_changed_meanwhile_begins_anew() {
         let (driver, _) = waiting();
         let table = driver.rings[usize::from(ADMIN)].table;
         let (mut other, slow) = moved(&driver);
-        let owned = other
-            .function
-            .save_transient()
-            .unwrap()
-            .admin_queue
-            .unwrap();
+        let transient = other.function.save_transient().unwrap();
+        let owned = &transient.services[queue::NAME];
         let at = table + 16 * u64::from(owned.owned[0]);
         let buffer: u64 = other.view.read_obj(GuestAddress(at)).unwrap();
         other

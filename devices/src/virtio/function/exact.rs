@@ -1,24 +1,27 @@
 //! State of a function beyond what a device context carries, and the restore of all of it without a sign: what is saved
 //! afterwards is what was restored.
 
+use std::any::Any;
+
 use super::saved::{Restoration, RestoreError};
 use super::{Core, ISR_CONFIG, ISR_QUEUE, VirtioFunction};
-use crate::admin::AdminQueue;
 use crate::gate::Reasons;
 use crate::state::{FunctionState, TransientState, Unsavable};
 use crate::virtio::Status;
 use crate::virtio::queue::Virtqueue;
+use crate::virtio::service::Service;
 
 /// A state that was found good. Nothing can fail any more.
 pub(super) struct CheckedTransient<'a> {
     state: &'a TransientState,
-    admin: Option<Virtqueue>,
+    /// Of the services.
+    queues: Vec<Virtqueue>,
 }
 
 impl<'a> CheckedTransient<'a> {
-    /// Apart: the administration virtqueue, and what it takes to apply the rest.
-    pub(super) fn take_queue(self) -> (&'a TransientState, Option<Virtqueue>) {
-        (self.state, self.admin)
+    /// Apart: the virtqueues of services, and what it takes to apply the rest.
+    pub(super) fn take_queues(self) -> (&'a TransientState, Vec<Virtqueue>) {
+        (self.state, self.queues)
     }
 }
 
@@ -35,24 +38,25 @@ impl VirtioFunction {
         }
         let owed = |(_, queue): &(u16, &Virtqueue)| queue.is_unsignalled();
         let unsignalled = (0..).zip(&core.queues).filter(owed);
-        let admin = core.admin.as_ref().and(core.queues.last());
+        let served = core.queues.iter().skip(core.device_queues());
+        let services = core.services.iter().map(|queue| queue.service().name());
         Ok(TransientState {
             isr: core.isr,
             config_pending: core.config_pending,
             unsignalled: unsignalled.map(|(index, _)| index).collect(),
-            admin_queue: admin.map(Virtqueue::save),
+            services: services.zip(served.map(Virtqueue::save)).collect(),
             device: core.device.save_state()?,
         })
     }
 
-    /// Whether a function that is no owner could be put into `state`, given the virtqueues it has enabled now.
+    /// Whether a function without services could be put into `state`, given the virtqueues it has enabled now.
     ///
     /// # Errors
     ///
     /// As [`Self::restore_transient`].
     pub fn check_transient(&self, state: &TransientState) -> Result<(), RestoreError> {
-        self.not_an_owner()?;
         let core = self.lock();
+        core.serves_nobody()?;
         self.checked_transient(&core, state, |index| core.is_enabled(index))
             .map(|_| ())
     }
@@ -62,9 +66,9 @@ impl VirtioFunction {
     ///
     /// # Errors
     ///
-    /// The first thing that is wrong. [`RestoreError::Owner`] for an owner, which is restored as a whole.
+    /// The first thing that is wrong. [`RestoreError::Inexact`] for a function with services, which is restored as a whole.
     pub fn restore_transient(&self, state: &TransientState) -> Result<(), RestoreError> {
-        self.not_an_owner()?;
+        self.lock().serves_nobody()?;
         let mut core = self.lock();
         core.at_rest()?;
         if core.gate.is_open() {
@@ -91,7 +95,7 @@ impl VirtioFunction {
     }
 
     /// Puts the function into this state, all of it or none of it, so that neither its driver nor another save sees a
-    /// difference. An administration command that waited is executed anew when the function goes on. Reasons to be stopped
+    /// difference. A command that waited is executed anew when the function goes on. Reasons to be stopped
     /// that are not the driver's stay as they are.
     ///
     /// # Errors
@@ -129,14 +133,24 @@ impl VirtioFunction {
         }
     }
 
-    /// Lets `act` have the administration virtqueue of an owner, and tells it whether a command is in it that will be executed
-    /// when the function goes on.
-    pub(crate) fn with_admin<R>(&self, act: impl FnOnce(&mut AdminQueue, bool) -> R) -> Option<R> {
+    /// Lets `act` have the service of this type, and tells it whether a command is in its virtqueue that will be executed when
+    /// the function goes on.
+    pub(crate) fn with_service<S: Service, R>(
+        &self,
+        act: impl FnOnce(&mut S, bool) -> R,
+    ) -> Option<R> {
         let mut core = self.lock();
         let core = &mut *core;
-        let owns = core.queues.last().is_some_and(Virtqueue::owns_chains);
-        let admin = core.admin.as_mut()?;
-        Some(act(admin, owns))
+        let served = core.queues.iter().skip(core.device_queues());
+        let owns: Vec<_> = served.map(Virtqueue::owns_chains).collect();
+        core.services
+            .iter_mut()
+            .zip(owns)
+            .find_map(|(queue, owns)| {
+                let service: &mut dyn Any = queue.service_mut();
+                Some((service.downcast_mut()?, owns))
+            })
+            .map(|(service, owns)| act(service, owns))
     }
 
     fn checked_with<'a>(
@@ -145,8 +159,10 @@ impl VirtioFunction {
         state: &FunctionState,
         transient: &'a TransientState,
     ) -> Result<CheckedTransient<'a>, RestoreError> {
-        let queues = state.queues.iter().chain(&transient.admin_queue);
-        let enabled: Vec<_> = queues.map(|queue| queue.enabled).collect();
+        let services = core.services.iter().map(|queue| queue.service().name());
+        let served = services.map(|name| transient.services.get(name).is_some_and(|q| q.enabled));
+        let enabled = state.queues.iter().map(|queue| queue.enabled);
+        let enabled: Vec<_> = enabled.chain(served).collect();
         self.checked_transient(core, transient, |index| {
             enabled
                 .get(usize::from(index))
@@ -163,22 +179,18 @@ impl VirtioFunction {
         if state.isr & !(ISR_QUEUE | ISR_CONFIG) != 0 {
             return Err(RestoreError::Isr(state.isr));
         }
-        let admin = match (&state.admin_queue, &core.admin) {
-            (None, None) => None,
-            (Some(saved), Some(_)) => {
-                let index = self.device_queues;
-                let max_size = core.queues.last().map_or(0, Virtqueue::max_size);
-                Some(self.checked_queue(core, index, saved, max_size)?)
-            }
-            (Some(_), None) => {
-                let what = "has an administration virtqueue; this function is no owner";
-                return Err(RestoreError::AdminQueue(what));
-            }
-            (None, Some(_)) => {
-                let what = "lacks the administration virtqueue of this owner";
-                return Err(RestoreError::AdminQueue(what));
-            }
-        };
+        let is_there = |name: &str| core.services.iter().any(|own| own.service().name() == name);
+        if let Some(name) = state.services.keys().find(|name| !is_there(name)) {
+            return Err(RestoreError::NoService(name));
+        }
+        let mut queues = Vec::with_capacity(core.services.len());
+        let served = (0..).zip(&core.queues).skip(core.device_queues());
+        for (service, (index, queue)) in core.services.iter().zip(served) {
+            let name = service.service().name();
+            let saved = state.services.get(name);
+            let saved = saved.ok_or(RestoreError::ServiceMissing(name))?;
+            queues.push(self.checked_queue(core, index, saved, queue.max_size())?);
+        }
         let mut least = 0;
         for index in state.unsignalled.iter().copied() {
             if index < least || !is_enabled(index) {
@@ -189,7 +201,7 @@ impl VirtioFunction {
         core.device
             .check_state(&state.device)
             .map_err(RestoreError::Device)?;
-        Ok(CheckedTransient { state, admin })
+        Ok(CheckedTransient { state, queues })
     }
 }
 
@@ -199,7 +211,7 @@ impl Core {
         queue.is_some_and(Virtqueue::is_enabled)
     }
 
-    /// All of a state that was checked but the administration virtqueue.
+    /// All of a state that was checked but the virtqueues of services.
     pub(super) fn apply_transient(&mut self, state: &TransientState) {
         self.isr = state.isr;
         self.config_pending = state.config_pending;

@@ -1,24 +1,42 @@
-//! A function as a member of a group: what its owner's drivers do to it.
+//! What the owner of a group does to a function that is a member of it. The function does not know its owner.
 
 use std::sync::Arc;
 
 use super::VirtioFunction;
-use crate::admin::{Epoch, Member, Rest, Wake};
 use crate::gate::{Mode, Party, Reasons};
 use crate::memory::records::Records;
-use crate::state::{FunctionState, Shape};
+use crate::state::FunctionState;
 use crate::virtio::{CheckedState, Restoration, RestoreError};
 
-impl Member for VirtioFunction {
-    fn name(&self) -> &str {
-        Self::name(self)
-    }
+/// How far a function is from standing still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    /// Nothing is in flight. If its gate is closed, it stands still.
+    AtRest,
+    /// Requests are in flight.
+    Draining,
+    /// A reset waits for requests in flight.
+    Resetting,
+}
 
-    fn mode(&self, party: Party) -> Mode {
-        self.reasons().mode(party)
-    }
+/// What a function went through, to tell whether anything it was told before still holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Epoch {
+    /// How often it came to exist, or ceased to.
+    pub life: u64,
+    /// How often it was reset by a function level reset, or with its bus.
+    pub resets: u64,
+}
 
-    fn set_mode(&self, party: Party, mode: Mode) {
+/// Someone who waits for functions to come to rest. Called with the lock of one held: it must only leave a note.
+pub trait Wake: Send + Sync {
+    /// One came to rest.
+    fn wake(&self);
+}
+
+impl VirtioFunction {
+    /// Sets its mode for `party`. Leaving Active is only complete when it is at rest.
+    pub fn set_mode(&self, party: Party, mode: Mode) {
         let mut core = self.lock();
         let reason = Reasons::of_mode(party, mode);
         // The new reason before the old one goes, so that the gate does not open in between.
@@ -26,7 +44,8 @@ impl Member for VirtioFunction {
         self.open(&mut core, Reasons::modes(party) - reason);
     }
 
-    fn rest(&self) -> Rest {
+    /// How far it is from standing still. If it is not at rest, [`Wake::wake`] is called when it is.
+    pub fn rest(&self) -> Rest {
         let mut core = self.lock();
         let rest = match core.drained() {
             _ if core.gate.reasons().contains(Reasons::RESET) => Rest::Resetting,
@@ -37,31 +56,22 @@ impl Member for VirtioFunction {
         rest
     }
 
-    fn recall(&self) {
-        Self::recall(self);
-    }
-
-    fn epoch(&self) -> Epoch {
+    /// What it went through.
+    pub fn epoch(&self) -> Epoch {
         self.lock().epoch
     }
 
-    fn shape(&self) -> Shape {
-        Self::shape(self)
-    }
-
-    fn save(&self) -> FunctionState {
-        Self::save(self)
-    }
-
-    fn check(&self, state: &FunctionState) -> Result<CheckedState, RestoreError> {
-        Self::check(self, state)
-    }
-
-    fn restore(
+    /// [`Self::restore`] in a way that is told, unless the function is no longer in `epoch`. What is `checked` already, by
+    /// this function, is not checked again.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that is wrong; [`RestoreError::Stale`] for another epoch.
+    pub fn restore_in(
         &self,
+        epoch: Epoch,
         state: &FunctionState,
         checked: Option<CheckedState>,
-        epoch: Epoch,
         how: Restoration,
     ) -> Result<(), RestoreError> {
         let mut core = self.lock();
@@ -71,17 +81,16 @@ impl Member for VirtioFunction {
         self.restore_locked(&mut core, state, checked, how)
     }
 
-    fn records(&self) -> Arc<Records> {
+    /// The records of its writes to memory.
+    pub fn records(&self) -> Arc<Records> {
         Arc::clone(self.lock().view.records())
     }
 
-    fn set_wake(&self, wake: Arc<dyn Wake>) {
-        // A function is a member of one group, so only the first counts.
+    /// Says who is to be woken when it comes to rest. A function is a member of one group, so only the first call counts.
+    pub fn set_wake(&self, wake: Arc<dyn Wake>) {
         let _ = self.wake.set(wake);
     }
-}
 
-impl VirtioFunction {
     /// The function, which was just reset, ceases to exist as a member, or comes to exist: it is Active for everyone (S3-2),
     /// and nobody records it.
     pub fn renew(&self) {

@@ -1,6 +1,7 @@
 //! The registers a driver sees, one function each. Those that a stop keeps from changing say so in
 //! [`doors`](super::doors).
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,6 +11,7 @@ use super::{Core, QueueInfo, VirtioFunction, window};
 use crate::bus::Effect;
 use crate::gate::Reasons;
 use crate::virtio::queue::QueueRegisters;
+use crate::virtio::service::ServiceQueue;
 use crate::virtio::{Status, feature};
 
 /// What selects the part of a register that the driver sees. A reset sets them to 0.
@@ -153,28 +155,32 @@ impl VirtioFunction {
 
     // Queues -------------------------------------------------------------------------------------------------------
 
-    /// `num_queues`: virtqueues, without the administration virtqueue (B-9).
+    /// `num_queues`: virtqueues of the device, without those of services (B-9).
     pub fn num_queues(&self) -> u16 {
         self.device_queues
     }
 
-    /// `admin_queue_index`: the first administration virtqueue, or 0 if there is none (B-9).
-    pub fn admin_queue_index(&self) -> u16 {
-        self.owner.as_ref().map_or(0, |_| self.device_queues)
+    /// The virtqueues of services whose feature this is: one after the other, behind those of the device.
+    pub fn service_queues(&self, feature: u64) -> Range<u16> {
+        let core = self.lock();
+        let is_one = |queue: &ServiceQueue| queue.service().feature() == feature;
+        let before = core
+            .services
+            .iter()
+            .take_while(|queue| !is_one(queue))
+            .count();
+        let count = core.services.iter().filter(|queue| is_one(queue)).count();
+        let start = self.device_queues + before as u16;
+        start..start + count as u16
     }
 
-    /// `admin_queue_num`: the number of administration virtqueues (B-9).
-    pub fn admin_queue_num(&self) -> u16 {
-        self.total_queues() - self.device_queues
-    }
-
-    /// All virtqueues, numbered from 0: those of the device and the administration virtqueue.
+    /// All virtqueues, numbered from 0: those of the device, then those of services.
     pub fn total_queues(&self) -> u16 {
         self.kicks.len() as u16
     }
 
-    /// What the driver sees of queue `index`, or `None` if there is no such queue. The administration virtqueue is
-    /// there for a driver that accepted VIRTIO_F_ADMIN_VQ.
+    /// What the driver sees of queue `index`, or `None` if there is no such queue. That of a service is there for a driver
+    /// that accepted its feature.
     pub fn queue(&self, index: u16) -> Option<QueueInfo> {
         self.lock().visible(index).map(|q| QueueInfo {
             registers: *q.registers(),
@@ -234,8 +240,8 @@ impl VirtioFunction {
         if core.driver_features & feature::RING_RESET == 0 || core.ignores_writes() {
             return Effect::None;
         }
-        if core.is_admin(index) {
-            core.call_off_admin();
+        if let Some(slot) = core.service_behind(index) {
+            core.call_off_command(slot);
         }
         if let Some(queue) = core.queues.get_mut(usize::from(index)) {
             queue.request_reset();

@@ -69,14 +69,15 @@ pub enum RestoreError {
     /// A device configuration this device cannot have.
     #[error("the device configuration differs from that of this device where it cannot be changed")]
     Config,
-    /// An owner, whose administration virtqueue would be lost.
-    #[error(
-        "the function is an owner; restore it exactly, together with its administration virtqueue"
-    )]
-    Owner,
-    /// An administration virtqueue of a function that is no owner, or none of one that is.
-    #[error("the state {0}")]
-    AdminQueue(&'static str),
+    /// A function whose services have a virtqueue that would be lost.
+    #[error("the function has an {0}; restore it exactly, together with that")]
+    Inexact(&'static str),
+    /// The virtqueue of a service that the function does not have.
+    #[error("the state has an {0}, and this function has none")]
+    NoService(&'static str),
+    /// No virtqueue of a service that the function has.
+    #[error("the state lacks the {0} of this function")]
+    ServiceMissing(&'static str),
     /// ISR status bits that are not defined.
     #[error("ISR status {0:#x} has bits other than 0 and 1")]
     Isr(u8),
@@ -138,8 +139,9 @@ impl VirtioFunction {
     ///
     /// As [`Self::restore`].
     pub fn check(&self, state: &FunctionState) -> Result<CheckedState, RestoreError> {
-        self.not_an_owner()?;
-        self.checked(&self.lock(), state)
+        let core = self.lock();
+        core.serves_nobody()?;
+        self.checked(&core, state)
     }
 
     /// Puts the function into `state`, all of it or none of it, and announces that to its driver. It starts to work when its
@@ -147,8 +149,8 @@ impl VirtioFunction {
     ///
     /// # Errors
     ///
-    /// The first thing that is wrong; [`RestoreError::Owner`] for an owner, which only [`Self::restore_exact`] restores
-    /// whole.
+    /// The first thing that is wrong; [`RestoreError::Inexact`] for a function with services, which only
+    /// [`Self::restore_exact`] restores whole.
     pub fn restore(&self, state: &FunctionState) -> Result<(), RestoreError> {
         self.restore_locked(&mut self.lock(), state, None, Restoration::Announced)
     }
@@ -160,7 +162,7 @@ impl VirtioFunction {
         checked: Option<CheckedState>,
         how: Restoration,
     ) -> Result<(), RestoreError> {
-        self.not_an_owner()?;
+        core.serves_nobody()?;
         core.at_rest()?;
         let checked = match checked {
             Some(checked) => checked,
@@ -168,13 +170,6 @@ impl VirtioFunction {
         };
         self.commit(core, state, checked, how, None);
         Ok(())
-    }
-
-    pub(super) fn not_an_owner(&self) -> Result<(), RestoreError> {
-        match self.owner {
-            Some(_) => Err(RestoreError::Owner),
-            None => Ok(()),
-        }
     }
 
     pub(super) fn checked(
@@ -254,16 +249,16 @@ impl VirtioFunction {
             status,
             queues,
         } = checked;
-        // Only an owner has one; it is executed anew if it is in the state.
-        core.call_off_admin();
+        // Those that wait are executed anew if they are in the state.
+        core.call_off_commands();
         // All of them are replaced, whatever they are. There may be hundreds, and a guest waits for them.
         let replaced = std::mem::replace(&mut core.queues, queues);
-        // The administration virtqueue of an owner comes after those of its device.
-        let (transient, admin) = transient.map(CheckedTransient::take_queue).unzip();
+        // Those of services come after those of the device.
+        let (transient, served) = transient.map(CheckedTransient::take_queues).unzip();
         let others = replaced.iter().skip(core.queues.len());
         let reset = others.map(|queue| Virtqueue::new(queue.max_size()));
-        match admin.flatten() {
-            Some(admin) => core.queues.push(admin),
+        match served {
+            Some(served) => core.queues.extend(served),
             None => core.queues.extend(reset),
         }
         core.reset_registers();
@@ -299,8 +294,8 @@ impl VirtioFunction {
         let live = core.status.contains(Status::DRIVER_OK);
         if live {
             let event_index = core.event_index();
-            let admin = core.queues.iter_mut().skip(self.device_queues.into());
-            admin.for_each(|queue| queue.set_event_index(event_index));
+            let served = core.queues.iter_mut().skip(self.device_queues.into());
+            served.for_each(|queue| queue.set_event_index(event_index));
             core.device.activate(driver_features);
         }
         if let Some(transient) = transient {
@@ -325,6 +320,14 @@ impl VirtioFunction {
 }
 
 impl Core {
+    /// An error if there are services, whose virtqueues are a part of no [`FunctionState`].
+    pub(super) fn serves_nobody(&self) -> Result<(), RestoreError> {
+        match self.services.first() {
+            Some(queue) => Err(RestoreError::Inexact(queue.service().name())),
+            None => Ok(()),
+        }
+    }
+
     /// An error unless nothing is in flight and no reset is under way.
     pub(super) fn at_rest(&self) -> Result<(), RestoreError> {
         if self.gate.reasons().contains(Reasons::RESET) || !self.drained() {

@@ -165,7 +165,12 @@ fn a_state_that_cannot_be_is_refused_and_changes_nothing() {
             "unsignalled: queue 1",
         ),
         (
-            |s| s.1.admin_queue = Some(other_queue()),
+            |s| {
+                drop(
+                    s.1.services
+                        .insert("administration virtqueue", other_queue()),
+                )
+            },
             "has an administration virtqueue",
         ),
         (

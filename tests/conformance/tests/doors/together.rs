@@ -1,7 +1,6 @@
 //! Several reasons to be stopped at once: each is asked for, shown and lifted by itself, in any order, and the device
 //! goes on when the last one goes.
 
-use devices::admin::Member;
 use devices::gate::{Mode, Party, Reasons};
 use devices::virtio::Suspend;
 use driver::access::Dma;

@@ -1,5 +1,6 @@
 //! A virtio function: its device context, and what a context leaves out.
 
+use devices::admin::queue::NAME as ADMIN_QUEUE;
 use devices::state::{DeviceState, QueueState, TransientState};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -119,14 +120,14 @@ impl Transient {
             isr,
             config_pending,
             unsignalled,
-            admin_queue,
+            services,
             device,
         } = state;
         Self {
             isr: *isr,
             config_pending: *config_pending,
             unsignalled: unsignalled.clone(),
-            admin_queue: admin_queue.as_ref().map(Queue::of),
+            admin_queue: services.get(ADMIN_QUEUE).map(Queue::of),
             device: Device::of(device),
         }
     }
@@ -139,11 +140,15 @@ impl Transient {
     pub fn plain(&self) -> Result<TransientState, Invalid> {
         check_ascending(&self.unsignalled).field("unsignalled")?;
         let admin_queue = self.admin_queue.as_ref().map(Queue::plain).transpose();
+        let admin_queue = admin_queue.field("admin_queue")?;
         Ok(TransientState {
             isr: self.isr,
             config_pending: self.config_pending,
             unsignalled: self.unsignalled.clone(),
-            admin_queue: admin_queue.field("admin_queue")?,
+            services: admin_queue
+                .map(|queue| (ADMIN_QUEUE, queue))
+                .into_iter()
+                .collect(),
             device: self.device.plain(),
         })
     }
@@ -243,19 +248,23 @@ pub(super) mod tests {
             isr: 3,
             config_pending: true,
             unsignalled: vec![0, 2],
-            admin_queue: Some(QueueState {
-                size: 8,
-                vector: 0xffff,
-                descriptor_area: 0x1000,
-                driver_area: 0x2000,
-                device_area: u64::MAX,
-                enabled: true,
-                stopped: false,
-                next_available: 7,
-                next_used: 5,
-                restarts: true,
-                owned: vec![7, 0],
-            }),
+            services: [(
+                ADMIN_QUEUE,
+                QueueState {
+                    size: 8,
+                    vector: 0xffff,
+                    descriptor_area: 0x1000,
+                    driver_area: 0x2000,
+                    device_area: u64::MAX,
+                    enabled: true,
+                    stopped: false,
+                    next_available: 7,
+                    next_used: 5,
+                    restarts: true,
+                    owned: vec![7, 0],
+                },
+            )]
+            .into(),
             device: DeviceState::Console {
                 input: b"ls\n".to_vec(),
             },
