@@ -89,6 +89,8 @@ pub enum Frame {
     Failed(String),
     /// `<` The machine is there, although it has nothing to say.
     Alive,
+    /// `>` Nothing but the interrupt that its arrival causes.
+    Nudge,
 }
 
 const READY: u8 = 1;
@@ -103,6 +105,7 @@ const SIGNAL: u8 = 9;
 const EXIT: u8 = 10;
 const FAILED: u8 = 11;
 const ALIVE: u8 = 12;
+const NUDGE: u8 = 13;
 
 /// Writes one frame, in one `write` if the other side takes it.
 ///
@@ -125,6 +128,7 @@ pub fn write_frame(writer: &mut impl Write, frame: &Frame) -> io::Result<()> {
         Frame::Exit(status) => (EXIT, status.to_le_bytes().to_vec()),
         Frame::Failed(why) => (FAILED, why.as_bytes().to_vec()),
         Frame::Alive => (ALIVE, Vec::new()),
+        Frame::Nudge => (NUDGE, Vec::new()),
     };
     if payload.len() > MAX_PAYLOAD {
         let message = format!(
@@ -176,6 +180,7 @@ pub fn read_frame(reader: &mut impl Read) -> io::Result<Frame> {
         EXIT => Frame::Exit(i32::from_le_bytes(fixed(&payload)?)),
         FAILED => Frame::Failed(String::from_utf8_lossy(&payload).into_owned()),
         ALIVE => Frame::Alive,
+        NUDGE => Frame::Nudge,
         other => return Err(invalid(format!("unknown frame kind {other}"))),
     })
 }
@@ -226,6 +231,7 @@ mod tests {
             Frame::Exit(-1),
             Frame::Failed("no such file".into()),
             Frame::Alive,
+            Frame::Nudge,
         ]
     }
 

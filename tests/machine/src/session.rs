@@ -22,6 +22,10 @@ use crate::tty::{EscapeWatch, RawMode, window_size};
 
 /// How long a command may take to end after a signal was passed to it, before the machine is switched off.
 const GRACE: Duration = Duration::from_secs(3);
+/// How often the machine gets an interrupt from outside. QEMU sets and clears requests of interrupts from two threads without
+/// a lock where SVM is emulated, and so loses one now and then: that of the one-shot timer stays pending in the local APIC, and
+/// a CPU that spins in a guest never leaves it. Any other interrupt has the APIC raise both.
+const NUDGE: Duration = Duration::from_millis(500);
 /// How long a machine may say nothing, not even that it is there, before it is called dead.
 const SILENCE: Duration = Duration::from_secs(120);
 /// How much of the machine's console is kept to explain a failure.
@@ -193,9 +197,10 @@ impl Session {
         let mut start = Some(start);
         let mut raw_mode = None;
         let mut interrupted: Option<(i32, Instant)> = None;
+        let mut nudge = None;
         loop {
             let silent = lock(&self.heard).until();
-            let until = [deadline, interrupted.map(|(_, until)| until), silent]
+            let until = [deadline, interrupted.map(|(_, until)| until), silent, nudge]
                 .into_iter()
                 .flatten()
                 .min();
@@ -203,6 +208,7 @@ impl Session {
                 Some(Event::Ready) => {
                     let Some(start) = start.take() else { continue };
                     self.send(&Frame::Start(Box::new(start)))?;
+                    nudge = Some(Instant::now() + NUDGE);
                     if self.interactive {
                         raw_mode = Some(RawMode::enter().map_err(Error::Setup)?);
                     }
@@ -253,6 +259,10 @@ impl Session {
                             });
                         }
                         _ => {}
+                    }
+                    if nudge.is_some_and(|at| at <= now) {
+                        self.send(&Frame::Nudge)?;
+                        nudge = Some(now + NUDGE);
                     }
                 }
             }
