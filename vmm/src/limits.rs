@@ -1,5 +1,6 @@
 //! The host's limit on open descriptors, which hundreds of virtual functions reach.
 
+use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::config::MachineSpec;
@@ -12,6 +13,9 @@ const PER_CPU: u64 = 4;
 const PER_QUEUE: u64 = 2;
 /// Those of one function besides: the event of its configuration interrupt, its backend, the backend's event.
 const PER_FUNCTION: u64 = 3;
+
+/// Descriptors that the kernel's table for this process has room for from the start: 32 KiB of it.
+const TABLE: u64 = 4096;
 
 /// More descriptors are needed than the host allows. Exit status 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -63,6 +67,15 @@ pub fn raise_to_maximum() -> Option<u64> {
     }
 }
 
+/// Has the kernel make its table of descriptors large, which costs nothing while there is one thread. With several, it waits
+/// for an RCU grace period each time the table grows: milliseconds of the start of a guest, or of the pause of one that moves.
+pub fn reserve() {
+    let limit = raise_to_maximum().unwrap_or(TABLE);
+    let last = limit.min(TABLE).saturating_sub(1);
+    // It grows when it has to if this fails.
+    let _ = fcntl_dupfd_cloexec(rustix::stdio::stdin(), last as i32);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -84,6 +97,15 @@ mod tests {
         let many = needed(&machine(&["net,vfs=255"]));
         assert!(none < 200 && one > none, "{none} {one}");
         assert_eq!(many - one, 254 * 9);
+    }
+
+    #[test]
+    fn the_table_has_room_before_there_are_many_descriptors() {
+        reserve();
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let size = status.lines().find_map(|line| line.strip_prefix("FDSize:"));
+        let size: u64 = size.unwrap().trim().parse().unwrap();
+        assert!(size >= TABLE.min(getrlimit(Resource::Nofile).current.unwrap_or(TABLE)));
     }
 
     #[test]

@@ -62,8 +62,9 @@ pub struct Process {
 }
 
 impl Process {
-    /// Takes signals over. To be called before anything else: threads inherit the mask.
+    /// Makes room for descriptors and takes signals over. To be called before anything else: threads inherit the mask.
     pub fn begin() -> anyhow::Result<Self> {
+        limits::reserve();
         let signals = Signals::block()?;
         // What follows may take long: a kernel on a slow network, memory the host has to find first.
         let watch = signals.watch(end_set_up)?;

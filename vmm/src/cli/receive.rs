@@ -13,7 +13,6 @@ use super::tls::{self, Tls};
 use crate::config::MachineSpec;
 use crate::console::output::Output;
 use crate::exit;
-use crate::limits;
 use crate::machine::Machine;
 use crate::machine::functions::Backends;
 use crate::machine::provider::Provider;
@@ -70,8 +69,6 @@ impl Receive {
     /// Runs the guest; returns the exit status.
     pub fn run(self) -> anyhow::Result<u8> {
         let process = Process::begin()?;
-        // Open files come with the offer.
-        limits::raise_to_maximum();
         let overrides: Overrides = self.different.into();
         let receiver = Receiver::bind(&self.address, self.tls.files().as_ref(), self.insecure)?;
         eprintln!("tern: waiting for a guest at {}", self.address);
