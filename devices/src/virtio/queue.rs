@@ -1,29 +1,23 @@
 //! One virtqueue: the registers a transport shows, and the ring once the queue is enabled.
 //!
-//! Ring mechanics (available and used ring, event index) are the `virtio-queue` crate's; this module adds what it
-//! leaves out: the MSI-X vector, reset and stop as processes, which chains are in flight,
-//! `VIRTQ_AVAIL_F_NO_INTERRUPT`, and errors instead of silence.
+//! What a ring is, is in [`split`]. This module has what is the same for any: the MSI-X vector, reset and stop as processes,
+//! which chains are in flight, and whether the driver was notified of those that are not any more.
 //!
 //! A chain that was fetched is in flight until it is returned, or until its device gives it up unbegun. In that case the
 //! function still owns it: it is fetched once more before any other.
 
+mod split;
+
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use split::SplitRing;
 
-use super::chain::{Chain, ChainError, Head, Table};
+use super::chain::{Chain, ChainError, Head};
 use crate::memory::View;
 use crate::state::QueueState;
 
 /// The MSI-X vector value that means "no interrupt" (VIRTIO_MSI_NO_VECTOR).
 pub const NO_VECTOR: u16 = 0xffff;
-
-/// Bit 0 of the available ring's flags: the driver wants no interrupt (only without EVENT_IDX).
-const AVAIL_NO_INTERRUPT: u16 = 1;
-/// Byte offset of `idx` in the used ring.
-const USED_INDEX: u64 = 2;
 
 /// Why a ring cannot be used. Each is the driver's doing, and answered with DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
@@ -76,25 +70,72 @@ pub struct QueueRegisters {
 pub struct Virtqueue {
     max_size: u16,
     registers: QueueRegisters,
-    /// Present while the queue is enabled.
-    ring: Option<Queue>,
-    /// The driver asked for a reset of this queue and requests are still in flight.
-    resetting: bool,
-    /// The driver stopped this queue, by `queue_status` (S0).
-    stopped: bool,
     /// Where the driver wants the queue to start, or to go on after a stop: an index in the available ring (S0-10).
     start: Option<u16>,
-    /// Heads of the chains that were fetched and not yet returned, in order. The only record of them.
-    in_flight: VecDeque<u16>,
-    /// Heads of the chains that were fetched and given up, in order.
-    owned: VecDeque<u16>,
-    /// Chains were used since the driver was last notified.
-    unsignalled: bool,
-    /// The queue comes from a saved state, which does not tell whether the driver was notified of everything.
-    owes_signal: bool,
-    /// The device found the ring empty at this available index, and the driver was not yet asked for a kick. What
-    /// was put back since then does not count as news.
-    starved: Option<u16>,
+    /// From `queue_enable` until the queue or the device is reset.
+    enabled: Option<Enabled>,
+}
+
+#[derive(Debug)]
+struct Enabled {
+    ring: SplitRing,
+    phase: Phase,
+    /// The chains that were fetched and not yet returned, in order. The only record of them.
+    in_flight: VecDeque<Head>,
+    /// The chains that were fetched and given up, in order.
+    owned: VecDeque<Head>,
+    signal: Signal,
+}
+
+/// What the driver wants of a queue it enabled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Running,
+    /// It stopped the queue, by `queue_status` (S0).
+    Stopped,
+    /// It asked for a reset of the queue, and requests are still in flight.
+    Resetting,
+}
+
+/// What the driver is to be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Signal {
+    Nothing,
+    /// Chains were used since it was last notified: it is, if it wants to be.
+    Used,
+    /// It is notified, whatever it wants: the queue comes from a saved state, which does not tell whether it was notified of
+    /// everything.
+    Owed,
+}
+
+impl Enabled {
+    fn new(ring: SplitRing) -> Self {
+        Self {
+            ring,
+            phase: Phase::Running,
+            in_flight: VecDeque::new(),
+            owned: VecDeque::new(),
+            signal: Signal::Nothing,
+        }
+    }
+
+    /// True while the queue may be worked on, as far as it is concerned. One that is to stop still has to do what it was
+    /// given back.
+    fn is_usable(&self) -> bool {
+        match self.phase {
+            Phase::Running => true,
+            Phase::Stopped => !self.owned.is_empty(),
+            Phase::Resetting => false,
+        }
+    }
+
+    /// A chain is no longer in flight. False if it was not: the device returns what it does not have.
+    fn leave(&mut self, head: Head) -> bool {
+        // Devices that work in order, as most do, return the first.
+        let found = self.in_flight.iter().position(|h| *h == head);
+        debug_assert!(found.is_some(), "a chain left that was never fetched");
+        found.and_then(|at| self.in_flight.remove(at)).is_some()
+    }
 }
 
 impl Virtqueue {
@@ -102,15 +143,8 @@ impl Virtqueue {
         Self {
             max_size,
             registers: default_registers(max_size),
-            ring: None,
-            resetting: false,
-            stopped: false,
             start: None,
-            in_flight: VecDeque::new(),
-            owned: VecDeque::new(),
-            unsignalled: false,
-            owes_signal: false,
-            starved: None,
+            enabled: None,
         }
     }
 
@@ -132,30 +166,41 @@ impl Virtqueue {
 
     /// True from `queue_enable` until the queue or the device is reset.
     pub fn is_enabled(&self) -> bool {
-        self.ring.is_some()
+        self.enabled.is_some()
+    }
+
+    fn is_in(&self, phase: Phase) -> bool {
+        self.enabled
+            .as_ref()
+            .is_some_and(|queue| queue.phase == phase)
     }
 
     /// True while a reset of this queue waits for requests in flight.
     pub fn is_resetting(&self) -> bool {
-        self.resetting
+        self.is_in(Phase::Resetting)
     }
 
-    /// True while the queue may be worked on, as far as it is concerned. One that is to stop still has to do what it was
-    /// given back.
+    /// True while the queue may be worked on, as far as it is concerned.
     pub(super) fn is_usable(&self) -> bool {
-        self.ring.is_some() && !self.resetting && !(self.stopped && self.owned.is_empty())
+        self.enabled.as_ref().is_some_and(Enabled::is_usable)
     }
 
     /// `queue_status`: false if the queue is disabled, or stopped with nothing in flight (S0-4, S0-5). Chains that were
     /// given up are none the driver may do without: `last_avail_idx` is beyond them.
     pub fn is_running(&self) -> bool {
-        let stands = self.stopped && self.is_drained() && self.owned.is_empty();
-        self.ring.is_some() && !stands
+        let stands = |queue: &Enabled| {
+            queue.phase == Phase::Stopped && queue.in_flight.is_empty() && queue.owned.is_empty()
+        };
+        self.enabled.as_ref().is_some_and(|queue| !stands(queue))
     }
 
     /// `last_avail_idx` of a queue that does not run: the available-ring entry that is fetched next (S0-9).
     pub fn next_available(&self) -> u16 {
-        let ring = || self.ring.as_ref().map_or(0, QueueT::next_avail);
+        let ring = || {
+            self.enabled
+                .as_ref()
+                .map_or(0, |queue| queue.ring.next_available())
+        };
         self.start.unwrap_or_else(ring)
     }
 
@@ -166,31 +211,31 @@ impl Virtqueue {
         }
     }
 
-    /// The driver writes 0 to `queue_status`. Nothing happens while the queue is disabled (S0-6).
+    /// The driver writes 0 to `queue_status`. Nothing happens while the queue is disabled (S0-6), and to one that is being
+    /// reset.
     pub(super) fn stop(&mut self) {
-        self.stopped = self.ring.is_some();
+        if let Some(queue) = &mut self.enabled
+            && queue.phase == Phase::Running
+        {
+            queue.phase = Phase::Stopped;
+        }
     }
 
     /// The driver writes 1 to `queue_status`. True if the queue goes on.
     pub(super) fn resume(&mut self) -> bool {
-        std::mem::take(&mut self.stopped)
-    }
-
-    /// Moves to the index the driver set, if it did. Where it left the used ring is in that ring (G0-l), which may not be
-    /// looked at before the queue is worked on.
-    fn go_to_start(&mut self, view: &View) -> Result<(), RingError> {
-        if let (Some(ring), Some(start)) = (&mut self.ring, self.start.take()) {
-            let used = GuestAddress(ring.used_ring().wrapping_add(USED_INDEX));
-            let used: u16 = view.load(used, Ordering::Acquire)?;
-            ring.set_next_avail(start);
-            ring.set_next_used(u16::from_le(used));
+        match &mut self.enabled {
+            Some(queue) if queue.phase == Phase::Stopped => {
+                queue.phase = Phase::Running;
+                true
+            }
+            _ => false,
         }
-        Ok(())
     }
 
     /// Starts the ring with the addresses in the registers, at index 0 or where the driver said.
     pub(super) fn enable(&mut self, view: &View, event_index: bool) -> Result<(), RingError> {
-        self.ring = Some(make_ring(self.max_size, &self.registers, view)?);
+        let ring = SplitRing::new(self.max_size, &self.registers, view)?;
+        self.enabled = Some(Enabled::new(ring));
         self.set_event_index(event_index);
         Ok(())
     }
@@ -198,6 +243,10 @@ impl Virtqueue {
     /// What moves with this queue. Chains in flight are the function's, as those it gave up.
     pub(super) fn save(&self) -> QueueState {
         let registers = self.registers;
+        let enabled = self.enabled.as_ref();
+        let chains = enabled
+            .iter()
+            .flat_map(|queue| queue.in_flight.iter().chain(&queue.owned));
         QueueState {
             size: registers.size,
             vector: registers.vector,
@@ -205,11 +254,11 @@ impl Virtqueue {
             driver_area: registers.driver_area,
             device_area: registers.device_area,
             enabled: self.is_enabled(),
-            stopped: self.stopped,
+            stopped: self.is_in(Phase::Stopped),
             next_available: self.next_available(),
-            next_used: self.ring.as_ref().map_or(0, QueueT::next_used),
+            next_used: enabled.map_or(0, |queue| queue.ring.next_used()),
             restarts: self.start.is_some(),
-            owned: self.in_flight.iter().chain(&self.owned).copied().collect(),
+            owned: chains.map(|head| head.0).collect(),
         }
     }
 
@@ -228,48 +277,56 @@ impl Virtqueue {
             device_area: saved.device_area,
         };
         if saved.enabled {
-            let mut ring = make_ring(max_size, &queue.registers, view)?;
-            ring.set_next_avail(saved.next_available);
-            ring.set_next_used(saved.next_used);
-            queue.ring = Some(ring);
-            queue.stopped = saved.stopped;
-            queue.owned = saved.owned.iter().copied().collect();
+            let mut ring = SplitRing::new(max_size, &queue.registers, view)?;
+            ring.go_to(saved.next_available, saved.next_used);
+            let mut enabled = Enabled::new(ring);
+            if saved.stopped {
+                enabled.phase = Phase::Stopped;
+            }
+            enabled.owned = saved.owned.iter().copied().map(Head).collect();
+            queue.enabled = Some(enabled);
         }
         queue.start = Some(saved.next_available).filter(|_| saved.restarts);
         Ok(queue)
     }
 
     pub(super) fn set_event_index(&mut self, enabled: bool) {
-        if let Some(ring) = &mut self.ring {
-            ring.set_event_idx(enabled);
+        if let Some(queue) = &mut self.enabled {
+            queue.ring.set_event_index(enabled);
         }
     }
 
     /// The driver may not have been notified of everything that was used: it is notified once more.
     pub(super) fn signal_again(&mut self) {
-        self.owes_signal = self.ring.is_some();
+        if let Some(queue) = &mut self.enabled {
+            queue.signal = Signal::Owed;
+        }
     }
 
     /// True if the driver was not notified of everything that was used, or perhaps not.
     pub(super) fn is_unsignalled(&self) -> bool {
-        self.unsignalled || self.owes_signal
+        let signal = self.enabled.as_ref().map(|queue| queue.signal);
+        signal.is_some_and(|signal| signal != Signal::Nothing)
     }
 
     /// The driver was notified of everything that was used, but not if this `owes` it that.
     pub(super) fn set_unsignalled(&mut self, owes: bool) {
-        self.unsignalled = false;
-        self.owes_signal = owes && self.ring.is_some();
+        if let Some(queue) = &mut self.enabled {
+            queue.signal = if owes { Signal::Owed } else { Signal::Nothing };
+        }
     }
 
     /// Asks for a reset of this queue; [`Self::finish_reset`] completes it once nothing is in flight.
     pub(super) fn request_reset(&mut self) {
-        self.resetting = self.ring.is_some();
+        if let Some(queue) = &mut self.enabled {
+            queue.phase = Phase::Resetting;
+        }
         self.start = None;
     }
 
     /// Completes a requested reset if nothing is in flight. The registers return to their defaults.
     pub(super) fn finish_reset(&mut self) -> bool {
-        let ready = self.resetting && self.is_drained();
+        let ready = self.is_resetting() && self.is_drained();
         if ready {
             *self = Self::new(self.max_size);
         }
@@ -279,175 +336,122 @@ impl Virtqueue {
     /// Fetches the next chain: one the function still owns, or the next available one. `None` if there is neither, or the
     /// queue may not be worked on.
     pub(super) fn pop(&mut self, view: &View) -> Result<Option<Chain>, RingError> {
-        if !self.is_usable() {
+        let Some(queue) = self.enabled.as_mut().filter(|queue| queue.is_usable()) else {
             return Ok(None);
+        };
+        // The used ring may not be looked at before the queue is worked on.
+        if let Some(index) = self.start.take() {
+            queue.ring.go_to_available(view, index)?;
         }
-        self.go_to_start(view)?;
-        let Some(ring) = &mut self.ring else {
-            return Ok(None);
-        };
-        let table = Table {
-            start: GuestAddress(ring.desc_table()),
-            len: ring.size(),
-        };
-        let chain = match self.owned.front() {
+        let chain = match queue.owned.front() {
             Some(head) => {
-                let chain = Chain::parse(view, table, Head(*head))?.fetched_again();
-                self.owned.pop_front();
-                chain
+                let chain = queue.ring.again(view, *head)?;
+                queue.owned.pop_front();
+                Some(chain)
             }
-            None if self.stopped => return Ok(None),
-            None => match ring.iter(&**view).map_err(RingError::Available)?.next() {
-                Some(found) => {
-                    let head = found.head_index();
-                    if self.in_flight.contains(&head) {
-                        return Err(RingError::Again(head));
-                    }
-                    Chain::parse(view, table, Head(head))?
-                }
-                None => {
-                    self.starved = Some(ring.next_avail());
-                    return Ok(None);
-                }
-            },
+            None if queue.phase == Phase::Stopped => None,
+            None => {
+                let in_flight = &queue.in_flight;
+                queue.ring.next(view, |head| in_flight.contains(&head))?
+            }
         };
-        self.in_flight.push_back(chain.head().0);
-        self.starved = None;
-        Ok(Some(chain))
+        queue.in_flight.extend(chain.iter().map(Chain::head));
+        Ok(chain)
     }
 
     /// Takes back the chain that was popped last, as if it had not been fetched.
     pub(super) fn unpop(&mut self, chain: &Chain) {
-        if !self.leave(chain.head()) {
+        let Some(queue) = &mut self.enabled else {
+            return;
+        };
+        if !queue.leave(chain.head()) {
             return;
         }
         if chain.was_fetched_again() {
-            self.owned.push_front(chain.head().0);
-        } else if let Some(ring) = &mut self.ring {
-            ring.go_to_previous_position();
+            queue.owned.push_front(chain.head());
+        } else {
+            queue.ring.put_back();
         }
     }
 
     /// The device gives up a chain whose execution has not begun; it stays the function's.
     pub(super) fn recall(&mut self, chain: &Chain) {
-        if self.leave(chain.head()) {
-            self.owned.push_front(chain.head().0);
+        if let Some(queue) = &mut self.enabled
+            && queue.leave(chain.head())
+        {
+            queue.owned.push_front(chain.head());
         }
     }
 
     /// True if chains were fetched that the device is to execute anew.
     pub(super) fn owns_chains(&self) -> bool {
-        !self.owned.is_empty()
+        self.enabled
+            .as_ref()
+            .is_some_and(|queue| !queue.owned.is_empty())
     }
 
     /// True if no chain is in flight.
     pub(super) fn is_drained(&self) -> bool {
-        self.in_flight.is_empty()
-    }
-
-    /// A chain is no longer in flight. False if it was not: the device returns what it does not have.
-    fn leave(&mut self, head: Head) -> bool {
-        // Devices that work in order, as most do, return the first.
-        let found = self.in_flight.iter().position(|h| *h == head.0);
-        debug_assert!(found.is_some(), "a chain left that was never fetched");
-        found.and_then(|at| self.in_flight.remove(at)).is_some()
+        self.enabled
+            .as_ref()
+            .is_none_or(|queue| queue.in_flight.is_empty())
     }
 
     /// Lets go of a chain without the driver hearing of it.
     pub(super) fn forget(&mut self, head: Head) {
-        self.leave(head);
+        if let Some(queue) = &mut self.enabled {
+            queue.leave(head);
+        }
     }
 
     /// Returns a chain to the driver with `len` bytes written.
     pub(super) fn push(&mut self, view: &View, head: Head, len: u32) -> Result<(), RingError> {
-        if !self.leave(head) {
-            return Ok(());
-        }
-        let Some(ring) = &mut self.ring else {
+        let Some(queue) = &mut self.enabled else {
             return Ok(());
         };
-        ring.add_used(&**view, head.0, len)
-            .map_err(RingError::Used)?;
-        self.unsignalled = true;
+        if !queue.leave(head) {
+            return Ok(());
+        }
+        queue.ring.push(view, head, len)?;
+        if queue.signal == Signal::Nothing {
+            queue.signal = Signal::Used;
+        }
         Ok(())
     }
 
     /// Tells the driver not to kick while the ring is being worked on.
     pub(super) fn disable_kicks(&mut self, view: &View) -> Result<(), RingError> {
-        self.starved = None;
-        match &mut self.ring {
-            Some(ring) => ring.disable_notification(&**view).map_err(RingError::Used),
+        match &mut self.enabled {
+            Some(queue) => queue.ring.disable_kicks(view),
             None => Ok(()),
         }
     }
 
     /// True if the device found the ring empty since kicks were last asked for, or declined.
     pub(super) fn is_starved(&self) -> bool {
-        self.starved.is_some() && self.is_usable()
+        let queue = self.enabled.as_ref();
+        queue.is_some_and(|queue| queue.ring.is_starved() && queue.is_usable())
     }
 
-    /// Asks for a kick when the next chain is made available. True if one already is: one the device has not seen,
-    /// since those it saw and put back are waiting for more.
+    /// Asks for a kick when the next chain is made available. True if one already is that the device has not seen.
     pub(super) fn enable_kicks(&mut self, view: &View) -> Result<bool, RingError> {
-        let seen = self.starved.take();
-        let Some(ring) = &mut self.ring else {
-            return Ok(false);
-        };
-        let next = ring.next_avail();
-        ring.set_next_avail(seen.unwrap_or(next));
-        let outcome = ring.enable_notification(&**view);
-        ring.set_next_avail(next);
-        outcome.map_err(RingError::Used)
+        match &mut self.enabled {
+            Some(queue) => queue.ring.enable_kicks(view),
+            None => Ok(false),
+        }
     }
 
     /// True if chains were used since the last call and the driver wants to hear of it.
     pub(super) fn take_signal(&mut self, view: &View) -> Result<bool, RingError> {
-        if std::mem::take(&mut self.owes_signal) {
-            self.unsignalled = false;
-            return Ok(self.ring.is_some());
-        }
-        if !std::mem::take(&mut self.unsignalled) {
-            return Ok(false);
-        }
-        let Some(ring) = &mut self.ring else {
+        let Some(queue) = &mut self.enabled else {
             return Ok(false);
         };
-        let wanted = ring
-            .needs_notification(&**view)
-            .map_err(RingError::Available)?;
-        if ring.event_idx_enabled() {
-            return Ok(wanted);
+        match std::mem::replace(&mut queue.signal, Signal::Nothing) {
+            Signal::Nothing => Ok(false),
+            Signal::Used => queue.ring.wants_signal(view),
+            Signal::Owed => Ok(true),
         }
-        let flags: u16 = view
-            .load(GuestAddress(ring.avail_ring()), Ordering::Relaxed)
-            .map(u16::from_le)?;
-        Ok(flags & AVAIL_NO_INTERRUPT == 0)
     }
-}
-
-/// The ring that `registers` describe, at index 0, if all of it is guest memory.
-fn make_ring(max_size: u16, registers: &QueueRegisters, view: &View) -> Result<Queue, RingError> {
-    let size = u64::from(registers.size);
-    let area = |area, address: u64, align: u64, len: u64| {
-        let usable = address.is_multiple_of(align)
-            && address != 0
-            && view.contains(GuestAddress(address), len as usize);
-        usable
-            .then_some(GuestAddress(address))
-            .ok_or(RingError::Area { area, address })
-    };
-    let table = registers.descriptor_area;
-    let descriptors = area("descriptor table", table, 16, 16 * size)?;
-    let available = area("available ring", registers.driver_area, 2, 6 + 2 * size)?;
-    let used = area("used ring", registers.device_area, 4, 6 + 8 * size)?;
-    let mut ring = Queue::new(max_size).map_err(RingError::Available)?;
-    ring.try_set_size(registers.size)
-        .and_then(|()| ring.try_set_desc_table_address(descriptors))
-        .and_then(|()| ring.try_set_avail_ring_address(available))
-        .and_then(|()| ring.try_set_used_ring_address(used))
-        .map_err(RingError::Available)?;
-    ring.set_ready(true);
-    Ok(ring)
 }
 
 fn default_registers(max_size: u16) -> QueueRegisters {
