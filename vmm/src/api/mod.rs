@@ -32,7 +32,7 @@ pub const OPENAPI: &str = include_str!("../../../resources/openapi.json");
 
 /// What the guest does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum State {
     /// Is complete and was not started yet.
     Created,

@@ -247,3 +247,28 @@ fn the_states_are_the_documented_ones() {
     ];
     assert_eq!(documented, serde_json::to_value(states).unwrap());
 }
+
+#[test]
+fn the_names_of_a_doubt_are_the_documented_ones() {
+    let schemas = document()["components"]["schemas"].clone();
+    let (to, reason) = ("unix:/s".to_owned(), "r".to_owned());
+    for (schema, member, value) in [
+        (
+            "MigrateAnswer",
+            "outcome",
+            serde_json::to_value(source::Answer::InDoubt {
+                reason: reason.clone(),
+            }),
+        ),
+        (
+            "Migration",
+            "role",
+            serde_json::to_value(Migration::InDoubt { to, reason }),
+        ),
+    ] {
+        let documented = schemas[schema]["properties"][member]["enum"].clone();
+        let name = value.unwrap()[member].clone();
+        assert_eq!(name, "in_doubt");
+        assert!(documented.as_array().unwrap().contains(&name), "{schema}");
+    }
+}

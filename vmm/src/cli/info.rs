@@ -56,7 +56,7 @@ fn migration(status: &Status) -> String {
                 pause.unwrap_or_default()
             )
         }
-        Status::Doubt { reason, .. } => format!("doubt    {reason}"),
+        Status::InDoubt { reason, .. } => format!("doubt    {reason}"),
         Status::Destination { round, pages } => {
             format!("arrives  round {round}, {} MiB so far", pages >> 8)
         }

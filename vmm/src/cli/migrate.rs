@@ -148,7 +148,7 @@ impl Migrate {
                 }
                 Ok(0)
             }
-            Answer::Doubt { reason } => {
+            Answer::InDoubt { reason } => {
                 eprintln!("tern: {reason}");
                 Ok(exit::IN_DOUBT)
             }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 /// What is known of a migration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase", tag = "role", deny_unknown_fields)]
+#[serde(rename_all = "snake_case", tag = "role", deny_unknown_fields)]
 pub enum Status {
     /// The guest goes to another process.
     Source {
@@ -31,7 +31,7 @@ pub enum Status {
         predicted_us: Option<u64>,
     },
     /// The guest was given away, and nobody could say whether it runs there.
-    Doubt {
+    InDoubt {
         /// Where to.
         to: String,
         /// What happened, and how to end the doubt.
@@ -74,7 +74,7 @@ impl Monitor {
 
     /// True while the guest was given away and nobody can say whether it runs there.
     pub fn in_doubt(&self) -> bool {
-        matches!(self.lock().status, Some(Status::Doubt { .. }))
+        matches!(self.lock().status, Some(Status::InDoubt { .. }))
     }
 
     /// True while the guest stands still to be given away.
@@ -93,7 +93,7 @@ impl Monitor {
                 phase: Phase::Commit,
                 ..
             })
-            | Some(Status::Doubt { .. } | Status::Destination { .. })
+            | Some(Status::InDoubt { .. } | Status::Destination { .. })
             | None => false,
             Some(Status::Source { .. }) => {
                 inner.called_off = true;
@@ -105,7 +105,7 @@ impl Monitor {
     /// Ends the doubt. False if there is none.
     pub fn resolve(&self, resolution: Resolution) -> bool {
         let mut inner = self.lock();
-        if !matches!(inner.status, Some(Status::Doubt { .. })) {
+        if !matches!(inner.status, Some(Status::InDoubt { .. })) {
             return false;
         }
         inner.resolution = Some(resolution);
@@ -154,7 +154,7 @@ impl Monitor {
 
     /// The source is in doubt.
     pub(super) fn doubt(&self, to: &str, reason: String) {
-        self.lock().status = Some(Status::Doubt {
+        self.lock().status = Some(Status::InDoubt {
             to: to.to_owned(),
             reason,
         });

@@ -115,7 +115,7 @@ pub enum MigrateError {
 
 /// What became of a guest that was to be moved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "outcome", rename_all = "lowercase")]
+#[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum Answer {
     /// It runs at the destination.
     Moved {
@@ -123,7 +123,7 @@ pub enum Answer {
         report: Report,
     },
     /// It may run at the destination. Here it stands still.
-    Doubt {
+    InDoubt {
         /// What happened, and how to end the doubt.
         reason: String,
     },
@@ -220,7 +220,7 @@ pub fn run(
             machine.migration.doubt(&name, reason.clone());
             // For whoever sits at its console and sees it stand still.
             let _ = writeln!(std::io::stderr(), "tern: {reason}");
-            answer(Ok(Answer::Doubt { reason }));
+            answer(Ok(Answer::InDoubt { reason }));
             if !settle(machine, &mut leaving, session, &mut connect, &name) {
                 // How the process ends says that, too.
                 return;

@@ -264,7 +264,7 @@ fn doubt() -> Result<()> {
             "{code} {said}"
         );
         ensure!(
-            guest.control.state()? == "indoubt",
+            guest.control.state()? == "in_doubt",
             "{}",
             guest.control.state()?
         );

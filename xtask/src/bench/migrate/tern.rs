@@ -196,7 +196,7 @@ mod tests {
         let answer: Answer = serde_json::from_str(said).unwrap();
         assert_eq!(answer.report.rounds[0].data, 2);
         assert_eq!(answer.report.pause_us.total, 5);
-        let doubt = r#"{"outcome":"doubt","reason":"?"}"#;
+        let doubt = r#"{"outcome":"in_doubt","reason":"?"}"#;
         assert!(serde_json::from_str::<Answer>(doubt).is_err());
     }
 }
