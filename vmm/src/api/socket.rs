@@ -11,7 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{Access, AtFlags, FlockOperation, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 /// Longest path of a Unix socket in bytes.
@@ -88,27 +88,12 @@ impl Socket {
 
     /// Binds `path` and listens. `what` says in messages what the socket is for; it stands right before the path.
     pub fn bind_as(what: &'static str, path: &Path) -> Result<Self, SocketError> {
-        let len = path.as_os_str().len();
-        if len > PATH_MAX {
-            return Err(SocketError::TooLong {
-                what,
-                path: path.to_owned(),
-                len,
-            });
-        }
-        let host = |e: io::Error| SocketError::Host {
-            what,
-            path: path.to_owned(),
-            reason: match e.kind() {
-                io::ErrorKind::NotFound => "its directory does not exist; create it".to_owned(),
-                io::ErrorKind::PermissionDenied => {
-                    "its directory may not be written; use another path".to_owned()
-                }
-                _ => e.to_string(),
-            },
-        };
+        fits(what, path)?;
+        let host = |error| refused(what, path, &error);
         let _lock = lock_directory(path).map_err(host)?;
-        clear(what, path)?;
+        if look(what, path)? == Found::Stale {
+            let _ = std::fs::remove_file(path);
+        }
         let listener = listen(path).map_err(host)?;
         let metadata = std::fs::symlink_metadata(path).map_err(host)?;
         let bound = Bound {
@@ -120,6 +105,18 @@ impl Socket {
             all.push(bound.clone());
         }
         Ok(Self { listener, bound })
+    }
+
+    /// Whether [`Self::bind`] would succeed now, as far as that can be said without doing it.
+    pub fn check(path: &Path) -> Result<(), SocketError> {
+        const WHAT: &str = "--api-socket ";
+        fits(WHAT, path)?;
+        let host = |error| refused(WHAT, path, &error);
+        let lock = lock_directory(path).map_err(host)?;
+        look(WHAT, path)?;
+        let access = Access::WRITE_OK | Access::EXEC_OK;
+        let writable = rustix::fs::accessat(lock, ".", access, AtFlags::EACCESS);
+        writable.map_err(|error| host(error.into()))
     }
 
     /// A second handle to the listening socket.
@@ -157,20 +154,53 @@ fn lock_directory(path: &Path) -> io::Result<OwnedFd> {
     Ok(directory)
 }
 
-/// Removes a socket nobody answers at. The directory is locked.
-fn clear(what: &'static str, path: &Path) -> Result<(), SocketError> {
+/// Refuses a path that is too long.
+fn fits(what: &'static str, path: &Path) -> Result<(), SocketError> {
+    let len = path.as_os_str().len();
+    if len <= PATH_MAX {
+        return Ok(());
+    }
+    Err(SocketError::TooLong {
+        what,
+        path: path.to_owned(),
+        len,
+    })
+}
+
+/// What the host said, and the cure.
+fn refused(what: &'static str, path: &Path, error: &io::Error) -> SocketError {
+    SocketError::Host {
+        what,
+        path: path.to_owned(),
+        reason: match error.kind() {
+            io::ErrorKind::NotFound => "its directory does not exist; create it".to_owned(),
+            io::ErrorKind::PermissionDenied => {
+                "its directory may not be written; use another path".to_owned()
+            }
+            _ => error.to_string(),
+        },
+    }
+}
+
+/// What is in the place of a socket that is to be bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    /// A socket that nobody answers at.
+    Stale,
+}
+
+/// Looks what is in the place of a socket. The directory is locked.
+fn look(what: &'static str, path: &Path) -> Result<Found, SocketError> {
     let Ok(metadata) = std::fs::symlink_metadata(path) else {
         // Nothing there, or nothing we may see: binding will tell.
-        return Ok(());
+        return Ok(Found::Nothing);
     };
     if !metadata.file_type().is_socket() {
         return Err(SocketError::NotASocket(what, path.to_owned()));
     }
     match UnixStream::connect(path) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-            let _ = std::fs::remove_file(path);
-            Ok(())
-        }
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(Found::Stale),
         _ => Err(SocketError::InUse(what, path.to_owned())),
     }
 }
@@ -255,7 +285,21 @@ mod tests {
         ] {
             let message = Socket::bind(path).unwrap_err().to_string();
             assert!(message.contains(reason), "{message}");
+            assert_eq!(Socket::check(path).unwrap_err().to_string(), message);
         }
         assert!(file.exists());
+    }
+
+    #[test]
+    fn a_path_is_checked_and_nothing_is_done() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        Socket::check(&path).unwrap();
+        assert!(!path.exists());
+        drop(UnixListener::bind(&path).unwrap());
+        Socket::check(&path).unwrap();
+        assert!(path.exists());
+        let _socket = Socket::bind(&path).unwrap();
+        assert!(matches!(Socket::check(&path), Err(SocketError::InUse(..))));
     }
 }

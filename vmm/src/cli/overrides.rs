@@ -2,6 +2,7 @@
 
 use clap::Args;
 
+use crate::config::ConfigError;
 use crate::console::Target;
 use crate::snapshot::overrides::{DiskOverride, NetOverride, Overrides};
 
@@ -26,13 +27,16 @@ pub struct Options {
     virtio_console: Option<Target>,
 }
 
-impl From<Options> for Overrides {
-    fn from(options: Options) -> Self {
-        Self {
-            disks: options.disk,
-            nets: options.net,
-            console: options.console,
-            virtio_console: options.virtio_console,
-        }
+impl Options {
+    /// The same for the machine; refused if they contradict each other.
+    pub fn overrides(self) -> Result<Overrides, ConfigError> {
+        let overrides = Overrides {
+            disks: self.disk,
+            nets: self.net,
+            console: self.console,
+            virtio_console: self.virtio_console,
+        };
+        overrides.check_contradictions()?;
+        Ok(overrides)
     }
 }

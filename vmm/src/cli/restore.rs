@@ -14,7 +14,6 @@ use crate::exit;
 use crate::machine::Machine;
 use crate::machine::functions::Backends;
 use crate::signals::Signals;
-use crate::snapshot::overrides::Overrides;
 use crate::snapshot::restore::{ClockChoice, Fit, Options, Source};
 
 const EXAMPLES: &str = "\
@@ -77,7 +76,7 @@ impl Restore {
     /// Runs the guest; returns the exit status.
     pub fn run(self) -> anyhow::Result<u8> {
         let process = Process::begin()?;
-        let overrides: Overrides = self.different.into();
+        let overrides = self.different.overrides()?;
         let source = Source::open(&self.directory, &overrides)?.fit(self.force)?;
         let options = Options {
             clock: match self.clock {

@@ -26,6 +26,7 @@ use migration::wire::message::{Memory, Outcome};
 
 use super::address::{Address, Caller, Listener};
 use super::tls;
+use crate::config::check::console_file;
 use crate::config::{MachineSpec, MemoryBacking};
 use crate::console::output::Output;
 use crate::errors::chain;
@@ -41,6 +42,7 @@ use crate::snapshot::devices::check_contexts;
 use crate::snapshot::format::moving::{self, Contexts, Guest, Offer};
 use crate::snapshot::format::parse;
 use crate::snapshot::overrides::Overrides;
+use crate::snapshot::overrides::check::disk_file;
 use crate::snapshot::restore::ClockChoice;
 
 /// Name of the descriptor of a guest's memory.
@@ -94,10 +96,10 @@ impl Receiver {
     }
 
     /// Waits for a source that offers a guest. What does not fit is told to the source and is an error here.
-    pub fn wait(self, overrides: &Overrides, force: bool) -> anyhow::Result<Candidate> {
+    pub fn wait(self, overrides: &Overrides, host: Host) -> anyhow::Result<Candidate> {
         let mut offered = self.offer()?;
         let authenticated = self.listener.authenticates();
-        let checked = check(&mut offered, overrides, authenticated, force);
+        let checked = check(&mut offered, overrides, authenticated, host);
         match checked {
             Ok(checked) => Ok(Candidate {
                 offered: Some(offered),
@@ -168,7 +170,7 @@ fn check(
     offered: &mut Offered,
     overrides: &Overrides,
     authenticated: bool,
-    force: bool,
+    host: Host,
 ) -> Result<Candidate, Vec<String>> {
     let one = |error: &dyn std::fmt::Display| vec![error.to_string()];
     let sections = offered.sections();
@@ -187,34 +189,46 @@ fn check(
     if (offered.how() == Memory::Handoff) != memory.is_some() {
         reasons.push("memory: its descriptor and how it is to come here disagree".to_owned());
     }
-    // Whoever can connect to a port may be anybody: then no path of theirs is followed.
-    if !authenticated && let Err(error) = overrides.check_trust(&offer.machine) {
-        // Nor is anything said of what is there.
-        return Err(one(&error));
-    }
+    let unnamed = if authenticated {
+        Vec::new()
+    } else {
+        overrides.unnamed(&offer.machine)
+    };
     let sizes: BTreeMap<_, _> = offer
         .machine
         .files()
         .into_iter()
         .filter_map(|(name, file, _)| Some((name, file.identity?.size)))
         .collect();
-    let named = overrides.apply(&mut offer.machine);
-    reasons.extend(named.err().map(|error| error.to_string()));
-    let spec = offer.machine.to_spec().map_err(|e| {
-        let mut all = reasons.clone();
-        all.push(format!("machine: {e}"));
-        all
-    })?;
-    let ranges = layout::ram_ranges(spec.memory);
-    let expected = ranges.iter().map(|range| (range.start.0, range.len as u64));
-    if !expected.eq(offered.memory().iter().copied()) {
-        reasons.push("memory: its ranges are not those of the machine".to_owned());
+    let errors = overrides.apply(&mut offer.machine).err();
+    reasons.extend(errors.iter().flatten().map(ToString::to_string));
+    // Whoever can connect to a port may be anybody: then no path of theirs is followed.
+    if !unnamed.is_empty() {
+        // Nor is anything said of what is there.
+        reasons.push(Unfit::Unnamed(unnamed.join(", ")).to_string());
+        return Err(reasons);
     }
-    for (name, file, _) in offer.machine.files() {
+    let spec = offer.machine.to_spec();
+    reasons.extend(spec.as_ref().err().map(ToString::to_string));
+    if let Ok(spec) = &spec {
+        let ranges = layout::ram_ranges(spec.memory);
+        let expected = ranges.iter().map(|range| (range.start.0, range.len as u64));
+        if !expected.eq(offered.memory().iter().copied()) {
+            reasons.push("memory: its ranges are not those of the machine".to_owned());
+        }
+        reasons.extend(host.lacks(spec).iter().map(ToString::to_string));
+        let consoles = [Some(&spec.console), spec.virtio_console.as_ref()];
+        for console in consoles.into_iter().flatten() {
+            // A file that is made for it goes again.
+            let unusable = console_file(console, &spec.boot_files()).err();
+            reasons.extend(unusable.map(|error| error.to_string()));
+        }
+    }
+    for (name, file, readonly) in offer.machine.files() {
         if files.contains_key(&name) {
             continue;
         }
-        match std::fs::metadata(&file.path) {
+        match disk_file(&file.path, !readonly) {
             Err(error) => reasons.push(format!("{name}: {}: {error}", file.path.display())),
             Ok(there) => {
                 let size = sizes.get(&name);
@@ -227,20 +241,17 @@ fn check(
             }
         }
     }
-    let model = offer.model().map_err(|e| one(&e))?;
-    let host = match Host::open(force) {
-        Ok(host) => host,
-        Err(error) => {
-            reasons.push(chain(&error));
-            return Err(reasons);
+    let model = offer.model();
+    match &model {
+        Ok(model) => {
+            let lacking = model.check_host(host.cpu());
+            reasons.extend(lacking.iter().map(ToString::to_string));
         }
-    };
-    let lacking = model.check_host(host.cpu());
-    reasons.extend(lacking.iter().map(ToString::to_string));
-    reasons.extend(host.lacks(&spec).iter().map(ToString::to_string));
-    if !reasons.is_empty() {
-        return Err(reasons);
+        Err(error) => reasons.push(error.to_string()),
     }
+    let (Ok(spec), Ok(model), true) = (spec, model, reasons.is_empty()) else {
+        return Err(reasons);
+    };
     let handed_over = !files.is_empty();
     let mut provider = Provider::by_name().received(files);
     if !handed_over {
@@ -284,6 +295,11 @@ enum Unfit {
     Version(String, u32),
     #[error("section {0:?} is missing")]
     Missing(&'static str),
+    #[error(
+        "whoever is at the source has not proved who they are (--insecure), so paths that it names are not followed: name \
+         the files of {0} with --disk NAME=PATH, taps with --net NAME=tap=TAP, consoles with --console TARGET"
+    )]
+    Unnamed(String),
     #[error("vcpus: {found} came, and the machine has {expected}")]
     Vcpus { found: usize, expected: u8 },
     #[error("this host cannot run the guest: {0}")]

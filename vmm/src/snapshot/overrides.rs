@@ -1,5 +1,7 @@
 //! What is to be different in a machine that is restored: files, taps and switches by other names, other consoles.
 
+pub mod check;
+
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -33,16 +35,45 @@ impl FromStr for DiskOverride {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once('=') {
-            Some((name, path)) if !name.is_empty() && !path.is_empty() => Ok(Self {
-                name: name.to_owned(),
-                path: path.into(),
-            }),
-            _ => Err(format!(
-                "'{text}' is not understood; write NAME=PATH, as in disk0=copy.raw"
-            )),
+        let (name, path) = match text.split_once('=') {
+            Some((name, path)) if !name.is_empty() && !path.is_empty() => (name, path),
+            _ => {
+                return Err(format!(
+                    "'{text}' is not understood; write NAME=PATH, as in disk0=copy.raw"
+                ));
+            }
+        };
+        let owner = name.strip_suffix(MEMBERS);
+        let known = match owner {
+            Some(owner) => is_numbered(owner, "pf"),
+            None => is_numbered(name, "disk") || is_numbered(name, "pf"),
+        };
+        if !known {
+            return Err(format!(
+                "no disk is called '{name}'; names are disk0, pf0, and pf0-vf%d for all virtual functions of pf0"
+            ));
         }
+        if owner.is_some() && path.matches("%d").count() != 1 {
+            return Err(format!(
+                "'{text}': write %d once where the number of the virtual function goes in PATH"
+            ));
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            path: path.into(),
+        })
     }
+}
+
+/// End of the name that stands for all members of an owner.
+const MEMBERS: &str = "-vf%d";
+
+/// True if `name` is `kind` and a number, as devices are named.
+fn is_numbered(name: &str, kind: &str) -> bool {
+    let number = name.strip_prefix(kind);
+    let index = number.and_then(|number| number.parse::<u16>().ok());
+    // `disk01` and `disk+1` are numbers as well, and no names.
+    index.is_some_and(|index| number == Some(index.to_string().as_str()))
 }
 
 impl FromStr for NetOverride {
@@ -57,19 +88,27 @@ impl FromStr for NetOverride {
             Some("uplink-tap") => Some(NetKind::UplinkTap),
             _ => None,
         };
-        match (name, kind, peer) {
+        let (name, kind, peer) = match (name, kind, peer) {
             (Some(name), Some(kind), Some(peer)) if !name.is_empty() && !peer.is_empty() => {
-                Ok(Self {
-                    name: name.to_owned(),
-                    kind,
-                    peer: peer.to_owned(),
-                })
+                (name, kind, peer)
             }
-            _ => Err(format!(
-                "'{text}' is not understood; write NAME=tap=TAP, NAME=switch=SWITCH or NAME=uplink-tap=TAP, as in \
-                 net0=tap=tap5"
-            )),
+            _ => {
+                return Err(format!(
+                    "'{text}' is not understood; write NAME=tap=TAP, NAME=switch=SWITCH or NAME=uplink-tap=TAP, as in \
+                     net0=tap=tap5"
+                ));
+            }
+        };
+        if !is_numbered(name, "net") && !is_numbered(name, "pf") {
+            return Err(format!(
+                "no interface is called '{name}'; names are net0 (tap, switch) and pf0 (switch, uplink-tap)"
+            ));
         }
+        Ok(Self {
+            name: name.to_owned(),
+            kind,
+            peer: peer.to_owned(),
+        })
     }
 }
 
@@ -101,9 +140,6 @@ pub enum OverrideError {
         /// Those there are.
         there: String,
     },
-    /// The path of members' files has no place for their number.
-    #[error("--disk {0}: write %d once where the number of the virtual function goes")]
-    Pattern(String),
     /// The guest has no virtio console.
     #[error("--virtio-console: this guest has none")]
     NoVirtioConsole,
@@ -135,28 +171,39 @@ impl Overrides {
     ///
     /// # Errors
     ///
-    /// Names of devices that are not there.
-    pub fn apply(&self, machine: &mut Machine) -> Result<(), OverrideError> {
-        for disk in &self.disks {
-            disk.apply(machine)?;
-        }
-        for net in &self.nets {
-            net.apply(machine)?;
-        }
+    /// All names of devices that are not there.
+    pub fn apply(&self, machine: &mut Machine) -> Result<(), Vec<OverrideError>> {
+        let mut errors = Vec::new();
+        let disks = self.disks.iter().map(|disk| disk.apply(machine));
+        errors.extend(disks.filter_map(Result::err));
+        let nets = self.nets.iter().map(|net| net.apply(machine));
+        errors.extend(nets.filter_map(Result::err));
         if let Some(target) = &self.console {
             machine.console = absolute(target).into();
         }
-        if let Some(target) = &self.virtio_console {
-            let Some(console) = &mut machine.virtio_console else {
-                return Err(OverrideError::NoVirtioConsole);
-            };
-            *console = absolute(target).into();
+        match (&self.virtio_console, &mut machine.virtio_console) {
+            (Some(target), Some(console)) => *console = absolute(target).into(),
+            (Some(_), None) => errors.push(OverrideError::NoVirtioConsole),
+            (None, _) => {}
         }
-        Ok(())
+        if errors.is_empty() {
+            return Ok(());
+        }
+        Err(errors)
     }
 
     /// Refuses paths that only the snapshot names, for one that is somebody else's. To be asked before [`Self::apply`].
     pub fn check_trust(&self, machine: &Machine) -> Result<(), OverrideError> {
+        let open = self.unnamed(machine);
+        if open.is_empty() {
+            return Ok(());
+        }
+        Err(OverrideError::Untrusted(open.join(", ")))
+    }
+
+    /// What no option names of that which the host gives to `machine`: disks, taps and consoles. To be asked before
+    /// [`Self::apply`].
+    pub fn unnamed(&self, machine: &Machine) -> Vec<String> {
         let files = machine.files().into_iter().map(|(name, _, _)| name);
         let mut open: Vec<_> = files.filter(|name| !self.names_file(name)).collect();
         // An owner that is put onto another switch keeps its uplink.
@@ -187,10 +234,7 @@ impl Overrides {
         if self.virtio_console.is_none() && virtio.is_some_and(is_file) {
             open.push("--virtio-console".to_owned());
         }
-        if open.is_empty() {
-            return Ok(());
-        }
-        Err(OverrideError::Untrusted(open.join(", ")))
+        open
     }
 
     /// True if there is an option for what the host gives to `name`: a disk, an interface, or an uplink (`pf0-uplink`).
@@ -286,11 +330,7 @@ impl DiskOverride {
                 return Ok(());
             }
             if self.name == format!("pf{index}-vf%d") {
-                let pattern = path.to_string_lossy();
-                if pattern.matches("%d").count() != 1 {
-                    return Err(OverrideError::Pattern(format!("{}={pattern}", self.name)));
-                }
-                *vf_path = pattern.into_owned();
+                *vf_path = path.to_string_lossy().into_owned();
                 vf_files.clear();
                 return Ok(());
             }
@@ -445,12 +485,50 @@ mod tests {
         for (disks, nets, part) in [
             (&["disk1=/x"][..], &[][..], "there is disk0, pf0, pf0-vf%d"),
             (&["pf1=/x"], &[], "there is disk0"),
-            (&["pf0-vf%d=/x"], &[], "write %d once"),
             (&[], &["net0=uplink-tap=t"], "net0 (tap, switch)"),
             (&[], &["pf0=switch=s"], "pf1 (switch, uplink-tap)"),
         ] {
-            let error = overrides(disks, nets).apply(&mut machine()).unwrap_err();
+            let errors = overrides(disks, nets).apply(&mut machine()).unwrap_err();
+            let [error] = errors.as_slice() else {
+                panic!("{errors:?}");
+            };
             assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn all_that_is_not_there_is_refused_at_once() {
+        let mut all = overrides(&["disk7=/x", "disk0=/e0", "disk8=/x"], &["net5=tap=t"]);
+        all.virtio_console = Some(Target::None);
+        let errors = all.apply(&mut machine()).unwrap_err();
+        let text: Vec<_> = errors.iter().map(ToString::to_string).collect();
+        let text = text.join("\n");
+        for part in ["disk7", "disk8", "net5", "--virtio-console"] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert_eq!(errors.len(), 4, "{text}");
+    }
+
+    #[test]
+    fn names_that_no_device_can_have_are_refused_with_those_that_one_can() {
+        for (text, part) in [
+            ("disk=/x", "no disk is called 'disk'"),
+            ("disk01=/x", "no disk is called 'disk01'"),
+            ("disk+1=/x", "names are disk0"),
+            ("sda=/x", "names are disk0"),
+            ("pf0-vf1=/x", "pf0-vf%d for all"),
+            ("disk0-vf%d=/x%d", "names are disk0"),
+            ("pf0-vf%d=/x", "write %d once"),
+            ("pf0-vf%d=/%d/%d", "write %d once"),
+            ("disk0=", "write NAME=PATH"),
+            ("=/x", "write NAME=PATH"),
+        ] {
+            let error = text.parse::<DiskOverride>().unwrap_err();
+            assert!(error.contains(part), "{error}");
+        }
+        for text in ["eth0=tap=t", "net00=tap=t", "disk0=switch=s"] {
+            let error = text.parse::<NetOverride>().unwrap_err();
+            assert!(error.contains("names are net0"), "{error}");
         }
     }
 

@@ -90,6 +90,9 @@ pub struct Options {
     /// What happened to the guest's clocks.
     pub clock: ClockChoice,
     /// Memory is read before the guest goes on.
+    /// Options for what it does not have.
+    #[error("{}", joined(.0))]
+    Overrides(Vec<OverrideError>),
     pub prefault: bool,
     /// What changes is tracked, so that this snapshot can be the base of another.
     pub track: bool,
@@ -114,6 +117,11 @@ pub struct Fit {
 
 impl Source {
     /// Reads and checks the snapshot at `path`, with what is to be different in the machine.
+fn joined(all: &[OverrideError]) -> String {
+    let all: Vec<_> = all.iter().map(ToString::to_string).collect();
+    all.join("\n  ")
+}
+
     pub fn open(path: &Path, overrides: &Overrides) -> Result<Self, RestoreError> {
         let reader = Reader::open(path)?;
         let mut state: State = super::format::parse(&reader.state()?)?;
@@ -123,21 +131,16 @@ impl Source {
             overrides.check_trust(&state.machine)?;
             bases = Bases::None;
         }
-        overrides.apply(&mut state.machine)?;
-        let spec = state.machine.to_spec()?;
-        if state.vcpus.len() != usize::from(spec.cpus) {
-            return Err(RestoreError::Vcpus {
-                found: state.vcpus.len(),
-                expected: spec.cpus,
-            });
-        }
-        let (model, cpu) = state.cpu()?;
-        let expected = Expected {
-            id: state.id()?,
-            layout: ram_layout(&spec)?,
-            digest: Some(state.digest()?),
-        };
-        let image = Image::open(&reader, Some(&expected), bases)?;
+        overrides
+            .apply(&mut state.machine)
+            .map_err(RestoreError::Overrides)?;
+        let Described {
+            spec,
+            model,
+            cpu,
+            memory,
+        } = Described::of(&state).map_err(fault)?;
+        let image = Image::open(&reader, Some(&memory), bases)?;
         let files = overrides.check_files(&state.machine);
         Ok(Self {
             unfit: files.err().map(|error| error.to_string()),

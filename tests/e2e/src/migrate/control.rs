@@ -1,6 +1,7 @@
 //! What a person can ask for and be told: refusals, calling off, guests that do not converge, guests that are paused.
 
 use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -42,18 +43,28 @@ fn refused() -> Result<()> {
     let path = load.path("move.sock");
     let address = format!("unix:{}", path.display());
     let options = ["--disk", "disk0=/missing-0", "--disk", "pf0=/missing-1"];
+    // What needs no guest is said before one comes.
     let mut there = receive(&address, &load.path("there.sock"), &options)?;
+    let end = receive(&address, Path::new("/missing-2/s"), &options)?.wait()?;
+    end.expect_code(1)?;
+    for part in ["disk0: /missing-0", "pf0: /missing-1", "/missing-2/s"] {
+        ensure!(end.stderr.contains(part), "{end:?}");
+    }
+    let small = load.path("small");
+    std::fs::write(&small, "")?;
+    let disks = ["disk0", "disk7"].map(|name| format!("{name}={}", small.display()));
+    let options = ["--disk", &disks[0], "--disk", &disks[1]];
     await_socket(&path, &mut there)?;
-    let both = [
-        "disk0: /missing-0",
-        "pf0: /missing-1",
+    let all = [
+        "no disk called disk7",
+        "has 0 bytes here and another size at the source",
         "the guest stays here",
     ];
-    control.refuse("migrate", &[&address], &both)?;
+    control.refuse("migrate", &[&address], &all)?;
     let end = there.wait()?;
     end.expect_code(1)?;
     ensure!(
-        both[..2].iter().all(|part| end.stderr.contains(part)),
+        all[..2].iter().all(|part| end.stderr.contains(part)),
         "{end:?}"
     );
     guest.ticks(1)?;
