@@ -14,9 +14,9 @@ use serde_json::{Value, json};
 use crate::cli::print::{self, say};
 use crate::exit;
 use crate::snapshot::format::diff::{self, Difference, What};
-use crate::snapshot::format::document::Document;
 use crate::snapshot::format::state::State;
 use crate::snapshot::format::{self};
+use crate::snapshot::restore::{Described, StateFault};
 use memory::Memory;
 
 const EXAMPLES: &str = "\
@@ -74,12 +74,7 @@ struct Snapshot {
 impl Inspect {
     /// Shows the snapshot, or what differs.
     pub fn run(&self) -> anyhow::Result<u8> {
-        self.run_as::<State>()
-    }
-
-    /// The same for states of type `T`.
-    fn run_as<T: Document>(&self) -> anyhow::Result<u8> {
-        let first = Snapshot::open::<T>(&self.directory, self.verify)?;
+        let first = Snapshot::open(&self.directory, self.verify)?;
         let Some(other) = &self.other else {
             if self.json {
                 say!("{}", first.in_json());
@@ -88,7 +83,7 @@ impl Inspect {
             }
             return Ok(0);
         };
-        let second = Snapshot::open::<T>(other, self.verify)?;
+        let second = Snapshot::open(other, self.verify)?;
         let found = diff::compare(&first.state, &second.state, &self.ignore, self.limit());
         if self.json {
             let differences: Vec<_> = found.shown.iter().map(difference).collect();
@@ -116,13 +111,17 @@ impl Inspect {
 }
 
 impl Snapshot {
-    fn open<T: Document>(path: &Path, verify: bool) -> anyhow::Result<Self> {
+    /// Reads and checks what [`Source::open`](crate::snapshot::restore::Source::open) does, but for what depends on the host:
+    /// its processor, and the files of disks and consoles.
+    fn open(path: &Path, verify: bool) -> anyhow::Result<Self> {
         let reader = Reader::open(path)?;
         let bytes = reader.state()?;
+        let state: State =
+            format::parse(&bytes).map_err(|error| StateFault::from(error).at(path))?;
+        let described = Described::of(&state).map_err(|fault| fault.at(path))?;
+        let memory = Memory::open(&reader, &described.memory, verify)?;
         let place = || path.join(STATE).display().to_string();
-        format::parse::<T>(&bytes).with_context(place)?;
         let state = serde_json::from_slice(&bytes).with_context(place)?;
-        let memory = Memory::open(&reader, &state, verify)?;
         Ok(Self {
             path: path.to_owned(),
             state,

@@ -5,7 +5,7 @@ use super::format::function::Function;
 use super::format::owner::Owner;
 use super::format::pci::Pci;
 use super::format::serial::Serial;
-use super::restore::RestoreError;
+use super::restore::StateFault;
 use crate::kvm::state::{self, ClockChoice, StateError};
 use crate::machine::{Arrival, Machine};
 
@@ -52,7 +52,7 @@ pub fn put(
     cpu: &state::State,
     arrival: Arrival,
     clock: ClockChoice,
-) -> Result<(), RestoreError> {
+) -> Result<(), StateFault> {
     machine.put(arrival, |vcpus| {
         bus::restore(
             machine.pci(),

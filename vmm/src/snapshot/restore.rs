@@ -1,10 +1,11 @@
 //! Going on from a snapshot: everything of it is read and checked before anything is built, and nothing runs before all of
 //! it is in place.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use devices::memory::{Backing, GuestRam, MemoryError};
+use migration::directory::STATE;
 use migration::{Bases, Expected, Image, RamLayout, ReadError, Reader};
 
 use super::capture::{self, Devices};
@@ -25,41 +26,73 @@ use crate::machine::pages::{RamPages, SourceError};
 use crate::machine::{Arrival, BuildError, Hardware, Host, Machine};
 use crate::serial::SerialStateError;
 
-/// Why a snapshot cannot be restored. Nothing runs.
+/// What is wrong with a state.
 #[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// Its files.
+pub enum StateFault {
+    /// It is not one.
     #[error(transparent)]
-    Read(#[from] ReadError),
-    /// Its state is not one.
-    #[error("state.json: {0}")]
     Format(#[from] FormatError),
     /// Its machine is none.
-    #[error("state.json: {0}")]
+    #[error(transparent)]
     Machine(#[from] MachineError),
-    /// A value of its state.
-    #[error("state.json: {0}")]
+    /// A value.
+    #[error(transparent)]
     Value(#[from] Invalid),
-    /// A device of it.
-    #[error("state.json: {0}")]
+    /// A device.
+    #[error(transparent)]
     Device(#[from] DeviceError),
-    /// Its serial port.
-    #[error("state.json: serial: {0}")]
+    /// The serial port.
+    #[error("serial: {0}")]
     Serial(#[from] SerialStateError),
     /// vCPUs, interrupt controllers, clock.
-    #[error("state.json: {0}")]
+    #[error(transparent)]
     Cpu(#[from] StateError),
     /// Another number of vCPUs than the machine has.
-    #[error("state.json: vcpus: there are {found}, and machine.cpus is {expected}")]
+    #[error("vcpus: there are {found}, and machine.cpus is {expected}")]
     Vcpus {
         /// In the state.
         found: usize,
         /// In the specification.
         expected: u8,
     },
+    /// Guest memory cannot be described. A mistake of the program.
+    #[error(transparent)]
+    Layout(#[from] migration::layout::LayoutError),
+    /// The host refused something while it was put into a machine.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+}
+
+impl StateFault {
+    /// The error for the state in the snapshot at `path`.
+    pub fn at(self, path: &Path) -> RestoreError {
+        RestoreError::State {
+            path: path.join(STATE),
+            source: self,
+        }
+    }
+}
+
+/// Why a snapshot cannot be restored. Nothing runs.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// Its files.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// Its state.
+    #[error("{}: {source}", path.display())]
+    State {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: StateFault,
+    },
     /// Files it names.
     #[error(transparent)]
     Override(#[from] OverrideError),
+    /// Options for what it does not have.
+    #[error("{}", joined(.0))]
+    Overrides(Vec<OverrideError>),
     /// A host that lacks what the guest relies on: all of it.
     #[error("this host cannot run the guest:{}", listed(.0))]
     Host(Vec<String>),
@@ -84,22 +117,62 @@ fn listed(all: &[String]) -> String {
     all.iter().map(|one| format!("\n  {one}")).collect()
 }
 
+fn joined(all: &[OverrideError]) -> String {
+    let all: Vec<_> = all.iter().map(ToString::to_string).collect();
+    all.join("\n  ")
+}
+
 /// How a snapshot is restored.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// What happened to the guest's clocks.
     pub clock: ClockChoice,
     /// Memory is read before the guest goes on.
-    /// Options for what it does not have.
-    #[error("{}", joined(.0))]
-    Overrides(Vec<OverrideError>),
     pub prefault: bool,
     /// What changes is tracked, so that this snapshot can be the base of another.
     pub track: bool,
 }
 
+/// What a state says of its machine, checked as far as that needs no host.
+pub struct Described {
+    /// What the machine is built from.
+    pub spec: MachineSpec,
+    /// The processor the guest sees.
+    pub model: CpuModel,
+    /// vCPUs, interrupt controllers, clock.
+    pub cpu: state::State,
+    /// What its memory has to be.
+    pub memory: Expected,
+}
+
+impl Described {
+    /// Looks at what [`parse`](super::format::parse) cannot say, since options may have replaced parts of the machine.
+    pub fn of(state: &State) -> Result<Self, StateFault> {
+        let spec = state.machine.to_spec()?;
+        if state.vcpus.len() != usize::from(spec.cpus) {
+            return Err(StateFault::Vcpus {
+                found: state.vcpus.len(),
+                expected: spec.cpus,
+            });
+        }
+        let (model, cpu) = state.cpu()?;
+        let memory = Expected {
+            id: state.id()?,
+            layout: ram_layout(&spec)?,
+            digest: Some(state.digest()?),
+        };
+        Ok(Self {
+            spec,
+            model,
+            cpu,
+            memory,
+        })
+    }
+}
+
 /// A snapshot that was read and found good, as far as that can be said without a host.
 pub struct Source {
+    path: PathBuf,
     state: State,
     spec: MachineSpec,
     model: CpuModel,
@@ -117,14 +190,11 @@ pub struct Fit {
 
 impl Source {
     /// Reads and checks the snapshot at `path`, with what is to be different in the machine.
-fn joined(all: &[OverrideError]) -> String {
-    let all: Vec<_> = all.iter().map(ToString::to_string).collect();
-    all.join("\n  ")
-}
-
     pub fn open(path: &Path, overrides: &Overrides) -> Result<Self, RestoreError> {
         let reader = Reader::open(path)?;
-        let mut state: State = super::format::parse(&reader.state()?)?;
+        let fault = |fault: StateFault| fault.at(path);
+        let parsed = super::format::parse(&reader.state()?);
+        let mut state: State = parsed.map_err(|error| fault(error.into()))?;
         let mut bases = Bases::Follow;
         if let Err(error) = reader.belongs_to_caller() {
             tracing::debug!(%error, "paths of the snapshot are not followed");
@@ -143,6 +213,7 @@ fn joined(all: &[OverrideError]) -> String {
         let image = Image::open(&reader, Some(&memory), bases)?;
         let files = overrides.check_files(&state.machine);
         Ok(Self {
+            path: path.to_owned(),
             unfit: files.err().map(|error| error.to_string()),
             state,
             spec,
@@ -229,7 +300,8 @@ impl Fit {
             serial: state.serial,
         };
         let (arrival, clock) = (Arrival::Restored, options.clock);
-        capture::put(&machine, &devices, &source.cpu, arrival, clock)?;
+        capture::put(&machine, &devices, &source.cpu, arrival, clock)
+            .map_err(|fault| fault.at(&source.path))?;
         Ok(machine)
     }
 }

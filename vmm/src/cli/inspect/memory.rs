@@ -4,10 +4,10 @@ use std::fs::File;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use migration::directory::MEMORY;
 use migration::memory::header::Header;
-use migration::{Bases, Image, PAGE_SIZE, Progress, Reader};
+use migration::{Bases, Expected, Image, PAGE_SIZE, Progress, ReadError, Reader};
 use rustix::fs::SeekFrom;
 use serde_json::{Value, json};
 
@@ -49,9 +49,9 @@ pub struct Extents {
 }
 
 impl Memory {
-    /// Looks at the memory of `snapshot`, whose state is `state`: at what its files say, and with `verify` at all of
-    /// them. Without, bases need not be there.
-    pub fn open(snapshot: &Reader, state: &Value, verify: bool) -> anyhow::Result<Self> {
+    /// Looks at the memory of `snapshot`, which has to be what its state says: at what its files say, and with `verify` at
+    /// all of them. Without, bases need not be there.
+    pub fn open(snapshot: &Reader, state: &Expected, verify: bool) -> anyhow::Result<Self> {
         let header = snapshot.header()?;
         let path = snapshot.path().join(MEMORY);
         belongs(&header, state, &path)?;
@@ -105,21 +105,22 @@ impl Memory {
     }
 }
 
-/// Whether `header` is that of the memory `state` was saved with. A state that names neither is of another kind.
-fn belongs(header: &Header, state: &Value, path: &Path) -> anyhow::Result<()> {
-    let id = header.id.to_string();
-    let digest = header.digest.to_string();
-    for (pointer, name, own) in [
-        ("/id", "id", id),
-        ("/memory/digest", "memory.digest", digest),
-    ] {
-        let saved = state.pointer(pointer).and_then(Value::as_str);
-        if let Some(saved) = saved.filter(|saved| !saved.eq_ignore_ascii_case(&own)) {
-            bail!(
-                "{} is that of another snapshot: {name} is {saved} in the state, and {own} there",
-                path.display()
-            );
-        }
+/// Refuses memory that is not that of the state, with what a restore says.
+fn belongs(header: &Header, state: &Expected, path: &Path) -> Result<(), ReadError> {
+    let path = path.to_owned();
+    if header.id != state.id {
+        let (found, expected) = (header.id, state.id);
+        return Err(ReadError::OtherSnapshot {
+            path,
+            found,
+            expected,
+        });
+    }
+    if header.layout != state.layout {
+        return Err(ReadError::OtherLayout(path));
+    }
+    if state.digest.is_some_and(|digest| digest != header.digest) {
+        return Err(ReadError::OtherDigest(path));
     }
     Ok(())
 }

@@ -4,17 +4,19 @@ use std::fs::{self, File};
 use std::ops::ControlFlow;
 
 use migration::directory::MEMORY;
-use migration::{Existing, Guest, GuestPages, PageSet, RamLayout, Writer};
+use migration::{Existing, Guest, GuestPages, PAGE_SIZE, PageSet, RamLayout, Writer};
 
 use super::memory::{Extents, extents};
 use super::*;
+use crate::layout;
 use crate::snapshot::format::hex::HexBytes;
-use crate::snapshot::format::state::State;
 use crate::snapshot::format::state::tests::sample;
 use crate::snapshot::format::write;
+use crate::snapshot::overrides::Overrides;
+use crate::snapshot::restore::Source;
 
-/// Pages of the guest.
-const PAGES: usize = 64;
+/// Pages of the guest: as few as one can have.
+const PAGES: usize = (layout::MIN_RAM / PAGE_SIZE) as usize;
 
 #[derive(Clone)]
 #[repr(align(4096))]
@@ -55,6 +57,7 @@ unsafe impl GuestPages for Ram {
 fn save(path: &Path, base: Option<&Path>, change: impl FnOnce(&mut State)) {
     let ram = Ram::new();
     let mut root = sample();
+    root.machine.memory = layout::MIN_RAM;
     change(&mut root);
     let progress = &mut |_| ControlFlow::Continue(());
     let writer = Writer::create(path, Existing::Refuse).unwrap();
@@ -91,7 +94,7 @@ fn inspect(directory: &Path, other: Option<&Path>) -> Inspect {
 }
 
 fn open(path: &Path, verify: bool) -> anyhow::Result<Snapshot> {
-    Snapshot::open::<State>(path, verify)
+    Snapshot::open(path, verify)
 }
 
 #[test]
@@ -101,7 +104,7 @@ fn a_summary_shows_sections_and_contexts() {
     let text = summary::describe(&snapshot, 200);
     let id = &snapshot.memory.layers[0].id;
     let memory = format!(
-        "memory files             256K of RAM, and is what was written\n  {}               {}: 64 pages, 1 of them data (4K); ",
+        "memory files             64M of RAM, and is what was written\n  {}               {}: 16384 pages, 1 of them data (4K); ",
         &id[..8],
         path.display()
     );
@@ -148,7 +151,7 @@ fn bases_are_shown_and_verified() {
         .layers
         .iter()
         .map(|l| (l.pages, l.data_pages));
-    assert_eq!(pages.collect::<Vec<_>>(), [(2, 1), (64, 1)]);
+    assert_eq!(pages.collect::<Vec<_>>(), [(2, 1), (PAGES as u64, 1)]);
 
     fs::rename(&full, directory.path().join("elsewhere")).unwrap();
     assert!(open(&path, true).is_err());
@@ -164,30 +167,27 @@ fn bases_are_shown_and_verified() {
 #[test]
 fn memory_that_was_changed_or_is_of_another_snapshot_is_refused() {
     let (_directory, path) = snapshot(|_| ());
-    let reader = Reader::open(&path).unwrap();
-    let id = reader.header().unwrap().id.to_string();
-    let digest = reader.header().unwrap().digest.to_string();
-    let own = json!({ "id": id.to_uppercase(), "memory": { "digest": digest } });
-    assert!(Memory::open(&reader, &own, false).is_ok());
-    for (state, expected) in [
+    let state = path.join(STATE);
+    let text = fs::read_to_string(&state).unwrap();
+    let id = open(&path, false).unwrap().memory.layers[0].id.clone();
+    let digest = Reader::open(&path).unwrap().header().unwrap().digest;
+    for (from, to, expected) in [
+        (id.clone(), "0".repeat(32), "is that of snapshot"),
+        (digest.to_string(), "f".repeat(64), "has another digest"),
         (
-            json!({ "id": "00" }),
-            format!("id is 00 in the state, and {id} there"),
-        ),
-        (
-            json!({ "id": id, "memory": { "digest": "ff" } }),
-            format!("memory.digest is ff in the state, and {digest} there"),
+            format!("\"memory\": {}", layout::MIN_RAM),
+            format!("\"memory\": {}", 2 * layout::MIN_RAM),
+            "with other RAM ranges",
         ),
     ] {
-        let message = Memory::open(&reader, &state, false)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            message.contains("is that of another snapshot: "),
-            "{message}"
-        );
-        assert!(message.ends_with(&expected), "{message}");
+        assert!(text.contains(&from), "{from}");
+        fs::write(&state, text.replace(&from, &to)).unwrap();
+        let message = open(&path, false).err().unwrap().to_string();
+        assert!(message.contains(expected), "{message}");
     }
+    fs::write(&state, text.replace(&id, &id.to_uppercase())).unwrap();
+    assert!(open(&path, false).is_ok());
+    fs::write(&state, text).unwrap();
     let memory = path.join(MEMORY);
     let mut bytes = fs::read(&memory).unwrap();
     bytes[7 * 4096] = 1;
@@ -200,7 +200,7 @@ fn memory_that_was_changed_or_is_of_another_snapshot_is_refused() {
 fn the_exit_status_says_whether_two_differ() {
     let ((_a, first), (_b, same)) = (snapshot(|_| ()), snapshot(|_| ()));
     let (_c, other) = snapshot(|root| root.serial.scratch ^= 1);
-    let status = |inspect: &Inspect| inspect.run_as::<State>().unwrap();
+    let status = |inspect: &Inspect| inspect.run().unwrap();
     assert_eq!(status(&inspect(&first, None)), 0);
     assert_eq!(status(&inspect(&first, Some(&first))), 0);
     // Two snapshots of one state still have names of their own, and digests that depend on these.
@@ -247,6 +247,45 @@ fn what_is_no_snapshot_is_refused_by_name() {
     fs::remove_file(&state).unwrap();
     assert!(refusal().contains("state.json"));
     assert!(open(&directory.path().join("nothing"), false).is_err());
+}
+
+/// What needs no host is said by whoever reads a snapshot, in the same words.
+#[test]
+fn what_a_restore_refuses_for_its_state_is_refused_here() {
+    let (_directory, path) = snapshot(|_| ());
+    let state = path.join(STATE);
+    let good: Value = serde_json::from_slice(&fs::read(&state).unwrap()).unwrap();
+    assert!(Source::open(&path, &Overrides::default()).is_ok());
+    for (pointer, value, field) in [
+        ("/machine/memory", json!(134_217_729), "machine.memory"),
+        ("/machine/memory", json!(0), "machine.memory"),
+        ("/machine/cpus", json!(0), "machine.cpus"),
+        ("/machine/cpus", json!(2), "vcpus: there are 1"),
+        ("/machine/layout", json!(3), "machine.layout"),
+        ("/machine/disks/0/queues", json!(0), "machine.disks[0]"),
+        (
+            "/machine/disks/0/file/path",
+            json!("d"),
+            "machine.disks[0].file.path",
+        ),
+        ("/machine/console", json!("tty"), "machine.console"),
+        (
+            "/machine/parameters/block/queue_size",
+            json!(63),
+            "machine.parameters.block: queue_size",
+        ),
+        ("/functions/0/transient", json!(7), "functions[0].transient"),
+    ] {
+        let mut bad = good.clone();
+        *bad.pointer_mut(pointer).unwrap() = value;
+        fs::write(&state, bad.to_string()).unwrap();
+        let here = open(&path, false).err().unwrap();
+        let here = crate::errors::chain(here.as_ref());
+        let there = Source::open(&path, &Overrides::default()).err().unwrap();
+        assert_eq!(here, crate::errors::chain(&there));
+        let place = format!("{}: ", state.display());
+        assert!(here.starts_with(&place) && here.contains(field), "{here}");
+    }
 }
 
 #[test]

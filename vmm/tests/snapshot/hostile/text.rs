@@ -26,7 +26,7 @@ fn every_section_has_to_be_there_and_be_one() {
             let mut bad = good.clone();
             bad[name] = other.clone();
             let error = attempt(&path, bad.to_string().as_bytes()).unwrap_err();
-            let start = format!("state.json: {name}");
+            let start = format!("{}: {name}", path.join("state.json").display());
             assert!(error.starts_with(&start), "{name} is {other}: {error}");
         }
     }
