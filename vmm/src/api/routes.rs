@@ -26,6 +26,7 @@ use crate::config::object::Object;
 use crate::errors::chain;
 use crate::exit::Outcome;
 use crate::machine::{self, Machine, TransitionError};
+use crate::machine::lease::Purpose;
 use crate::migrate::source::{self as migrate, MigrateError};
 use crate::snapshot::report::Request;
 use crate::snapshot::save::save;
@@ -284,6 +285,41 @@ async fn resolve(Extract(context): Extract<Context>, body: Bytes) -> Response {
     Json(Status { state }).into_response()
 }
 
+/// Whether the power button of a guest was pressed.
+enum Pressed {
+    Yes,
+    /// It makes no difference, and why.
+    No(String),
+}
+
+/// Presses the power button of the guest, if it is here and can see that.
+fn press(machine: &Machine) -> std::io::Result<Pressed> {
+    const END: &str = "`tern shutdown --force-after 0`";
+    let why = match machine.holder() {
+        Some(Purpose::Arrival) => format!(
+            "the guest is still arriving, and stays at its source until all of it is here; shut it down there, or end this \
+             process ({END}): then it stays there"
+        ),
+        Some(Purpose::Migration) => format!(
+            "the guest is being moved to another process; call that off first (`tern migrate --cancel`), wait and shut it \
+             down there, or end it as it is ({END})"
+        ),
+        Some(Purpose::Doubt) => "the guest was given to another process, and nobody knows whether it runs there; end that \
+             first (`tern resolve`)"
+            .to_owned(),
+        _ if machine.press_power_button()? => return Ok(Pressed::Yes),
+        _ => match machine.outcome() {
+            Some(outcome @ Outcome::Moved(_)) => outcome.to_string(),
+            Some(_) => return Ok(Pressed::Yes),
+            None => format!(
+                "the guest is paused and cannot see its power button; let it run first (`tern resume`), or end it as it is \
+                 ({END})"
+            ),
+        },
+    };
+    Ok(Pressed::No(why))
+}
+
 /// Tells everyone who listens what the guest does now. Its end is announced with its outcome.
 fn tell_state(context: &Context) {
     let state = context.machine.state().into();
@@ -323,16 +359,9 @@ async fn shutdown(Extract(context): Extract<Context>, body: Bytes) -> Response {
     match request.force_after_ms {
         Some(0) => force(&machine),
         after => {
-            match machine.press_power_button() {
-                Ok(true) => {}
-                Ok(false) if machine.state() == machine::State::Ended => {}
-                Ok(false) => {
-                    return failure(
-                        StatusCode::CONFLICT,
-                        "the guest is paused and cannot see its power button; let it run first (`tern resume`), or end \
-                         it as it is (`tern shutdown --force-after 0`)",
-                    );
-                }
+            match press(&machine) {
+                Ok(Pressed::Yes) => {}
+                Ok(Pressed::No(why)) => return failure(StatusCode::CONFLICT, why),
                 Err(error) => return failure(StatusCode::INTERNAL_SERVER_ERROR, error),
             }
             if let Some(after) = after {

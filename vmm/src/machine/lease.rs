@@ -9,13 +9,15 @@
 //! Nobody waits for a vCPU while holding the lock of a function.
 
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What a lease is held for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// The start of the guest.
     Start,
+    /// The arrival of the guest from another process, and its start.
+    Arrival,
     /// Pausing it.
     Pause,
     /// Resuming it.
@@ -24,6 +26,8 @@ pub enum Purpose {
     Snapshot,
     /// Moving it to another process.
     Migration,
+    /// Finding out whether it runs in the process it was given to.
+    Doubt,
 }
 
 impl Purpose {
@@ -32,7 +36,7 @@ impl Purpose {
         match self {
             Self::Pause | Self::Resume => false,
             // A state may just have been put into a machine that has not been started.
-            Self::Start | Self::Snapshot | Self::Migration => true,
+            Self::Start | Self::Arrival | Self::Snapshot | Self::Migration | Self::Doubt => true,
         }
     }
 }
@@ -44,16 +48,19 @@ impl fmt::Display for Purpose {
             Self::Pause => "it is being paused",
             Self::Resume => "it is being resumed",
             Self::Snapshot => "a snapshot of it is being taken",
+            Self::Arrival => "it is still arriving, and stays at its source until all of it is here",
             Self::Migration => {
-                "it is being moved to another process, or nobody knows whether it runs there (`tern info` says which, \
-                 `tern resolve` ends the latter)"
+                "it is being moved to another process (`tern migrate --cancel` calls that off)"
+            }
+            Self::Doubt => {
+                "it was given to another process, and nobody knows whether it runs there (`tern resolve` ends that)"
             }
         })
     }
 }
 
 /// Why a lease was not given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Busy {
     /// Somebody has it.
     #[error("the guest is busy: {0}; try again when that is over")]
@@ -63,12 +70,26 @@ pub enum Busy {
         "the guest is busy: an administration command waits for its answer; try again when it is there"
     )]
     Command,
+    /// The guest is here no more: how it ended.
+    #[error("{0}")]
+    Over(String),
 }
 
 /// Gives leases of one machine.
 #[derive(Debug, Default)]
 pub struct Leases {
     state: Mutex<State>,
+    listener: Listener,
+}
+
+/// Whom to tell when somebody has taken or given back the lease.
+#[derive(Default)]
+struct Listener(OnceLock<Box<dyn Fn() + Send + Sync>>);
+
+impl fmt::Debug for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Listener")
+    }
 }
 
 #[derive(Debug, Default)]
@@ -86,13 +107,37 @@ impl Leases {
                 holder: Some(Purpose::Start),
                 commands: 0,
             }),
+            listener: Listener::default(),
         }
     }
 
-    /// The machine was started.
+    /// The machine that was not started is one whose guest comes from another process.
+    pub fn arriving(&self) {
+        let mut state = self.lock();
+        if state.holder == Some(Purpose::Start) {
+            state.holder = Some(Purpose::Arrival);
+        }
+    }
+
+    /// The machine was started. Whoever says so tells the listener when it can look at the machine.
     pub fn started(&self) {
         let mut state = self.lock();
-        state.holder = state.holder.filter(|holder| *holder != Purpose::Start);
+        if let Some(Purpose::Start | Purpose::Arrival) = state.holder {
+            state.holder = None;
+        }
+    }
+
+    /// Has `listener` called whenever the lease was taken, given back, or is held for something else, by whoever did that.
+    /// The first one counts.
+    pub fn listen(&self, listener: Box<dyn Fn() + Send + Sync>) {
+        let _ = self.listener.0.set(listener);
+    }
+
+    /// Calls the listener.
+    pub fn tell(&self) {
+        if let Some(listener) = self.listener.0.get() {
+            listener();
+        }
     }
 
     /// Takes the lease, at once or not at all.
@@ -105,6 +150,8 @@ impl Leases {
             return Err(Busy::Command);
         }
         state.holder = Some(purpose);
+        drop(state);
+        self.tell();
         Ok(Lease { leases: self })
     }
 
@@ -135,9 +182,18 @@ pub struct Lease<'a> {
     leases: &'a Leases,
 }
 
+impl Lease<'_> {
+    /// It is held for `purpose` from here on.
+    pub fn becomes(&self, purpose: Purpose) {
+        self.leases.lock().holder = Some(purpose);
+        self.leases.tell();
+    }
+}
+
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
         self.leases.lock().holder = None;
+        self.leases.tell();
     }
 }
 
@@ -179,6 +235,38 @@ mod tests {
         let _lease = leases.take(Purpose::Snapshot).unwrap();
         leases.started();
         assert_eq!(leases.holder(), Some(Purpose::Snapshot));
+    }
+
+    #[test]
+    fn a_guest_that_arrives_is_nobodys_until_it_was_started() {
+        let leases = Leases::starting();
+        leases.arriving();
+        for purpose in [Purpose::Pause, Purpose::Resume, Purpose::Migration] {
+            let refused = leases.take(purpose).unwrap_err().to_string();
+            assert!(refused.contains("still arriving"), "{refused}");
+        }
+        let refused = leases.command().unwrap_err().to_string();
+        assert!(refused.contains("still arriving"), "{refused}");
+        leases.started();
+        let _lease = leases.take(Purpose::Pause).unwrap();
+        leases.arriving();
+        assert_eq!(leases.holder(), Some(Purpose::Pause));
+    }
+
+    #[test]
+    fn every_change_of_the_holder_is_told_when_it_can_be_seen() {
+        let leases = std::sync::Arc::new(Leases::default());
+        let seen = std::sync::Arc::new(Mutex::new(Vec::new()));
+        let (weak, list) = (std::sync::Arc::downgrade(&leases), seen.clone());
+        leases.listen(Box::new(move || {
+            let holder = weak.upgrade().unwrap().holder();
+            list.lock().unwrap().push(holder);
+        }));
+        let lease = leases.take(Purpose::Migration).unwrap();
+        lease.becomes(Purpose::Doubt);
+        drop(lease);
+        let expected = [Some(Purpose::Migration), Some(Purpose::Doubt), None];
+        assert_eq!(*seen.lock().unwrap(), expected);
     }
 
     #[test]

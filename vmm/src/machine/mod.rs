@@ -183,7 +183,31 @@ impl Machine {
 
     /// The right to change what it does, for `purpose`.
     pub(crate) fn lease(&self, purpose: Purpose) -> Result<Lease<'_>, Busy> {
+        self.check_here()?;
         self.leases.take(purpose)
+    }
+
+    /// Refuses a guest that has ended, or was moved: what is left of it here is nobody's business.
+    fn check_here(&self) -> Result<(), Busy> {
+        match self.outcome() {
+            Some(outcome) => Err(Busy::Over(outcome.to_string())),
+            None => Ok(()),
+        }
+    }
+
+    /// Who has the right to change what it does.
+    pub fn holder(&self) -> Option<Purpose> {
+        self.leases.holder()
+    }
+
+    /// Its guest comes from another process, and is there until it was started.
+    pub(crate) fn expect_arrival(&self) {
+        self.leases.arriving();
+    }
+
+    /// Has `listener` called whenever what it does may have changed, but for its end.
+    pub(crate) fn on_change(&self, listener: Box<dyn Fn() + Send + Sync>) {
+        self.leases.listen(listener);
     }
 
     /// State of its vCPUs, and the way to have them do something.
@@ -212,7 +236,7 @@ impl Machine {
         const LOOK: Duration = Duration::from_millis(5);
         while matches!(
             self.leases.holder(),
-            Some(Purpose::Snapshot | Purpose::Migration)
+            Some(Purpose::Snapshot | Purpose::Migration | Purpose::Doubt)
         ) {
             std::thread::sleep(LOOK);
         }
@@ -257,15 +281,16 @@ impl Machine {
     /// What it does now.
     pub fn state(&self) -> State {
         let start = self.lock_start();
-        match self.control.state() {
-            RunState::Ended => State::Ended,
-            _ if self.migration.in_doubt() => State::InDoubt,
-            _ if self.leases.holder() == Some(Purpose::Snapshot) => State::Saving,
-            _ if self.leases.holder() == Some(Purpose::Migration) => State::Migrating,
-            RunState::Running => State::Running,
-            RunState::Paused if start.done || start.paused => State::Paused,
-            RunState::Paused if self.migration.status().is_some() => State::Receiving,
-            RunState::Paused => State::Created,
+        let holder = self.leases.holder();
+        match (self.control.state(), holder) {
+            (RunState::Ended, _) => State::Ended,
+            (_, Some(Purpose::Doubt)) => State::InDoubt,
+            (_, Some(Purpose::Snapshot)) => State::Saving,
+            (_, Some(Purpose::Migration)) => State::Migrating,
+            (RunState::Running, _) => State::Running,
+            (RunState::Paused, _) if start.done || start.paused => State::Paused,
+            (RunState::Paused, Some(Purpose::Arrival)) => State::Receiving,
+            (RunState::Paused, _) => State::Created,
         }
     }
 
@@ -291,6 +316,7 @@ impl Machine {
 
     /// Says that an administration command of the monitor is under way, as long as the result lives.
     pub fn command(&self) -> Result<lease::UnderWay<'_>, Busy> {
+        self.check_here()?;
         self.leases.command()
     }
 
@@ -306,18 +332,35 @@ impl Machine {
             }
         });
         self.leases.started();
+        // Whoever is told looks at it.
+        drop(start);
+        self.leases.tell();
         outcome
+    }
+
+    /// Whether the guest is to begin paused, if it has not begun. False if it has. One that comes from another process is
+    /// there until it was started: what is asked for here does not happen to it.
+    fn begin_paused(&self, paused: bool) -> Result<bool, Busy> {
+        let mut start = self.lock_start();
+        if start.done {
+            return Ok(false);
+        }
+        self.check_here()?;
+        if self.leases.holder() == Some(Purpose::Arrival) {
+            return Err(Busy::Held(Purpose::Arrival));
+        }
+        start.paused = paused;
+        drop(start);
+        self.leases.tell();
+        Ok(true)
     }
 
     /// Lets the guest run. No effect on a running machine. Returns the state the machine is in then.
     pub fn resume(&self) -> Result<State, TransitionError> {
-        let mut start = self.lock_start();
-        if !start.done {
-            start.paused = false;
+        if self.begin_paused(false)? {
             return Ok(State::Created);
         }
-        drop(start);
-        let _lease = self.leases.take(Purpose::Resume)?;
+        let _lease = self.lease(Purpose::Resume)?;
         self.let_run()?;
         Ok(State::Running)
     }
@@ -326,13 +369,10 @@ impl Machine {
     ///
     /// If a vCPU or a device does not come to rest the guest goes on running, as if nothing had been asked.
     pub fn pause(&self) -> Result<State, TransitionError> {
-        let mut start = self.lock_start();
-        if !start.done {
-            start.paused = true;
+        if self.begin_paused(true)? {
             return Ok(State::Paused);
         }
-        drop(start);
-        let lease = self.leases.take(Purpose::Pause)?;
+        let lease = self.lease(Purpose::Pause)?;
         self.quiesce(&lease)?.keep();
         Ok(State::Paused)
     }

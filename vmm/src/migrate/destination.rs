@@ -341,6 +341,9 @@ impl Candidate {
             output,
         )?;
         let machine = hardware.finish();
+        // Before anybody can ask for something to happen to it.
+        machine.expect_arrival();
+        machine.migration.arriving(Arrived::default());
         machine.make_threads()?;
         Ok(machine)
     }
@@ -360,7 +363,6 @@ impl Candidate {
         let decision = offered.decision();
         let answering = Answering::start(listener, decision.clone())?;
         let receiving: Receiving = offered.accept()?;
-        machine.migration.arriving(Arrived::default());
         let mut landing = Landing {
             machine,
             ram: RamPages::new(machine.ram())?,

@@ -218,6 +218,7 @@ pub fn run(
         } => {
             let reason = doubt(&name, &chain(&reason), &asked);
             machine.migration.doubt(&name, reason.clone());
+            lease.becomes(Purpose::Doubt);
             // For whoever sits at its console and sees it stand still.
             let _ = writeln!(std::io::stderr(), "tern: {reason}");
             answer(Ok(Answer::InDoubt { reason }));

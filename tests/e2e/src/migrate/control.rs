@@ -16,6 +16,7 @@ pub fn trials() -> Vec<Trial> {
         trial("migrate::what_does_not_fit_is_refused_by_name", refused),
         trial("migrate::a_guest_that_writes_too_fast_stays", too_fast),
         trial("migrate::a_migration_is_called_off", called_off),
+        trial("migrate::a_guest_that_arrives_obeys_its_source", arriving),
         trial("migrate::a_paused_guest_stays_paused", paused),
         trial(
             "migrate::a_moved_guest_is_saved_and_restored_and_moved",
@@ -42,9 +43,8 @@ fn refused() -> Result<()> {
     control.refuse("migrate", &["--cancel"], &["no migration is under way"])?;
     let path = load.path("move.sock");
     let address = format!("unix:{}", path.display());
-    let options = ["--disk", "disk0=/missing-0", "--disk", "pf0=/missing-1"];
     // What needs no guest is said before one comes.
-    let mut there = receive(&address, &load.path("there.sock"), &options)?;
+    let options = ["--disk", "disk0=/missing-0", "--disk", "pf0=/missing-1"];
     let end = receive(&address, Path::new("/missing-2/s"), &options)?.wait()?;
     end.expect_code(1)?;
     for part in ["disk0: /missing-0", "pf0: /missing-1", "/missing-2/s"] {
@@ -54,6 +54,7 @@ fn refused() -> Result<()> {
     std::fs::write(&small, "")?;
     let disks = ["disk0", "disk7"].map(|name| format!("{name}={}", small.display()));
     let options = ["--disk", &disks[0], "--disk", &disks[1]];
+    let mut there = receive(&address, &load.path("there.sock"), &options)?;
     await_socket(&path, &mut there)?;
     let all = [
         "no disk called disk7",
@@ -167,6 +168,47 @@ data: {"migration":{"role":"source","to":"unix:"#;
     let (_, after) = text.split_once(offer).context(text.clone())?;
     ensure!(after.contains(over), "{text}");
     Ok(())
+}
+
+/// What is asked for at a destination before the guest is there is refused, and does not happen to it.
+fn arriving() -> Result<()> {
+    let load = Load::new(2)?;
+    let mut guest = load.run()?;
+    guest.ticks(1)?;
+    let path = load.path("move.sock");
+    let address = format!("unix:{}", path.display());
+    let socket = load.path("there.sock");
+    let mut there = receive(&address, &socket, &[])?;
+    await_socket(&path, &mut there)?;
+    // It never fits a pause like that.
+    let words = ["--copy", "--downtime", "1", "--timeout", "600", &address];
+    let child = guest
+        .control
+        .command("migrate", &words)?
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()?;
+    let arriving = crate::control::Control { socket };
+    arriving.await_state("receiving")?;
+    let elsewhere = load.path("elsewhere").display().to_string();
+    for (verb, words) in [
+        ("pause", &[][..]),
+        ("resume", &[]),
+        ("snapshot", &[elsewhere.as_str()]),
+        ("migrate", &["unix:nobody.sock"]),
+        ("shutdown", &[]),
+    ] {
+        arriving.refuse(verb, words, &["still arriving", "its source"])?;
+    }
+    guest.control.refuse("pause", &[], &["being moved"])?;
+    guest.control.refuse("shutdown", &[], &["being moved"])?;
+    ensure!(arriving.state()? == "receiving");
+    guest.control.ask("migrate", &["--cancel"])?;
+    let output = child.wait_with_output()?;
+    crate::control::refused(&output, &["the guest stays here", "called off"])?;
+    there.wait()?.expect_code(1)?;
+    guest.ticks(1)?;
+    guest.enough().map(drop)
 }
 
 fn paused() -> Result<()> {
