@@ -10,6 +10,7 @@
 //! | [`server`] | a thread that serves them |
 //! | [`snapshots`] | what it takes and says about snapshots |
 //! | [`socket`] | the socket: one owner, readable by nobody else, gone at the end |
+//! | `states` | every change of what the guest does, told to those who listen |
 //!
 //! The document of the API is `resources/openapi.json`; the server hands it out at `/openapi.json`.
 
@@ -21,6 +22,7 @@ pub mod routes;
 pub mod server;
 pub mod snapshots;
 pub mod socket;
+mod states;
 
 use serde::{Deserialize, Serialize};
 

@@ -12,33 +12,31 @@ use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post, put};
 use axum::{Json, Router};
-use tokio::sync::{Semaphore, broadcast, oneshot};
-use tokio_stream::wrappers::{BroadcastStream, IntervalStream};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 
 use super::errors::{all_json, failure};
 use super::migrations::{CallOff, Resolve};
 use super::owners::{self, AdminCommand, AdminError};
 use super::snapshots::SnapshotAnswer;
-use super::{Device, Event, Info, OPENAPI, Shutdown, State, Status, UnderWay};
+use super::states::{States, Told, listen};
+use super::{Device, Info, OPENAPI, Shutdown, Status, UnderWay};
 use crate::config::doors;
 use crate::config::object::Object;
 use crate::errors::chain;
 use crate::exit::Outcome;
-use crate::machine::{self, Machine, TransitionError};
 use crate::machine::lease::Purpose;
+use crate::machine::{self, Machine, TransitionError};
 use crate::migrate::source::{self as migrate, MigrateError};
 use crate::snapshot::report::Request;
 use crate::snapshot::save::save;
-
-/// Time between two looks at what takes a while, for those who listen to events.
-const LOOK: Duration = Duration::from_millis(100);
 
 /// What a request can reach.
 #[derive(Clone)]
 pub(super) struct Context {
     pub(super) machine: Arc<Machine>,
-    pub(super) events: broadcast::Sender<Event>,
+    pub(super) states: Arc<States>,
     /// Administration commands, which may wait for a member, that have a thread. Others wait for one of these.
     pub(super) admin: Arc<Semaphore>,
 }
@@ -157,7 +155,7 @@ async fn admin(Extract(context): Extract<Context>, body: Bytes) -> Response {
     }
 }
 
-/// Runs what may block for seconds on a thread of its own, then tells everyone who listens what the guest does now.
+/// Runs what may block for seconds on a thread of its own.
 async fn transition(
     context: Context,
     what: fn(&Machine) -> Result<machine::State, TransitionError>,
@@ -166,12 +164,6 @@ async fn transition(
     match tokio::task::spawn_blocking(move || what(&machine)).await {
         Ok(Ok(state)) => {
             let state = state.into();
-            // Nobody may be listening.
-            let _ = context.events.send(Event {
-                state,
-                outcome: None,
-                exit_status: None,
-            });
             Json(Status { state }).into_response()
         }
         Ok(Err(error)) => failure(StatusCode::CONFLICT, error),
@@ -196,7 +188,6 @@ async fn snapshot(Extract(context): Extract<Context>, body: Bytes) -> Response {
     let mut waiting = Waiting(Some(Arc::clone(&context.machine)));
     let saved = tokio::task::spawn_blocking(move || save(&machine, &request)).await;
     waiting.0 = None;
-    tell_state(&context);
     let state = context.machine.state().into();
     match saved {
         Ok(Ok(report)) => Json(SnapshotAnswer { state, report }).into_response(),
@@ -229,7 +220,6 @@ async fn migrate(Extract(context): Extract<Context>, body: Bytes) -> Response {
     }
     let answer = told.await;
     waiting.0 = None;
-    tell_state(&context);
     match answer {
         Ok(Ok(answer)) => Json(answer).into_response(),
         Ok(Err(
@@ -277,12 +267,22 @@ async fn resolve(Extract(context): Extract<Context>, body: Bytes) -> Response {
     if let Err(error) = settled {
         return failure(StatusCode::INTERNAL_SERVER_ERROR, error);
     }
-    tell_state(&context);
     if let Some(why) = context.machine.migration.take_stuck() {
         return failure(StatusCode::CONFLICT, why);
     }
     let state = context.machine.state().into();
     Json(Status { state }).into_response()
+}
+
+/// Whoever asked for a snapshot and waits for it; dropped if the connection is closed before the answer.
+struct Waiting(Option<Arc<Machine>>);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(machine) = &self.0 {
+            machine.give_up_snapshot();
+        }
+    }
 }
 
 /// Whether the power button of a guest was pressed.
@@ -318,29 +318,6 @@ fn press(machine: &Machine) -> std::io::Result<Pressed> {
         },
     };
     Ok(Pressed::No(why))
-}
-
-/// Tells everyone who listens what the guest does now. Its end is announced with its outcome.
-fn tell_state(context: &Context) {
-    let state = context.machine.state().into();
-    if state != State::Ended {
-        let _ = context.events.send(Event {
-            state,
-            outcome: None,
-            exit_status: None,
-        });
-    }
-}
-
-/// Whoever asked for a snapshot and waits for it; dropped if the connection is closed before the answer.
-struct Waiting(Option<Arc<Machine>>);
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        if let Some(machine) = &self.0 {
-            machine.give_up_snapshot();
-        }
-    }
 }
 
 async fn shutdown(Extract(context): Extract<Context>, body: Bytes) -> Response {
@@ -379,12 +356,6 @@ async fn shutdown(Extract(context): Extract<Context>, body: Bytes) -> Response {
     (StatusCode::ACCEPTED, Json(Status { state })).into_response()
 }
 
-/// What a listener is told.
-enum Told {
-    State(Event),
-    UnderWay(UnderWay),
-}
-
 impl From<Told> for SseEvent {
     fn from(told: Told) -> Self {
         let (name, data) = match told {
@@ -395,43 +366,16 @@ impl From<Told> for SseEvent {
     }
 }
 
-/// What takes a while in `machine`, whenever that is something else than before. It is looked at only while somebody
-/// listens.
-fn under_way(machine: Arc<Machine>) -> impl Stream<Item = UnderWay> {
-    let mut told = UnderWay::default();
-    let looks = IntervalStream::new(tokio::time::interval(LOOK));
-    looks.filter_map(move |_| {
-        let now = UnderWay {
-            progress: machine.progress(),
-            migration: machine.migration.status(),
-        };
-        (now != told).then(|| {
-            told = now.clone();
-            now
-        })
-    })
-}
-
 async fn events(
     Extract(context): Extract<Context>,
 ) -> Sse<impl Stream<Item = Result<SseEvent, Infallible>>> {
-    // Subscribed first: a change after the state was read is not missed.
-    let changes = BroadcastStream::new(context.events.subscribe());
-    let now = Event {
-        state: context.machine.state().into(),
-        outcome: None,
-        exit_status: None,
+    let (tell, told) = mpsc::channel(1);
+    let machine = context.machine;
+    let work = move || UnderWay {
+        progress: machine.progress(),
+        migration: machine.migration.status(),
     };
-    // A listener that cannot keep up misses some changes; the next one tells the state again.
-    let states = tokio_stream::once(now).chain(changes.filter_map(Result::ok));
-    let work = under_way(context.machine).map(Told::UnderWay);
-    let stream = states.map(Told::State).merge(work);
-    let mut ended = false;
-    let stream = stream
-        .take_while(move |told| {
-            let ends = matches!(told, Told::State(event) if event.state == State::Ended);
-            !std::mem::replace(&mut ended, ends)
-        })
-        .map(|told| Ok(told.into()));
+    tokio::spawn(listen(context.states, work, tell));
+    let stream = ReceiverStream::new(told).map(|told| Ok(told.into()));
     Sse::new(stream).keep_alive(KeepAlive::default())
 }

@@ -10,12 +10,10 @@ use tokio::sync::{Semaphore, broadcast, oneshot};
 use super::errors::Listener;
 use super::routes::{self, Context};
 use super::socket::Socket;
-use super::{Event, State};
+use super::states::States;
 use crate::exit::Outcome;
 use crate::machine::Machine;
 
-/// Changes that wait for a slow listener.
-const BACKLOG: usize = 16;
 /// How long the last answers and events may take to leave.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
@@ -26,7 +24,7 @@ const ADMIN_THREADS: usize = 2;
 
 /// The running server. Stops, and removes the socket, when dropped.
 pub struct Server {
-    events: broadcast::Sender<Event>,
+    states: Arc<States>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
     _socket: Socket,
@@ -35,11 +33,11 @@ pub struct Server {
 impl Server {
     /// Serves `machine` at `socket`.
     pub fn start(socket: Socket, machine: Arc<Machine>) -> io::Result<Self> {
-        let (events, _) = broadcast::channel(BACKLOG);
+        let states = States::of(&machine);
         let (stop, stopped) = oneshot::channel();
         let context = Context {
             machine,
-            events: events.clone(),
+            states: Arc::clone(&states),
             admin: Arc::new(Semaphore::new(ADMIN_THREADS)),
         };
         let listener = socket.listener()?;
@@ -52,7 +50,7 @@ impl Server {
                 }
             })?;
         Ok(Self {
-            events,
+            states,
             stop: Some(stop),
             thread: Some(thread),
             _socket: socket,
@@ -61,12 +59,7 @@ impl Server {
 
     /// Tells everyone who listens how the guest ended.
     pub fn announce(&self, outcome: &Outcome) {
-        // Nobody may be listening.
-        let _ = self.events.send(Event {
-            state: State::Ended,
-            outcome: Some(outcome.to_string()),
-            exit_status: Some(outcome.status()),
-        });
+        self.states.end(outcome);
     }
 }
 
