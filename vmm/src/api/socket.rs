@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use rustix::fs::{Access, AtFlags, FlockOperation, Mode, OFlags};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
 /// Longest path of a Unix socket in bytes.
 pub const PATH_MAX: usize = 107;
@@ -34,10 +34,15 @@ pub enum SocketError {
         len: usize,
     },
     /// Another process answers there.
-    #[error(
-        "{0}{1}: another process is serving it; end that one (`tern shutdown --api-socket PATH`) or use another path"
-    )]
-    InUse(&'static str, PathBuf),
+    #[error("{what}{path}: {} or use another path", busy(what, path, *process))]
+    InUse {
+        /// What the socket is for, as it stands before the path.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The process, if the host tells.
+        process: Option<u32>,
+    },
     /// There is something else of that name.
     #[error("{0}{1}: it exists and is not a socket; remove it or use another path")]
     NotASocket(&'static str, PathBuf),
@@ -52,6 +57,30 @@ pub enum SocketError {
         reason: String,
     },
 }
+
+/// Who has a socket, and what can be done about that.
+fn busy(what: &str, path: &Path, process: Option<u32>) -> String {
+    let who = match process {
+        Some(id) => format!("process {id}"),
+        None => "another process".to_owned(),
+    };
+    if what == API {
+        let path = path.display();
+        return format!(
+            "{who} is serving it; end that guest (`tern shutdown --api-socket {path}`)"
+        );
+    }
+    // One that waits for a guest has no control API yet, and may never have one.
+    let kill = process.map(|id| format!("`kill {id}`, or "));
+    let kill = kill.unwrap_or_default();
+    format!(
+        "{who} listens there; end it ({kill}Ctrl-C where it was started; a guest that it does not run yet stays at its \
+         source)"
+    )
+}
+
+/// What the socket of the control API is called in messages.
+const API: &str = "--api-socket ";
 
 /// The sockets this process has bound, so that a panic can remove them.
 static BOUND: Mutex<Vec<Bound>> = Mutex::new(Vec::new());
@@ -83,7 +112,7 @@ pub struct Socket {
 impl Socket {
     /// Binds `path` for the control API and listens.
     pub fn bind(path: &Path) -> Result<Self, SocketError> {
-        Self::bind_as("--api-socket ", path)
+        Self::bind_as(API, path)
     }
 
     /// Binds `path` and listens. `what` says in messages what the socket is for; it stands right before the path.
@@ -109,11 +138,10 @@ impl Socket {
 
     /// Whether [`Self::bind`] would succeed now, as far as that can be said without doing it.
     pub fn check(path: &Path) -> Result<(), SocketError> {
-        const WHAT: &str = "--api-socket ";
-        fits(WHAT, path)?;
-        let host = |error| refused(WHAT, path, &error);
+        fits(API, path)?;
+        let host = |error| refused(API, path, &error);
         let lock = lock_directory(path).map_err(host)?;
-        look(WHAT, path)?;
+        look(API, path)?;
         let access = Access::WRITE_OK | Access::EXEC_OK;
         let writable = rustix::fs::accessat(lock, ".", access, AtFlags::EACCESS);
         writable.map_err(|error| host(error.into()))
@@ -201,8 +229,18 @@ fn look(what: &'static str, path: &Path) -> Result<Found, SocketError> {
     }
     match UnixStream::connect(path) {
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(Found::Stale),
-        _ => Err(SocketError::InUse(what, path.to_owned())),
+        answer => Err(SocketError::InUse {
+            what,
+            path: path.to_owned(),
+            process: answer.ok().and_then(|stream| process(&stream)),
+        }),
     }
+}
+
+/// The process at the other end, if it can be seen from here.
+fn process(stream: &UnixStream) -> Option<u32> {
+    let peer = sockopt::socket_peercred(stream).ok()?;
+    u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
 }
 
 fn listen(path: &Path) -> io::Result<UnixListener> {
@@ -239,10 +277,34 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         let socket = Socket::bind(&path).unwrap();
-        assert!(matches!(Socket::bind(&path), Err(SocketError::InUse(..))));
+        assert!(matches!(
+            Socket::bind(&path),
+            Err(SocketError::InUse { .. })
+        ));
         UnixStream::connect(&path).unwrap();
         drop(socket);
         Socket::bind(&path).unwrap();
+    }
+
+    #[test]
+    fn whoever_has_a_socket_is_named_with_what_ends_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let _socket = Socket::bind(&path).unwrap();
+        let id = std::process::id();
+        let api = Socket::bind(&path).unwrap_err().to_string();
+        let shutdown = format!("`tern shutdown --api-socket {}`", path.display());
+        assert!(
+            api.contains(&shutdown) && api.contains(&format!("process {id} ")),
+            "{api}"
+        );
+        // There is no control API that could be asked.
+        let guest = Socket::bind_as("unix:", &path).unwrap_err().to_string();
+        assert!(
+            guest.contains(&format!("`kill {id}`, or Ctrl-C")),
+            "{guest}"
+        );
+        assert!(!guest.contains("--api-socket"), "{guest}");
     }
 
     #[test]
@@ -300,6 +362,9 @@ mod tests {
         Socket::check(&path).unwrap();
         assert!(path.exists());
         let _socket = Socket::bind(&path).unwrap();
-        assert!(matches!(Socket::check(&path), Err(SocketError::InUse(..))));
+        assert!(matches!(
+            Socket::check(&path),
+            Err(SocketError::InUse { .. })
+        ));
     }
 }
