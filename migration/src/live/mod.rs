@@ -36,5 +36,5 @@ mod tests;
 pub use destination::{Incoming, Offered};
 pub use guest::{DestinationGuest, GuestError, SourceGuest};
 pub use policy::{Limits, OnTimeout};
-pub use report::Report;
-pub use source::{End, Options, migrate};
+pub use report::{Attempt, Report};
+pub use source::{End, Options, attempt, migrate};

@@ -9,7 +9,7 @@ use super::commit::{Source, SourceAction, SourceEvent};
 use super::guest::{GuestError, SourceGuest};
 use super::pages::{self, Round};
 use super::policy::{self, Decision, Limits, Policy};
-use super::report::{self, Pause, Report};
+use super::report::{self, Attempt, Pause, Report};
 use super::verify;
 use crate::guest::GuestPages;
 use crate::id::SnapshotId;
@@ -193,15 +193,17 @@ pub fn migrate<G: SourceGuest>(
     options: &Options,
     watch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> End {
-    let session = match SnapshotId::random() {
-        Ok(session) => session,
-        Err(error) => {
-            return End::Kept(Reason::Wire {
-                phase: Phase::Connect,
-                source: error.into(),
-            });
-        }
-    };
+    attempt(guest, connect, options, watch).0
+}
+
+/// The same, with how far it came, whatever the end.
+pub fn attempt<G: SourceGuest>(
+    guest: &mut G,
+    connect: &mut dyn FnMut() -> Result<Connection, WireError>,
+    options: &Options,
+    watch: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> (End, Attempt) {
+    let session = SnapshotId::random();
     let mut run = Run {
         guest,
         options,
@@ -216,8 +218,12 @@ pub fn migrate<G: SourceGuest>(
         },
         state: Source::Moving,
         begun: Instant::now(),
+        paused: None,
         report: Report {
-            session: session.to_string(),
+            session: session
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default(),
             how: options.how,
             total_us: 0,
             build_us: 0,
@@ -227,24 +233,15 @@ pub fn migrate<G: SourceGuest>(
             paused_bytes: 0,
         },
     };
-    let connection = connect();
-    let outcome = match connection {
-        Ok(mut connection) => {
-            let outcome = run.all(&mut connection, session);
-            if let Err(reason) = &outcome
-                && run.state == Source::Moving
-            {
-                // So that the other side need not guess. It has hung up if that is the reason.
-                let _ = connection.send(&Message::cancel(reason));
-            }
-            outcome
-        }
-        Err(source) => Err(run.wire(source)),
+    let end = match session {
+        Ok(session) => run.from_here(session, connect),
+        Err(error) => End::Kept(run.wire(error.into())),
     };
-    match outcome {
-        Ok(()) => End::Moved(Box::new(run.report)),
-        Err(reason) => run.settle(reason, session, connect),
-    }
+    let attempt = Attempt {
+        phase: run.progress.phase,
+        report: run.report,
+    };
+    (end, attempt)
 }
 
 struct Run<'a, G> {
@@ -254,10 +251,46 @@ struct Run<'a, G> {
     progress: Progress,
     state: Source,
     begun: Instant,
+    /// When the guest was asked to stop, if it was.
+    paused: Option<Instant>,
     report: Report,
 }
 
 impl<G: SourceGuest> Run<'_, G> {
+    /// All of it, from the first connection on.
+    fn from_here(
+        &mut self,
+        session: SnapshotId,
+        connect: &mut dyn FnMut() -> Result<Connection, WireError>,
+    ) -> End {
+        let outcome = match connect() {
+            Ok(mut connection) => {
+                let outcome = self.all(&mut connection, session);
+                self.report.bytes = connection.bytes_sent();
+                if let Err(reason) = &outcome
+                    && self.state == Source::Moving
+                {
+                    // So that the other side need not guess. It has hung up if that is the reason.
+                    let _ = connection.send(&Message::cancel(reason));
+                }
+                outcome
+            }
+            Err(source) => Err(self.wire(source)),
+        };
+        match outcome {
+            Ok(()) => End::Moved(Box::new(self.report.clone())),
+            Err(reason) => self.settle(reason, session, connect),
+        }
+    }
+
+    /// Takes down how long it took until now, and the pause if there was one.
+    fn conclude(&mut self) {
+        self.report.total_us = micros(self.begun.elapsed());
+        if let Some(paused) = self.paused {
+            self.report.pause_us.end(micros(paused.elapsed()));
+        }
+    }
+
     fn wire(&self, source: WireError) -> Reason {
         Reason::Wire {
             phase: self.progress.phase,
@@ -539,8 +572,8 @@ impl<G: SourceGuest> Run<'_, G> {
         left: Option<PageSet>,
     ) -> Result<(), Reason> {
         self.begin(Phase::Pause)?;
-        let paused = Instant::now();
-        let mut lap = paused;
+        let mut lap = Instant::now();
+        self.paused = Some(lap);
         let clock = |lap: &mut Instant| micros(std::mem::replace(lap, Instant::now()).elapsed());
         self.guest.stop().map_err(|e| self.failed(e))?;
         self.report.pause_us.stop = clock(&mut lap);
@@ -589,9 +622,7 @@ impl<G: SourceGuest> Run<'_, G> {
             other => return Err(self.unexpected(&other, "running")),
         }
         self.state = self.state.on(SourceEvent::Running).0;
-        self.report.pause_us.total = micros(paused.elapsed());
-        self.report.total_us = micros(self.begun.elapsed());
-        self.report.bytes = connection.bytes_sent();
+        self.conclude();
         // That nobody will ask. If it is lost, the destination keeps an answer ready for nothing.
         let _ = connection.send(&Message::Bye);
         Ok(())
@@ -599,7 +630,7 @@ impl<G: SourceGuest> Run<'_, G> {
 
     /// After a failure: the guest goes on here, unless it may have been given away.
     fn settle(
-        mut self,
+        &mut self,
         reason: Reason,
         session: SnapshotId,
         connect: &mut dyn FnMut() -> Result<Connection, WireError>,
@@ -638,19 +669,26 @@ impl<G: SourceGuest> Run<'_, G> {
             }
         }
         match action {
-            SourceAction::Resume => match self.guest.resume() {
-                Ok(()) => End::Kept(reason),
-                Err(error) => End::Lost { reason, error },
-            },
-            SourceAction::End => {
-                self.report.total_us = micros(self.begun.elapsed());
-                End::Moved(Box::new(self.report))
+            SourceAction::Resume => {
+                let resumed = self.guest.resume();
+                self.conclude();
+                match resumed {
+                    Ok(()) => End::Kept(reason),
+                    Err(error) => End::Lost { reason, error },
+                }
             }
-            SourceAction::Ask | SourceAction::Nothing | SourceAction::Commit => End::InDoubt {
-                session,
-                reason,
-                asked,
-            },
+            SourceAction::End => {
+                self.conclude();
+                End::Moved(Box::new(self.report.clone()))
+            }
+            SourceAction::Ask | SourceAction::Nothing | SourceAction::Commit => {
+                self.conclude();
+                End::InDoubt {
+                    session,
+                    reason,
+                    asked,
+                }
+            }
         }
     }
 }

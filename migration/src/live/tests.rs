@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use super::destination::{Incoming, Offered, Receiving};
-use super::source::{End, Options, migrate};
+use super::source::{End, Options, Phase, attempt, migrate};
 use super::{DestinationGuest, GuestError, Limits, SourceGuest};
 use crate::guest::GuestPages;
 use crate::layout::{LARGE_PAGE, PAGE_SIZE, RamLayout};
@@ -289,6 +289,9 @@ fn a_guest_is_moved_with_all_its_memory() {
         report.rounds.len() == 1 && report.pause_us.total > 0,
         "{report:?}"
     );
+    let pause = report.pause_us;
+    let parts: u64 = pause.parts().iter().map(|part| part.us).sum();
+    assert_eq!(parts, pause.total);
     assert_eq!((there.early, there.state.len()), (1, 1));
     let expected = ["offer", "track", "early", "stop", "state", "release"];
     assert_eq!(guest.calls, expected);
@@ -297,6 +300,58 @@ fn a_guest_is_moved_with_all_its_memory() {
         let (from, to) = (page * 512, page * 512 + 512);
         let same = guest.ram.bytes[from..to] == there.ram.bytes[from..to];
         assert!(same || (10..20).contains(&page), "page {page}");
+    }
+}
+
+/// How far a migration came is known whatever becomes of it, here one that is called off in `last`.
+#[test]
+fn how_far_a_migration_came_is_known_if_it_fails() {
+    for (last, rounds, paused) in [
+        (Phase::Connect, 0, false),
+        (Phase::Offer, 0, false),
+        (Phase::Memory, 0, false),
+        (Phase::Restore, 1, true),
+    ] {
+        let (near, far) = pair();
+        let destination = std::thread::spawn(move || {
+            let Ok(Incoming::Offer(mut offered)) = Incoming::accept(far, "test") else {
+                return;
+            };
+            offered.sections();
+            let Ok(receiving) = offered.accept() else {
+                return;
+            };
+            let mut guest = Arriving::new();
+            let go_on = &mut |_| ControlFlow::Continue(());
+            if let Ok(prepared) = receiving.receive(&mut guest, go_on) {
+                let called_off = prepared.commit(&mut || ControlFlow::Continue(()), || Ok(()));
+                assert!(called_off.is_err());
+            }
+        });
+        let mut guest = Leaving::new();
+        let mut connection = Some(near);
+        let (end, attempt) = attempt(
+            &mut guest,
+            &mut || Ok(connection.take().unwrap()),
+            &options(Memory::Copy),
+            &mut |progress| {
+                if progress.phase == last {
+                    ControlFlow::Break(())
+                } else {
+                    ControlFlow::Continue(())
+                }
+            },
+        );
+        destination.join().unwrap();
+        assert!(matches!(end, End::Kept(_)), "{end:?}");
+        assert_eq!(attempt.phase, last);
+        let report = attempt.report;
+        assert_eq!(report.rounds.len(), rounds, "{last}");
+        let pause = report.pause_us;
+        assert_eq!(pause.total > 0, paused, "{last}");
+        let parts: u64 = pause.parts().iter().map(|part| part.us).sum();
+        assert_eq!(parts, pause.total);
+        assert!(report.total_us >= pause.total && (report.bytes > 0) == (last > Phase::Connect));
     }
 }
 

@@ -217,8 +217,6 @@ fn show(bar: &ProgressBar, info: &Info) {
 /// The report for people.
 fn describe(to: &Address, report: &Report) -> String {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-    let ms = |us: u64| us as f64 / 1000.0;
-    let pause = report.pause_us;
     let how = match report.how {
         Memory::Copy => format!(
             "{:.1} MiB copied in {} and the pause",
@@ -230,21 +228,25 @@ fn describe(to: &Address, report: &Report) -> String {
         ),
         Memory::Handoff => "memory was handed over".to_owned(),
     };
-    let verify = match pause.verify {
-        0 => String::new(),
-        us => format!(" verify {:.1},", ms(us)),
-    };
+    let parts = report.pause_us.parts();
+    let total: u64 = parts.iter().map(|part| part.tenths).sum();
+    let ms = |tenths: u64| tenths as f64 / 10.0;
+    let parts = parts
+        .iter()
+        .filter(|part| part.name != "verify" || part.us > 0)
+        .map(|part| match part.name {
+            "send" => format!(
+                "{:.1} MiB sent {:.1}",
+                mib(report.paused_bytes),
+                ms(part.tenths)
+            ),
+            name => format!("{name} {:.1}", ms(part.tenths)),
+        });
     format!(
-        "the guest runs at {to}: {how}, {:.2} s in all\n\
-         pause {:.1} ms: stop {:.1}, state {:.1}, {:.1} MiB sent {:.1},{verify} restore {:.1}, resume {:.1}",
+        "the guest runs at {to}: {how}, {:.2} s in all\npause {:.1} ms: {}",
         report.total_us as f64 / 1e6,
-        ms(pause.total),
-        ms(pause.stop),
-        ms(pause.state),
-        mib(report.paused_bytes),
-        ms(pause.send),
-        ms(pause.restore),
-        ms(pause.resume),
+        ms(total),
+        parts.collect::<Vec<_>>().join(", ")
     )
 }
 

@@ -70,26 +70,16 @@ fn write(out: &mut String, to: &str, report: &Report) -> fmt::Result {
 /// The parts of the pause, one after the other.
 fn pause(out: &mut String, report: &Report) -> fmt::Result {
     let pause = report.pause_us;
-    let known = pause.stop + pause.state + pause.send + pause.verify + pause.restore + pause.resume;
-    let parts = [
-        ("vCPUs and devices come to rest", pause.stop),
-        ("state is read", pause.state),
-        ("last pages and state are sent", pause.send),
-        ("all of memory is compared", pause.verify),
-        ("the destination restores and verifies", pause.restore),
-        ("the destination resumes", pause.resume),
-        ("messages, and waiting", pause.total.saturating_sub(known)),
-    ];
-    let total: u64 = parts.iter().map(|(_, us)| us).sum();
-    let scale = WIDTH / total.max(1) as f64;
+    let parts = pause.parts();
+    let scale = WIDTH / pause.total.max(1) as f64;
     write!(
         out,
         "<h2>The pause: {}</h2>\n<svg viewBox=\"0 0 {WIDTH} 40\" role=\"img\" aria-label=\"Parts of the pause\">",
         milliseconds(pause.total)
     )?;
     let mut at = 0.0;
-    for ((_, us), colour) in parts.iter().zip(COLOURS) {
-        let width = *us as f64 * scale;
+    for (part, colour) in parts.iter().zip(COLOURS) {
+        let width = part.us as f64 * scale;
         write!(
             out,
             "<rect x=\"{at:.1}\" y=\"4\" width=\"{width:.1}\" height=\"32\" fill=\"{colour}\"/>"
@@ -100,8 +90,9 @@ fn pause(out: &mut String, report: &Report) -> fmt::Result {
     for ((name, us), colour) in parts.iter().zip(COLOURS) {
         writeln!(
             out,
-            "<tr><td class=\"key\"><span style=\"background:{colour}\"></span>{name}<td>{}</tr>",
-            milliseconds(*us)
+            "<tr><td class=\"key\"><span style=\"background:{colour}\"></span>{}<td>{:.1} ms</tr>",
+            part.what,
+            part.tenths as f64 / 10.0
         )?;
     }
     out.push_str("</table>\n");
@@ -250,3 +241,4 @@ mod tests {
         assert!(!html.contains("Rounds of copying"));
     }
 }
+                wait: 7_000,
