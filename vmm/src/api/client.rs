@@ -53,8 +53,8 @@ pub enum ClientError {
     #[error("the answer is not understood ({0}); is this a tern socket?")]
     Malformed(&'static str),
     /// The monitor refused.
-    #[error("{0}")]
-    Refused(String),
+    #[error("{}", .0.error)]
+    Refused(Failure),
 }
 
 /// An HTTP answer.
@@ -95,8 +95,11 @@ pub fn request_within<T: DeserializeOwned>(
     }
     Err(ClientError::Refused(
         match serde_json::from_slice::<Failure>(&answer.body) {
-            Ok(failure) => failure.error,
-            Err(_) => format!("the monitor answered with status {}", answer.status),
+            Ok(failure) => failure,
+            Err(_) => Failure::new(format!(
+                "the monitor answered with status {}",
+                answer.status
+            )),
         },
     ))
 }

@@ -23,8 +23,7 @@ const TEXT_MAX: usize = 4096;
 
 /// The answer to a request that failed.
 pub(super) fn failure(status: StatusCode, error: impl ToString) -> Response {
-    let error = error.to_string();
-    (status, Json(Failure { error })).into_response()
+    (status, Json(Failure::new(error))).into_response()
 }
 
 /// `router` with all its errors in JSON.
@@ -109,8 +108,7 @@ impl Replacement {
         if !bare || !(status.is_client_error() || status.is_server_error()) {
             return None;
         }
-        let error = reason(status).to_owned();
-        let body = serde_json::to_string(&Failure { error }).ok()?;
+        let body = serde_json::to_string(&Failure::new(reason(status))).ok()?;
         let bytes = format!(
             "{line}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
             body.len()

@@ -24,6 +24,7 @@ pub mod snapshots;
 pub mod socket;
 mod states;
 
+use migration::live::Attempt;
 use serde::{Deserialize, Serialize};
 
 use crate::snapshot::report::Progress;
@@ -137,6 +138,19 @@ pub struct Shutdown {
 pub struct Failure {
     /// Why.
     pub error: String,
+    /// How far a migration came that was begun.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<Box<Attempt>>,
+}
+
+impl Failure {
+    /// Of something else than a migration.
+    pub fn new(error: impl ToString) -> Self {
+        Self {
+            error: error.to_string(),
+            attempt: None,
+        }
+    }
 }
 
 /// What `GET /api/v1/events` tells in events of type `progress`, as in [`Info`]: whenever it has changed, and empty when

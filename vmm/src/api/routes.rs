@@ -21,7 +21,7 @@ use super::migrations::{CallOff, Resolve};
 use super::owners::{self, AdminCommand, AdminError};
 use super::snapshots::SnapshotAnswer;
 use super::states::{States, Told, listen};
-use super::{Device, Info, OPENAPI, Shutdown, Status, UnderWay};
+use super::{Device, Failure, Info, OPENAPI, Shutdown, Status, UnderWay};
 use crate::config::doors;
 use crate::config::object::Object;
 use crate::errors::chain;
@@ -228,7 +228,13 @@ async fn migrate(Extract(context): Extract<Context>, body: Bytes) -> Response {
             | MigrateError::Security(_)
             | MigrateError::NothingToVerify),
         )) => failure(StatusCode::BAD_REQUEST, error),
-        Ok(Err(error)) => failure(StatusCode::CONFLICT, chain(&error)),
+        Ok(Err(error)) => {
+            let mut answer = Failure::new(chain(&error));
+            if let MigrateError::Kept { attempt, .. } = error {
+                answer.attempt = Some(attempt);
+            }
+            (StatusCode::CONFLICT, Json(answer)).into_response()
+        }
         Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
     }
 }

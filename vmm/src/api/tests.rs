@@ -1,6 +1,9 @@
 use std::collections::BTreeSet;
 
 use devices::net::{MacAddress, PortInfo, Stats};
+use migration::live::report::{Pause as MigrationPause, Report as MigrationReport};
+use migration::live::source::Phase as MigrationPhase;
+use migration::wire::message::Memory;
 use serde_json::Value;
 
 use super::routes::PATHS;
@@ -78,8 +81,11 @@ fn the_schemas_are_those_of_the_answers() {
         state: State::Paused,
     };
     let failure = Failure {
-        error: "e".to_owned(),
+        attempt: Some(attempt()),
+        ..Failure::new("e")
     };
+    let always = BTreeSet::from(["error".to_owned()]);
+    assert_eq!(properties("Failure"), (keys(&failure), always));
     let mut always = keys(&info);
     always.remove("progress");
     always.remove("migration");
@@ -87,7 +93,8 @@ fn the_schemas_are_those_of_the_answers() {
     for (name, keys) in [
         ("Device", keys(&device)),
         ("Status", keys(&status)),
-        ("Failure", keys(&failure)),
+        ("Attempt", keys(&attempt())),
+        ("MigrationReport", keys(&attempt().report)),
     ] {
         assert_eq!(properties(name), (keys.clone(), keys), "{name}");
     }
@@ -150,6 +157,37 @@ fn the_schemas_are_those_of_the_answers() {
         force_after_ms: Some(1),
     };
     assert_eq!(properties("Shutdown"), (keys(&shutdown), BTreeSet::new()));
+}
+
+fn attempt() -> Box<Attempt> {
+    Box::new(Attempt {
+        phase: MigrationPhase::Memory,
+        report: MigrationReport {
+            session: String::new(),
+            how: Memory::Copy,
+            total_us: 1,
+            build_us: 1,
+            bytes: 1,
+            rounds: Vec::new(),
+            pause_us: MigrationPause::default(),
+            paused_bytes: 0,
+        },
+    })
+}
+
+#[test]
+fn the_parts_of_a_pause_are_the_documented_ones() {
+    let report = document()["components"]["schemas"]["MigrationReport"].clone();
+    let pause = report["properties"]["pause_us"].clone();
+    let documented = pause["properties"].as_object().unwrap().keys().cloned();
+    let all = keys(&MigrationPause::default());
+    assert_eq!(documented.collect::<BTreeSet<_>>(), all);
+    let parts = MigrationPause::default()
+        .parts()
+        .map(|part| part.name.to_owned());
+    let mut parts = BTreeSet::from(parts);
+    parts.insert("total".to_owned());
+    assert_eq!(parts, all);
 }
 
 fn owner() -> owners::Owner {
@@ -258,6 +296,7 @@ fn the_names_of_a_doubt_are_the_documented_ones() {
             "outcome",
             serde_json::to_value(source::Answer::InDoubt {
                 reason: reason.clone(),
+                attempt: attempt(),
             }),
         ),
         (

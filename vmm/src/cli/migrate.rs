@@ -14,13 +14,13 @@ use migration::wire::message::Memory;
 
 use super::progress::follow;
 use super::tls::{self, Tls};
-use crate::api::client::request;
+use crate::api::client::{ClientError, request};
 use crate::api::migrations::{CallOff, Resolve as ResolveRequest};
 use crate::api::{Info, Status};
 use crate::cli::print::say;
 use crate::exit;
 use crate::migrate::address::Address;
-use crate::migrate::html;
+use crate::migrate::html::{self, Outcome};
 use crate::migrate::monitor::Status as Migration;
 use crate::migrate::source::{Answer, DOWNTIME_MS, DOWNTIMES_MS, Request, TIMEOUT_S, TIMEOUTS_S};
 use crate::migrate::tls::Files;
@@ -78,7 +78,7 @@ pub struct Migrate {
     #[arg(long)]
     insecure: bool,
 
-    /// Write a report with pictures to this file
+    /// Write a report with pictures to this file, also if the guest stays or is in doubt
     #[arg(long, value_name = "FILE.html")]
     report: Option<PathBuf>,
 
@@ -125,34 +125,49 @@ impl Migrate {
             tls: self.tls.files().map(Files::absolute).transpose()?,
         })?;
         // Before anything happens: a guest that was moved is not moved back for it.
-        let report_file = match &self.report {
+        let mut report_file = match &self.report {
             Some(path) => Some(
                 ReportFile::create(path).with_context(|| format!("--report {}", path.display()))?,
             ),
             None => None,
         };
-        let answer = follow(&self.api_socket, "/api/v1/migrate", &body, show)?;
+        let answer = follow(&self.api_socket, "/api/v1/migrate", &body, show);
+        if let Err(ClientError::Refused(failure)) = &answer
+            && let Some(attempt) = &failure.attempt
+        {
+            write_report(
+                report_file.take(),
+                &to,
+                Outcome::Kept(&failure.error, attempt),
+            );
+        }
+        let answer = answer?;
         if self.json {
             say!("{}", serde_json::to_string(&answer)?);
         }
         match answer {
             Answer::Moved { report } => {
-                let html = html::page(&to.to_string(), &report);
-                if let Some(file) = report_file
-                    && let Err(error) = file.finish(&html)
-                {
-                    eprintln!("tern: the report cannot be written: {error}");
-                }
+                write_report(report_file, &to, Outcome::Moved(&report));
                 if !self.json {
                     say!("{}", describe(&to, &report));
                 }
                 Ok(0)
             }
-            Answer::InDoubt { reason } => {
+            Answer::InDoubt { reason, attempt } => {
+                write_report(report_file, &to, Outcome::InDoubt(&reason, &attempt));
                 eprintln!("tern: {reason}");
                 Ok(exit::IN_DOUBT)
             }
         }
+    }
+}
+
+/// Writes the report, if there is to be one. What became of the guest is no other for it.
+fn write_report(file: Option<ReportFile>, to: &Address, outcome: Outcome<'_>) {
+    if let Some(file) = file
+        && let Err(error) = file.finish(&html::page(&to.to_string(), outcome))
+    {
+        eprintln!("tern: the report cannot be written: {error}");
     }
 }
 
@@ -294,5 +309,41 @@ impl Resolve {
             say!("{}", serde_json::to_string(&status)?);
         }
         Ok(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use migration::live::report::Pause;
+
+    use super::*;
+
+    #[test]
+    fn the_parts_of_the_pause_are_all_there_and_add_up() {
+        let mut pause_us = Pause {
+            stop: 1_049,
+            state: 2_049,
+            send: 3_049,
+            restore: 4_049,
+            resume: 5_049,
+            ..Pause::default()
+        };
+        pause_us.end(20_051);
+        let mut report = Report {
+            session: String::new(),
+            how: Memory::Handoff,
+            total_us: 1_000_000,
+            build_us: 0,
+            bytes: 0,
+            rounds: Vec::new(),
+            pause_us,
+            paused_bytes: 1 << 20,
+        };
+        let to: Address = "unix:a".parse().unwrap();
+        let text = describe(&to, &report);
+        let parts = "pause 20.1 ms: stop 1.0, state 2.1, 1.0 MiB sent 3.0, restore 4.1, resume 5.0, wait 4.9";
+        assert!(text.ends_with(parts), "{text}");
+        report.pause_us.verify = 1;
+        assert!(describe(&to, &report).contains(", verify 0.0, "));
     }
 }

@@ -4,7 +4,8 @@
 use std::fmt::{self, Display, Write};
 
 use migration::PAGE_SIZE;
-use migration::live::report::{Report, Round};
+use migration::live::report::{Attempt, Report, Round};
+use migration::live::source::Phase;
 use migration::wire::message::Memory;
 
 const STYLE: &str = "\
@@ -22,15 +23,39 @@ const COLOURS: [&str; 7] = [
     "#1f5fa8", "#4c9f70", "#c8553d", "#8e6bb0", "#3b8ea5", "#d9a441", "#5b6b7b",
 ];
 
-/// The file, for a guest that was moved to `to`.
-pub fn page(to: &str, report: &Report) -> String {
+/// What became of the guest.
+#[derive(Clone, Copy, Debug)]
+pub enum Outcome<'a> {
+    /// It runs at the destination.
+    Moved(&'a Report),
+    /// It stays at its source, and why.
+    Kept(&'a str, &'a Attempt),
+    /// Whether it runs at the destination is not known, and why.
+    InDoubt(&'a str, &'a Attempt),
+}
+
+/// The file, for a guest that was to be moved to `to`.
+pub fn page(to: &str, outcome: Outcome<'_>) -> String {
     let mut html = String::new();
     // Writing to a string does not fail.
-    let _ = write(&mut html, to, report);
+    let _ = write(&mut html, to, outcome);
     html
 }
 
-fn write(out: &mut String, to: &str, report: &Report) -> fmt::Result {
+fn write(out: &mut String, to: &str, outcome: Outcome<'_>) -> fmt::Result {
+    let (text, attempt, report) = match outcome {
+        Outcome::Moved(report) => (
+            "the guest was moved, and runs there".to_owned(),
+            None,
+            report,
+        ),
+        // The reason says that it stays.
+        Outcome::Kept(reason, attempt) => (reason.to_owned(), Some(attempt), &attempt.report),
+        Outcome::InDoubt(reason, attempt) => {
+            let text = format!("in doubt: {reason}");
+            (text, Some(attempt), &attempt.report)
+        }
+    };
     let how = match report.how {
         Memory::Copy => "copied",
         Memory::Handoff => "handed over",
@@ -41,7 +66,9 @@ fn write(out: &mut String, to: &str, report: &Report) -> fmt::Result {
          <h1>Migration to {to}</h1>\n<table>\n",
         to = Text(to)
     )?;
-    for (name, value) in [
+    let rows = [("Outcome", text)].into_iter();
+    let came = attempt.map(|attempt| ("It came as far as", came(attempt)));
+    for (name, value) in rows.chain(came).chain([
         ("Memory", how.to_owned()),
         ("Total", milliseconds(report.total_us)),
         ("Pause", milliseconds(report.pause_us.total)),
@@ -55,16 +82,36 @@ fn write(out: &mut String, to: &str, report: &Report) -> fmt::Result {
             mebibytes(report.paused_bytes),
         ),
         ("Session", report.session.clone()),
-    ] {
+    ]) {
         writeln!(out, "<tr><td>{name}<td>{}</tr>", Text(&value))?;
     }
     out.push_str("</table>\n");
-    pause(out, report)?;
+    if report.pause_us.total > 0 {
+        pause(out, report)?;
+    }
     if !report.rounds.is_empty() {
         rounds(out, &report.rounds)?;
     }
     out.push_str("</html>\n");
     Ok(())
+}
+
+/// How far a migration came, in words.
+fn came(attempt: &Attempt) -> String {
+    let what = match attempt.phase {
+        Phase::Connect => "connecting",
+        Phase::Offer => "the offer: the destination was to build the machine",
+        Phase::Memory => "copying memory while the guest ran",
+        Phase::Pause => "the pause: last pages and state were being sent",
+        Phase::Verify => "comparing all of memory",
+        Phase::Restore => "restoring: the destination had everything",
+        Phase::Commit => "giving the guest away",
+    };
+    match attempt.report.rounds.len() {
+        0 => what.to_owned(),
+        1 => format!("{what}, after 1 round of copying"),
+        count => format!("{what}, after {count} rounds of copying"),
+    }
 }
 
 /// The parts of the pause, one after the other.
@@ -87,7 +134,7 @@ fn pause(out: &mut String, report: &Report) -> fmt::Result {
         at += width;
     }
     out.push_str("</svg>\n<table>\n");
-    for ((name, us), colour) in parts.iter().zip(COLOURS) {
+    for (part, colour) in parts.iter().zip(COLOURS) {
         writeln!(
             out,
             "<tr><td class=\"key\"><span style=\"background:{colour}\"></span>{}<td>{:.1} ms</tr>",
@@ -220,6 +267,7 @@ mod tests {
                 verify: 0,
                 restore: 12_000,
                 resume: 3_000,
+                wait: 7_000,
             },
             paused_bytes: 5 << 20,
         }
@@ -227,7 +275,8 @@ mod tests {
 
     #[test]
     fn the_page_has_the_figures_and_needs_nothing_else() {
-        let html = page("unix:/run/a<b>&\"c", &report(4));
+        let report = report(4);
+        let html = page("unix:/run/a<b>&\"c", Outcome::Moved(&report));
         assert!(html.contains("unix:/run/a&lt;b&gt;&amp;&quot;c") && !html.contains("a<b>"));
         assert!(html.contains("60.0 ms") && html.matches("<rect").count() == 7 + 2 * 4);
         for foreign in ["http:", "https:", "src=", "href="] {
@@ -237,8 +286,38 @@ mod tests {
 
     #[test]
     fn memory_that_was_handed_over_has_no_rounds() {
-        let html = page("unix:a", &report(0));
+        let html = page("unix:a", Outcome::Moved(&report(0)));
         assert!(!html.contains("Rounds of copying"));
     }
+
+    #[test]
+    fn a_guest_that_was_not_moved_has_its_reason_and_how_far_it_came() {
+        let mut attempt = Attempt {
+            phase: Phase::Memory,
+            report: report(3),
+        };
+        attempt.report.pause_us = Pause::default();
+        let html = page(
+            "unix:a",
+            Outcome::Kept("the guest stays here: <why>", &attempt),
+        );
+        for part in [
+            "stays here: &lt;why&gt;",
+            "after 3 rounds",
+            "Rounds of copying",
+        ] {
+            assert!(html.contains(part), "{html}");
+        }
+        assert!(!html.contains("The pause"), "{html}");
+        attempt.phase = Phase::Commit;
+        attempt.report.pause_us.end(5_000);
+        let html = page("unix:a", Outcome::InDoubt("nobody answers", &attempt));
+        for part in [
+            "in doubt: nobody answers",
+            "giving the guest away",
+            "The pause: 5.0 ms",
+        ] {
+            assert!(html.contains(part), "{html}");
+        }
+    }
 }
-                wait: 7_000,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use migration::live::commit::{Resolution, Source as State, SourceAction, SourceEvent};
 use migration::live::source::{self, End, Options};
-use migration::live::{GuestError, Limits, OnTimeout, Report, SourceGuest, migrate};
+use migration::live::{GuestError, Limits, OnTimeout, Report, SourceGuest, attempt, report};
 use migration::wire::connection::{self, Named, Section};
 use migration::wire::message::{Memory, Outcome as Known};
 use migration::{PageSet, SnapshotId};
@@ -109,8 +109,13 @@ pub enum MigrateError {
         range: RangeInclusive<u64>,
     },
     /// The guest stays.
-    #[error("the guest stays here: {0}")]
-    Kept(String),
+    #[error("the guest stays here: {reason}")]
+    Kept {
+        /// Why.
+        reason: String,
+        /// How far it came.
+        attempt: Box<report::Attempt>,
+    },
 }
 
 /// What became of a guest that was to be moved.
@@ -126,6 +131,8 @@ pub enum Answer {
     InDoubt {
         /// What happened, and how to end the doubt.
         reason: String,
+        /// How far it came.
+        attempt: Box<report::Attempt>,
     },
 }
 
@@ -188,7 +195,9 @@ pub fn run(
             ControlFlow::Continue(())
         }
     };
-    let result = match migrate(&mut leaving, &mut connect, &options, &mut watch) {
+    let (end, attempt) = attempt(&mut leaving, &mut connect, &options, &mut watch);
+    let attempt = Box::new(attempt);
+    let result = match end {
         End::Moved(report) => {
             leaving.stay_stopped();
             answer(Ok(Answer::Moved { report: *report }));
@@ -201,7 +210,7 @@ pub fn run(
                 Some(outcome) => format!("{outcome} ({})", chain(&reason)),
                 None => chain(&reason),
             };
-            Err(MigrateError::Kept(reason))
+            Err(MigrateError::Kept { reason, attempt })
         }
         End::Lost { reason, error } => {
             leaving.stay_stopped();
@@ -209,7 +218,7 @@ pub fn run(
                 "{}; it stands still, since {error}; when that is free again, `tern resume` lets it go on",
                 chain(&reason)
             );
-            Err(MigrateError::Kept(reason))
+            Err(MigrateError::Kept { reason, attempt })
         }
         End::InDoubt {
             session,
@@ -221,7 +230,7 @@ pub fn run(
             lease.becomes(Purpose::Doubt);
             // For whoever sits at its console and sees it stand still.
             let _ = writeln!(std::io::stderr(), "tern: {reason}");
-            answer(Ok(Answer::InDoubt { reason }));
+            answer(Ok(Answer::InDoubt { reason, attempt }));
             if !settle(machine, &mut leaving, session, &mut connect, &name) {
                 // How the process ends says that, too.
                 return;
