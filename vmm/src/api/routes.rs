@@ -23,7 +23,7 @@ use super::snapshots::SnapshotAnswer;
 use super::states::{States, Told, listen};
 use super::{Device, Failure, Info, OPENAPI, Shutdown, Status, UnderWay};
 use crate::config::doors;
-use crate::config::object::Object;
+use crate::config::object;
 use crate::errors::chain;
 use crate::exit::Outcome;
 use crate::machine::lease::Purpose;
@@ -134,8 +134,8 @@ pub fn describe(machine: &Machine) -> Info {
 }
 
 async fn admin(Extract(context): Extract<Context>, body: Bytes) -> Response {
-    let command: AdminCommand = match serde_json::from_slice(&body) {
-        Ok(Object(command)) => command,
+    let command: AdminCommand = match object::parse(&body) {
+        Ok(command) => command,
         Err(error) => return failure(StatusCode::BAD_REQUEST, error),
     };
     let machine = context.machine;
@@ -180,8 +180,8 @@ async fn resume(Extract(context): Extract<Context>) -> Response {
 }
 
 async fn snapshot(Extract(context): Extract<Context>, body: Bytes) -> Response {
-    let request: Request = match serde_json::from_slice(&body) {
-        Ok(Object(request)) => request,
+    let request: Request = match object::parse(&body) {
+        Ok(request) => request,
         Err(error) => return failure(StatusCode::BAD_REQUEST, error),
     };
     let machine = Arc::clone(&context.machine);
@@ -198,8 +198,8 @@ async fn snapshot(Extract(context): Extract<Context>, body: Bytes) -> Response {
 }
 
 async fn migrate(Extract(context): Extract<Context>, body: Bytes) -> Response {
-    let request: migrate::Request = match serde_json::from_slice(&body) {
-        Ok(Object(request)) => request,
+    let request: migrate::Request = match object::parse(&body) {
+        Ok(request) => request,
         Err(error) => return failure(StatusCode::BAD_REQUEST, error),
     };
     let (tell, told) = oneshot::channel();
@@ -261,8 +261,8 @@ async fn call_off(Extract(context): Extract<Context>) -> Response {
 }
 
 async fn resolve(Extract(context): Extract<Context>, body: Bytes) -> Response {
-    let request: Resolve = match serde_json::from_slice(&body) {
-        Ok(Object(request)) => request,
+    let request: Resolve = match object::parse(&body) {
+        Ok(request) => request,
         Err(error) => return failure(StatusCode::BAD_REQUEST, error),
     };
     let machine = Arc::clone(&context.machine);
@@ -330,8 +330,8 @@ async fn shutdown(Extract(context): Extract<Context>, body: Bytes) -> Response {
     let request: Shutdown = if body.is_empty() {
         Shutdown::default()
     } else {
-        match serde_json::from_slice(&body) {
-            Ok(Object(request)) => request,
+        match object::parse(&body) {
+            Ok(request) => request,
             Err(error) => return failure(StatusCode::BAD_REQUEST, error),
         }
     };

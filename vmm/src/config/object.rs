@@ -33,6 +33,18 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for OnlyMaps<T> {
     }
 }
 
+/// Reads an object; an error names the member that is wrong.
+pub fn parse<'de, T: Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, String> {
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    let parsed = serde_path_to_error::deserialize::<_, Object<T>>(&mut deserializer);
+    let Object(value) = parsed.map_err(|error| match error.path().to_string().as_str() {
+        "." => error.inner().to_string(),
+        path => format!("{path}: {}", error.inner()),
+    })?;
+    deserializer.end().map_err(|error| error.to_string())?;
+    Ok(value)
+}
+
 /// A list of objects, for `deserialize_with`.
 pub fn list<'de, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
@@ -61,6 +73,43 @@ mod tests {
             let error = serde_json::from_str::<Object<Config>>(text).unwrap_err();
             assert!(error.to_string().contains("expected an object"), "{error}");
         }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        use crate::migrate::source::Request;
+        for (text, part) in [
+            (
+                r#"{"to": 7}"#,
+                "to: invalid type: integer `7`, expected a string",
+            ),
+            (r#"{"to": "unix:/s", "copy": "yes"}"#, "copy: invalid type"),
+            (
+                r#"{"to": "unix:/s", "downtime_ms": -1}"#,
+                "downtime_ms: invalid value",
+            ),
+            (
+                r#"{"to": "unix:/s", "on_timeout": "wait"}"#,
+                "on_timeout: unknown variant",
+            ),
+            (
+                r#"{"to": "tcp:h:1", "tls": {"cert": 1}}"#,
+                "tls.cert: invalid type",
+            ),
+            (
+                r#"{"to": "tcp:h:1", "tls": {"cert": "c"}}"#,
+                "tls: missing field",
+            ),
+            (r#"{"to": "unix:/s", "colour": 1}"#, "colour"),
+            ("{}", "missing field `to`"),
+            ("[]", "expected an object"),
+            (r#"{"to": "unix:/s"} x"#, "trailing characters"),
+            ("", "EOF"),
+        ] {
+            let error = parse::<Request>(text.as_bytes()).unwrap_err();
+            assert!(error.contains(part), "{error}");
+        }
+        assert!(parse::<Request>(br#" {"to": "unix:/s"} "#).is_ok());
     }
 
     #[test]

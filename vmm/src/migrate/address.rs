@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -39,35 +39,56 @@ impl FromStr for Address {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let bad = || {
+        let bad = |why: &str| {
             format!(
-                "'{text}' is no address; write unix:PATH, as in unix:/run/move.sock, or tcp:HOST:PORT, as in \
+                "'{text}' is no address: {why}; write unix:PATH, as in unix:/run/move.sock, or tcp:HOST:PORT, as in \
                  tcp:192.0.2.7:7000"
             )
         };
-        if let Some(path) = text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
-            return Ok(Self::Unix(path.into()));
+        match text.split_once(':') {
+            Some(("unix", "")) => Err(bad("there is no path after unix:")),
+            Some(("unix", path)) => Ok(Self::Unix(path.into())),
+            Some(("tcp", rest)) => host_and_port(rest)
+                .map(|(host, port)| Self::Tcp { host, port })
+                .map_err(|why| bad(&why)),
+            _ => Err(bad("it begins neither with unix: nor with tcp:")),
         }
-        let (host, port) = text
-            .strip_prefix("tcp:")
-            .and_then(|rest| rest.rsplit_once(':'))
-            .ok_or_else(bad)?;
-        let host = host
-            .strip_prefix('[')
-            .and_then(|host| host.strip_suffix(']'))
-            .unwrap_or(host);
-        let port = port
-            .parse()
-            .ok()
-            .filter(|port| *port != 0)
-            .ok_or_else(bad)?;
-        if host.is_empty() {
-            return Err(bad());
+    }
+}
+
+/// The parts of `HOST:PORT`, or which of them is wrong.
+fn host_and_port(text: &str) -> Result<(String, u16), String> {
+    let (host, port) = match text.strip_prefix('[') {
+        Some(inside) => {
+            let (host, rest) = inside
+                .split_once(']')
+                .ok_or("the host begins with [ and does not end with ]")?;
+            let port = rest.strip_prefix(':');
+            let port = port.ok_or("there is no :PORT after the host")?;
+            if host.parse::<Ipv6Addr>().is_err() {
+                return Err(format!("'{host}' in [] is no IPv6 address"));
+            }
+            (host, port)
         }
-        Ok(Self::Tcp {
-            host: host.to_owned(),
-            port,
-        })
+        None => {
+            let parts = text.rsplit_once(':');
+            let (host, port) = parts.ok_or("there is no :PORT after the host")?;
+            if host.contains(':') {
+                return Err(format!(
+                    "the host '{host}' has colons; an IPv6 address stands in [], as in tcp:[2001:db8::7]:7000"
+                ));
+            }
+            (host, port)
+        }
+    };
+    if host.is_empty() {
+        return Err("there is no host before the port".to_owned());
+    }
+    let number = port.parse().ok().filter(|number| *number != 0);
+    // What a number may also begin with is no port.
+    match number.filter(|_| port.starts_with(|c: char| c.is_ascii_digit())) {
+        Some(number) => Ok((host.to_owned(), number)),
+        None => Err(format!("the port '{port}' is no number from 1 to 65535")),
     }
 }
 
@@ -351,7 +372,12 @@ mod tests {
         for (address, tls, insecure, says) in [
             (&tcp, None, false, "--insecure"),
             (&tcp, Some(files()), true, "leave out --insecure"),
-            (&tcp, Some(files()), false, "cannot read /nowhere/ca.pem"),
+            (
+                &tcp,
+                Some(files()),
+                false,
+                "--tls-ca: cannot read /nowhere/ca.pem: no such file",
+            ),
             (&unix, Some(files()), false, "leave them out"),
         ] {
             let client = address.client(tls.as_ref(), insecure).map(drop);
@@ -367,11 +393,29 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_is_refused_with_an_example() {
-        for text in [
-            "", "unix:", "/run/a", "tcp:", "tcp:host", "tcp::1", "tcp:h:0", "tcp:h:x",
+    fn what_is_no_address_is_refused_with_the_part_that_is_wrong_and_an_example() {
+        for (text, part) in [
+            ("", "neither with unix: nor with tcp:"),
+            ("/run/a", "neither with unix: nor with tcp:"),
+            ("udp:h:1", "neither with unix: nor with tcp:"),
+            ("unix:", "no path"),
+            ("tcp:", "no :PORT"),
+            ("tcp:host", "no :PORT"),
+            ("tcp:[::1]", "no :PORT"),
+            ("tcp:[::1]7", "no :PORT"),
+            ("tcp::1", "no host"),
+            ("tcp:[]:1", "no IPv6 address"),
+            ("tcp:[host]:1", "'host' in [] is no IPv6 address"),
+            ("tcp:[::1:7", "does not end with ]"),
+            ("tcp:::1:7", "stands in []"),
+            ("tcp:h:0", "the port '0'"),
+            ("tcp:h:x", "the port 'x'"),
+            ("tcp:h:+7", "the port '+7'"),
+            ("tcp:h:", "the port ''"),
+            ("tcp:h:65536", "from 1 to 65535"),
         ] {
             let error = text.parse::<Address>().unwrap_err();
+            assert!(error.contains(part), "{error}");
             assert!(error.contains("write unix:PATH"), "{error}");
         }
     }

@@ -10,10 +10,11 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::sign::CertifiedKey;
-use rustls::{Error, InconsistentKeys, RootCertStore};
+use rustls::{CertificateError, Error, InconsistentKeys, RootCertStore};
 use serde::{Deserialize, Serialize};
 
 use super::handshake::why;
+use crate::boot::load::explain;
 
 /// No file is longer.
 const MAX_FILE: u64 = 1 << 20;
@@ -36,8 +37,16 @@ pub struct Files {
 /// Why certificates cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// What an option names.
+    #[error("{option}: {source}")]
+    Option {
+        /// The option.
+        option: &'static str,
+        /// What is wrong.
+        source: Box<LoadError>,
+    },
     /// A file cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}: {}", path.display(), explain(source))]
     Read {
         /// The file.
         path: PathBuf,
@@ -116,6 +125,16 @@ pub enum LoadError {
     Setup(String),
 }
 
+impl LoadError {
+    /// It is about what `option` names.
+    fn of(self, option: &'static str) -> Self {
+        Self::Option {
+            option,
+            source: Box::new(self),
+        }
+    }
+}
+
 impl From<Error> for LoadError {
     fn from(error: Error) -> Self {
         Self::Setup(error.to_string())
@@ -151,19 +170,23 @@ impl Files {
 
     pub(super) fn load(&self, provider: &CryptoProvider) -> Result<Loaded, LoadError> {
         let mut roots = RootCertStore::empty();
-        for certificate in certificates(&self.ca)? {
+        let ca = |error: LoadError| error.of("--tls-ca");
+        for certificate in certificates(&self.ca).map_err(ca)? {
             roots
                 .add(certificate)
-                .map_err(|error| damaged(&self.ca, &error))?;
+                .map_err(|error| ca(damaged(&self.ca, &error)))?;
         }
-        let chain = certificates(&self.cert)?;
-        let key = key(&self.key)?;
+        let chain = certificates(&self.cert).map_err(|error| error.of("--tls-cert"))?;
+        let read = key(&self.key).map_err(|error| error.of("--tls-key"))?;
         let key = provider
             .key_provider
-            .load_private_key(key)
-            .map_err(|error| LoadError::Key {
-                path: self.key.clone(),
-                why: told(&error),
+            .load_private_key(read)
+            .map_err(|error| {
+                let key = LoadError::Key {
+                    path: self.key.clone(),
+                    why: told(&error),
+                };
+                key.of("--tls-key")
             })?;
         let own = CertifiedKey::new(chain, key);
         match own.keys_match() {
@@ -174,7 +197,7 @@ impl Files {
                     cert: self.cert.clone(),
                 });
             }
-            Err(error) => return Err(damaged(&self.cert, &error)),
+            Err(error) => return Err(damaged(&self.cert, &error).of("--tls-cert")),
         }
         Ok(Loaded {
             own,
@@ -218,9 +241,15 @@ fn told(error: &Error) -> String {
 }
 
 fn damaged(path: &Path, error: &Error) -> LoadError {
+    let why = match error {
+        Error::InvalidCertificate(CertificateError::BadEncoding) => {
+            "what is between BEGIN and END is no X.509 certificate of version 3".to_owned()
+        }
+        other => told(other),
+    };
     LoadError::Damaged {
         path: path.to_owned(),
-        why: told(error),
+        why,
     }
 }
 

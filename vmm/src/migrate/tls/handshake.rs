@@ -41,7 +41,7 @@ pub enum HandshakeError {
     Refused(String),
     /// Something else.
     #[error("TLS: {0}")]
-    Other(Error),
+    Other(String),
     /// The socket.
     #[error("TLS: {0}")]
     Io(#[from] io::Error),
@@ -189,7 +189,17 @@ fn explained(error: Error) -> HandshakeError {
         Error::InvalidMessage(_) | Error::InappropriateMessage { .. } => HandshakeError::Stranger,
         Error::PeerIncompatible(_) => HandshakeError::Version,
         Error::AlertReceived(alert) => refused(alert),
-        other => HandshakeError::Other(other),
+        Error::PeerMisbehaved(_) => HandshakeError::Other(
+            "the other side does not keep to the protocol; is it a `tern`, with nothing in between that changes bytes?"
+                .to_owned(),
+        ),
+        Error::DecryptError | Error::PeerSentOversizedRecord => HandshakeError::Other(
+            "what came is not what the other side sent, or it is no TLS; does something in between change bytes?".to_owned(),
+        ),
+        Error::FailedToGetCurrentTime => {
+            HandshakeError::Other("the time of day is not known; set this host's clock".to_owned())
+        }
+        other => HandshakeError::Other(other.to_string()),
     }
 }
 
@@ -215,7 +225,17 @@ fn refused(alert: AlertDescription) -> HandshakeError {
             "what is wrong with it is said there"
         }
         AlertDescription::ProtocolVersion => return HandshakeError::Version,
-        other => return HandshakeError::Other(Error::AlertReceived(other)),
+        AlertDescription::HandshakeFailure | AlertDescription::InsufficientSecurity => {
+            return HandshakeError::Other(
+                "both sides have no algorithm in common; use keys for ECDSA (P-256, P-384), Ed25519 or RSA".to_owned(),
+            );
+        }
+        other => {
+            return HandshakeError::Other(format!(
+                "the other side broke off the handshake and says why itself (alert {})",
+                u8::from(other)
+            ));
+        }
     };
     HandshakeError::Refused(why.to_owned())
 }
@@ -253,8 +273,52 @@ pub(super) fn why(error: &CertificateError) -> String {
                 .to_owned()
         }
         CertificateError::BadEncoding => "is damaged, or no X.509 certificate of version 3".to_owned(),
-        other => format!("is not accepted: {other}"),
+        CertificateError::Revoked => "was revoked; make another one".to_owned(),
+        CertificateError::UnhandledCriticalExtension => CRITICAL.to_owned(),
+        CertificateError::UnsupportedSignatureAlgorithmContext { .. }
+        | CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => {
+            "is signed with an algorithm that is not accepted; sign it with ECDSA (P-256, P-384), Ed25519 or RSA, and SHA-256 \
+             or more"
+                .to_owned()
+        }
+        CertificateError::Other(error) => unnamed(&error.to_string()),
+        other => unnamed(&other.to_string()),
     }
+}
+
+const CRITICAL: &str = "has a critical extension that is not understood here; make one without";
+
+/// What is wrong with a certificate, for which the library has only a name of its own.
+fn unnamed(name: &str) -> String {
+    let why = match name {
+        "CaUsedAsEndEntity" => {
+            "is that of a CA, which no host can use as its own; have the CA sign one for the host (docs/migration-protocol.md \
+             says how), and name that"
+        }
+        "EndEntityUsedAsCa" => {
+            "was signed by a certificate that is not that of a CA; sign it with one that has CA:TRUE, and name that with \
+             --tls-ca"
+        }
+        "PathLenConstraintViolated" | "MaximumPathDepthExceeded" => {
+            "has more intermediate certificates before it than its CA allows; have the CA sign it itself"
+        }
+        "NameConstraintViolation" => {
+            "is for a name that its CA may not sign; use another CA, or another name"
+        }
+        "UnsupportedCriticalExtension" => CRITICAL,
+        "UnsupportedCertVersion" => "is no X.509 certificate of version 3; make one that is",
+        "EmptyEkuExtension" => {
+            "has an extended key usage that allows nothing; a source's has to allow clientAuth, a destination's serverAuth"
+        }
+        // Names only: `printable` keeps whatever is in a certificate from the terminal.
+        name => return format!("is not accepted ({}); make another one", printable(name)),
+    };
+    why.to_owned()
+}
+
+/// The beginning of `text`, as text.
+fn printable(text: &str) -> String {
+    text.escape_default().take(100).collect()
 }
 
 fn other_name(expected: &ServerName<'_>, presented: &[String]) -> String {
@@ -271,7 +335,7 @@ fn other_name(expected: &ServerName<'_>, presented: &[String]) -> String {
         .take(SHOWN)
         .map(|name| name.strip_prefix("DnsName(\"").unwrap_or(name))
         .map(|name| name.strip_suffix("\")").unwrap_or(name))
-        .map(|name| name.escape_default().take(100).collect::<String>())
+        .map(printable)
         .collect();
     let more = if presented.len() > SHOWN { ", …" } else { "" };
     format!(

@@ -522,7 +522,7 @@ fn files_that_are_no_good_are_named_with_what_is_wrong() {
         Server::load(&files)
     };
     let nothing = ca.path("nothing");
-    expect_load(with(&|f| f.cert = nothing.clone()), &["nothing", "No such"]);
+    expect_load(with(&|f| f.cert = nothing.clone()), &["nothing", "no such"]);
     expect_load(with(&|f| f.ca = ca.path("")), &["Is a directory"]);
     let text = file("text", "no PEM at all\n");
     expect_load(with(&|f| f.cert = text.clone()), &["text", "BEGIN CERT"]);
@@ -563,8 +563,48 @@ fn files_that_are_no_good_are_named_with_what_is_wrong() {
         with(&|f| f.ca = stranger.path("ca.pem")),
         &["b.example.pem", "was not signed by the CA", "ca.pem"],
     );
+    for (option, adjust) in [
+        (
+            "--tls-ca: ",
+            (|f: &mut Files, path| f.ca = path) as fn(&mut Files, PathBuf),
+        ),
+        ("--tls-cert: ", |f, path| f.cert = path),
+        ("--tls-key: ", |f, path| f.key = path),
+    ] {
+        let missing = with(&|f| adjust(f, nothing.clone()));
+        expect_load(missing, &[option, "nothing: no such file"]);
+    }
     let zero = PathBuf::from("/dev/zero");
     expect_load(with(&|f| f.ca = zero.clone()), &["/dev/zero", "longer"]);
+}
+
+#[test]
+fn the_certificate_of_a_ca_is_none_of_a_host() {
+    let ca = Ca::new();
+    let files = ca.sign("b.example", |params| {
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    });
+    expect_load(
+        Server::load(&files),
+        &[
+            "b.example.pem is that of a CA",
+            "have the CA sign one for the host",
+        ],
+    );
+    // What the library calls it is said to nobody.
+    for name in [
+        "CaUsedAsEndEntity",
+        "EndEntityUsedAsCa",
+        "PathLenConstraintViolated",
+        "NameConstraintViolation",
+        "UnsupportedCriticalExtension",
+        "UnsupportedCertVersion",
+        "EmptyEkuExtension",
+    ] {
+        let error = rustls::OtherError(Arc::new(std::io::Error::other(name)));
+        let why = handshake::why(&rustls::CertificateError::Other(error));
+        assert!(!why.contains(name) && why.contains(' '), "{why}");
+    }
 }
 
 #[test]
