@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod control;
+mod failure;
 mod info;
 mod inspect;
 mod migrate;
@@ -91,7 +92,22 @@ impl Doctor {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let json = failure::wants_json(std::env::args_os());
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help is no failure.
+            if json && error.use_stderr() {
+                failure::say_usage(&error);
+            }
+            error.exit();
+        }
+    };
+    // A guest's output is no answer.
+    let runs = matches!(
+        cli.command,
+        Command::Run(_) | Command::Restore(_) | Command::Receive(_)
+    );
     logging();
     clean_up_on_panic();
     signals::on_crash(terminal::restore);
@@ -122,7 +138,11 @@ pub fn main() -> ExitCode {
         Err(error) => {
             eprintln!("tern: {}", chain(error.as_ref()));
             let usage = error.downcast_ref::<crate::config::ConfigError>().is_some();
-            ExitCode::from(if usage { exit::USAGE } else { exit::SETUP })
+            let status = if usage { exit::USAGE } else { exit::SETUP };
+            if json && !runs {
+                failure::say_why(&error, status);
+            }
+            ExitCode::from(status)
         }
     }
 }

@@ -9,6 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Something could not be written, though somebody may want it.
 static LOST: AtomicBool = AtomicBool::new(false);
 
+/// Something was written.
+static SAID: AtomicBool = AtomicBool::new(false);
+
 /// A line on standard output, as with `println!`.
 macro_rules! say {
     ($($part:tt)*) => {
@@ -28,6 +31,7 @@ pub fn text(text: fmt::Arguments<'_>) {
 }
 
 fn text_and(text: fmt::Arguments<'_>, end: &str) {
+    SAID.store(true, Ordering::Relaxed);
     let mut stdout = io::stdout().lock();
     let written = write!(stdout, "{text}{end}").and_then(|()| stdout.flush());
     if let Err(error) = written
@@ -39,6 +43,11 @@ fn text_and(text: fmt::Arguments<'_>, end: &str) {
             "tern: standard output cannot be written: {error}"
         );
     }
+}
+
+/// Whether something was written, or was to be.
+pub fn has_said() -> bool {
+    SAID.load(Ordering::Relaxed)
 }
 
 /// Whether something could not be written that somebody may want.
