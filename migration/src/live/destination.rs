@@ -5,18 +5,21 @@
 //!                        └─ refuse
 //! ```
 
+mod memory;
+
 use std::ops::ControlFlow;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::commit::{Destination, DestinationAction, DestinationEvent};
 use super::guest::{DestinationGuest, GuestError};
-use super::pages::Arriving;
+use super::page_connections::{Awaited, Joining, PageConnections};
 use super::verify::{Comparing, Difference};
 use crate::layout::RamLayout;
 use crate::wire::connection::{Named, Section};
-use crate::wire::message::{Memory, Outcome, PROTOCOL, Purpose, VERSION};
+use crate::wire::message::{MAX_CONNECTIONS, Memory, Outcome, PROTOCOL, Purpose, VERSION};
 use crate::wire::{Connection, Message, Received, WireError};
+use memory::Come;
 
 /// The most sections of an offer or of a state.
 const MAX_SECTIONS: usize = 64;
@@ -94,6 +97,7 @@ struct Decided {
     state: Destination,
     /// The source knows the outcome.
     known: bool,
+    awaited: Awaited,
 }
 
 impl Decision {
@@ -102,6 +106,7 @@ impl Decision {
             session,
             state: Destination::Receiving,
             known: false,
+            awaited: Awaited::default(),
         };
         Self(Arc::new((Mutex::new(decided), Condvar::new())))
     }
@@ -132,6 +137,27 @@ impl Decision {
             DestinationAction::Answer(outcome) => outcome,
             _ => Outcome::Unknown,
         }
+    }
+
+    /// Takes a page connection, if it is one of this migration that is waited for. Otherwise refuses it, and returns why.
+    pub fn join(&self, joining: Box<Joining>) -> Result<(), String> {
+        let mut decided = self.lock();
+        let outcome = if decided.session == joining.session() {
+            decided.awaited.join(joining)
+        } else {
+            Err((joining, "no guest of that session arrives here".to_owned()))
+        };
+        drop(decided);
+        outcome.map_err(|(joining, reason)| {
+            joining.refuse(reason.clone());
+            reason
+        })
+    }
+
+    /// The page connections, if all have come.
+    fn page_connections(&self) -> Option<PageConnections> {
+        let awaited = &mut self.lock().awaited;
+        awaited.are_there().then(|| awaited.take())
     }
 
     /// Whether the source has learnt the outcome.
@@ -175,6 +201,8 @@ pub enum Incoming {
         /// Where the answer goes.
         connection: Connection,
     },
+    /// A source that wants to send pages over this connection as well.
+    Pages(Box<Joining>),
 }
 
 impl Incoming {
@@ -214,6 +242,10 @@ impl Incoming {
             );
             let _ = connection.send(&Message::refuse(vec![reason.clone()]));
             return Err(Failure::Stranger(reason));
+        }
+        if let Purpose::Pages { connection: number } = purpose {
+            let joining = Joining::new(session, number, connection, program);
+            return Ok(Self::Pages(Box::new(joining)));
         }
         let welcome = Message::Welcome {
             version: VERSION,
@@ -330,6 +362,7 @@ impl Offered {
                     memory,
                     how,
                     verify,
+                    connections,
                 }) => {
                     self.memory = memory
                         .iter()
@@ -338,12 +371,23 @@ impl Offered {
                     // Whoever builds the machine need not look again.
                     RamLayout::new(self.memory.iter().copied())
                         .map_err(|e| wire(WireError::malformed(crate::wire::Kind::Message, e)))?;
+                    let malformed =
+                        |why: String| wire(WireError::malformed(crate::wire::Kind::Message, why));
                     if verify && how != Memory::Copy {
                         let why = "memory that is not copied is not verified";
-                        let kind = crate::wire::Kind::Message;
-                        return Err(wire(WireError::malformed(kind, why)));
+                        return Err(malformed(why.to_owned()));
+                    }
+                    let most = if how == Memory::Copy {
+                        MAX_CONNECTIONS
+                    } else {
+                        1
+                    };
+                    if !(1..=most).contains(&connections) {
+                        let why = format!("{connections} connections; there are 1 to {most}");
+                        return Err(malformed(why));
                     }
                     (self.how, self.verify) = (how, verify);
+                    self.decision.lock().awaited = Awaited::of(connections);
                     return Ok(());
                 }
                 Received::Message(Message::Cancel { reason }) => {
@@ -406,6 +450,7 @@ impl Offered {
             memory: self.memory,
             how: self.how,
             verify: self.verify,
+            pages: PageConnections::default(),
         })
     }
 }
@@ -417,6 +462,7 @@ pub struct Receiving {
     memory: Vec<(u64, u64)>,
     how: Memory,
     verify: bool,
+    pages: PageConnections,
 }
 
 /// How far it is.
@@ -441,10 +487,13 @@ impl Receiving {
             Ok(restore_us) => Ok(Prepared {
                 connection: self.connection,
                 decision: self.decision,
+                pages: self.pages,
                 restore_us,
             }),
             Err(failure) => {
                 self.decision.on(DestinationEvent::Failed);
+                let unused = self.decision.lock().awaited.take();
+                drop(unused);
                 failure.tell(&mut self.connection);
                 Err(failure)
             }
@@ -465,54 +514,31 @@ impl Receiving {
                 source: "the machine was built with other RAM than the source has".into(),
             });
         }
-        let mut arriving = Arriving::new(&layout);
-        let mut arrived = Arrived::default();
-        let mut sections = Sections::default();
+        let mut come = Come::new(&layout);
+        let mut first = self.await_page_connections(progress)?;
+        let mut received = loop {
+            let received = self.round(first.take(), guest.memory(), &mut come, progress)?;
+            let Received::Message(Message::Round { number }) = received else {
+                break received;
+            };
+            let during = "memory";
+            // What came during the rounds is what was read while the guest ran.
+            for section in std::mem::take(&mut come.sections).list {
+                guest
+                    .early(section)
+                    .map_err(|source| Failure::Guest { during, source })?;
+            }
+            self.connection
+                .send(&Message::Arrived { number })
+                .map_err(|source| Failure::Wire { during, source })?;
+        };
+        // Once it is compared, nothing of memory comes any more.
         let mut comparing = Comparing::default();
         loop {
-            // Once it is compared, nothing of it comes any more.
-            let copies = self.how == Memory::Copy && !comparing.has_begun();
-            let during = if copies && sections.list.is_empty() {
-                "memory"
-            } else {
-                "state"
-            };
+            let during = "state";
             let wire = |source| Failure::Wire { during, source };
-            let unexpected = |found: String| {
-                wire(WireError::Unexpected {
-                    found,
-                    expected: "pages or state",
-                })
-            };
-            let next = next(&mut self.connection, &mut || progress(arrived));
-            let Some(received) = next.map_err(wire)? else {
-                return Err(called_off(during));
-            };
             match received {
-                Received::Pages(body) if copies => {
-                    let memory = guest.memory();
-                    let connection = &mut self.connection;
-                    arrived.pages += arriving.data(connection, memory, &body).map_err(wire)?;
-                }
-                Received::Zeroes(body) if copies => {
-                    arrived.pages += arriving.zeroes(guest.memory(), &body).map_err(wire)?;
-                }
-                Received::Message(Message::Round { number }) if copies => {
-                    if number != arrived.round + 1 {
-                        return Err(unexpected(format!("round {number}")));
-                    }
-                    arrived.round = number;
-                    // What came during the rounds is what was read while the guest ran.
-                    for section in std::mem::take(&mut sections).list {
-                        guest
-                            .early(section)
-                            .map_err(|source| Failure::Guest { during, source })?;
-                    }
-                    self.connection
-                        .send(&Message::Arrived { number })
-                        .map_err(wire)?;
-                }
-                Received::Section(section) => sections.add(section).map_err(wire)?,
+                Received::Section(section) => come.sections.add(section).map_err(wire)?,
                 Received::Sums(body) if self.verify => {
                     comparing.sums(guest.memory(), &body).map_err(wire)?;
                 }
@@ -520,14 +546,17 @@ impl Receiving {
                 Received::Message(Message::Cancel { reason }) => {
                     return Err(Failure::Cancelled { during, reason });
                 }
-                other => return Err(unexpected(other.name())),
+                other => {
+                    return Err(wire(WireError::Unexpected {
+                        found: other.name(),
+                        expected: "state",
+                    }));
+                }
             }
-            // Something comes all the time.
-            if copies && progress(arrived).is_break() {
-                return Err(called_off(during));
-            }
+            let next = next(&mut self.connection, &mut || progress(come.arrived));
+            received = next.map_err(wire)?.ok_or_else(|| called_off(during))?;
         }
-        if let Some(page) = arriving.first_torn() {
+        if let Some(page) = come.arriving.first_torn() {
             return Err(Failure::Torn(page));
         }
         // Before anything is restored, which may write to it.
@@ -538,7 +567,7 @@ impl Receiving {
         }
         let begun = Instant::now();
         guest
-            .restore(sections.list)
+            .restore(come.sections.list)
             .map_err(|source| Failure::Guest {
                 during: "restore",
                 source,
@@ -562,6 +591,8 @@ impl Receiving {
 pub struct Prepared {
     connection: Connection,
     decision: Decision,
+    /// Nothing comes over them any more. To close them takes time that a guest does not have that stands still.
+    pages: PageConnections,
     restore_us: u64,
 }
 
@@ -602,6 +633,7 @@ impl Prepared {
             Ok(begun) => Ok(Committed {
                 connection: self.connection,
                 decision: self.decision,
+                _pages: self.pages,
                 restore_us: self.restore_us,
                 begun,
             }),
@@ -652,6 +684,8 @@ impl Prepared {
 pub struct Committed {
     connection: Connection,
     decision: Decision,
+    /// Closed when the guest runs.
+    _pages: PageConnections,
     restore_us: u64,
     begun: Instant,
 }

@@ -15,6 +15,7 @@
 //! | [`commit`] | who owns the guest: the state machines of both ends, free of I/O |
 //! | [`destination`] | the receiving end, one type for each stage |
 //! | [`guest`] | what the VMM implements |
+//! | [`page_connections`] | pages over several connections at once |
 //! | [`pages`] | guest memory to frames and back |
 //! | [`policy`] | when to stop the guest: predicted pause, slowing down, patience |
 //! | [`report`] | what a migration came to |
@@ -24,6 +25,7 @@
 pub mod commit;
 pub mod destination;
 pub mod guest;
+pub mod page_connections;
 pub mod pages;
 pub mod policy;
 pub mod report;

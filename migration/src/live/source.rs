@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::commit::{Source, SourceAction, SourceEvent};
 use super::guest::{GuestError, SourceGuest};
-use super::pages::{self, Round};
+use super::page_connections::{self, PageConnections};
+use super::pages::{Round, Sent};
 use super::policy::{self, Decision, Limits, Policy};
 use super::report::{self, Attempt, Pause, Report};
 use super::verify;
@@ -35,6 +36,9 @@ pub struct Options {
     /// The destination compares all of memory with that of the source before the guest is given away. Only for a guest whose
     /// memory is copied. The pause is as long as that takes.
     pub verify: bool,
+    /// How many connections memory is copied over, from 1 to [`MAX_CONNECTIONS`](crate::wire::message::MAX_CONNECTIONS). Memory
+    /// that is not copied takes one.
+    pub connections: u32,
     /// What it may cost the guest.
     pub limits: Limits,
     /// How often a lost destination is asked what became of the guest, and how long between.
@@ -217,6 +221,7 @@ pub fn attempt<G: SourceGuest>(
             predicted_us: None,
         },
         state: Source::Moving,
+        pages: PageConnections::default(),
         begun: Instant::now(),
         paused: None,
         report: Report {
@@ -250,6 +255,7 @@ struct Run<'a, G> {
     watch: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     progress: Progress,
     state: Source,
+    pages: PageConnections,
     begun: Instant,
     /// When the guest was asked to stop, if it was.
     paused: Option<Instant>,
@@ -265,8 +271,8 @@ impl<G: SourceGuest> Run<'_, G> {
     ) -> End {
         let outcome = match connect() {
             Ok(mut connection) => {
-                let outcome = self.all(&mut connection, session);
-                self.report.bytes = connection.bytes_sent();
+                let outcome = self.all(&mut connection, session, connect);
+                self.report.bytes = self.bytes_sent(&connection);
                 if let Err(reason) = &outcome
                     && self.state == Source::Moving
                 {
@@ -385,7 +391,8 @@ impl<G: SourceGuest> Run<'_, G> {
             Err(error) => error,
         };
         let begun = Instant::now();
-        while begun.elapsed() < LAST_WORDS
+        while error.is_lost()
+            && begun.elapsed() < LAST_WORDS
             && let Ok(Some(received)) = connection.receive_within(LAST_WORDS)
         {
             if let Received::Message(Message::Refuse { reasons }) = received {
@@ -398,7 +405,12 @@ impl<G: SourceGuest> Run<'_, G> {
         Err(self.wire(error))
     }
 
-    fn all(&mut self, connection: &mut Connection, session: SnapshotId) -> Result<(), Reason> {
+    fn all(
+        &mut self,
+        connection: &mut Connection,
+        session: SnapshotId,
+        connect: &mut dyn FnMut() -> Result<Connection, WireError>,
+    ) -> Result<(), Reason> {
         self.look()?;
         let outcome = connection.send(&Message::hello(Purpose::Migrate, session));
         self.sent(connection, outcome)?;
@@ -408,6 +420,7 @@ impl<G: SourceGuest> Run<'_, G> {
             other => return Err(self.unexpected(&other, "welcome")),
         }
         self.offer(connection)?;
+        self.connect_more(connection, session, connect)?;
         let last = match self.options.how {
             Memory::Copy => Some(self.copy(connection)?),
             Memory::Handoff => None,
@@ -429,7 +442,8 @@ impl<G: SourceGuest> Run<'_, G> {
             self.sent(connection, outcome)?;
         }
         let layout = self.guest.memory().layout().clone();
-        let outcome = connection.send(&Message::offer(&layout, self.options.how, self.verifies()));
+        let (how, verify, connections) = (self.options.how, self.verifies(), self.connections());
+        let outcome = connection.send(&Message::offer(&layout, how, verify, connections));
         self.sent(connection, outcome)?;
         match self.answer(connection, "accept")? {
             Message::Accept => {}
@@ -437,6 +451,46 @@ impl<G: SourceGuest> Run<'_, G> {
         }
         self.report.build_us = micros(begun.elapsed());
         Ok(())
+    }
+
+    /// How many connections memory goes over.
+    fn connections(&self) -> u32 {
+        match self.options.how {
+            Memory::Copy => self.options.connections,
+            Memory::Handoff => 1,
+        }
+    }
+
+    /// Opens the page connections.
+    fn connect_more(
+        &mut self,
+        connection: &mut Connection,
+        session: SnapshotId,
+        connect: &mut dyn FnMut() -> Result<Connection, WireError>,
+    ) -> Result<(), Reason> {
+        for number in page_connections::FIRST..=self.connections() {
+            self.begin(Phase::Connect)?;
+            let opened = page_connections::open(number, session, connect);
+            match self.sent(connection, opened)? {
+                (one, Message::Welcome { .. }) => self.pages.push(one),
+                (_, Message::Refuse { reasons }) => {
+                    let reasons = reasons.iter();
+                    return Err(Reason::Refused {
+                        phase: self.progress.phase,
+                        reasons: reasons
+                            .map(|reason| format!("connection {number}: {reason}"))
+                            .collect(),
+                    });
+                }
+                (_, other) => return Err(self.unexpected(&other, "welcome")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes sent so far, over all connections.
+    fn bytes_sent(&self, connection: &Connection) -> u64 {
+        connection.bytes_sent() + self.pages.bytes_sent()
     }
 
     /// Copies memory until the rest fits a pause; returns the pages that are left.
@@ -452,13 +506,14 @@ impl<G: SourceGuest> Run<'_, G> {
             let slow_down = self.progress.slow_down;
             self.progress.round = number;
             self.progress.total = pages * PAGE_SIZE;
-            let before = connection.bytes_sent();
+            let before = self.bytes_sent(connection);
             let kind = if number == 1 {
                 Round::First
             } else {
                 Round::Later
             };
-            let sent = self.send(connection, &next, kind)?;
+            let end = Message::Round { number };
+            let sent = self.send(connection, &next, kind, &end)?;
             if number == 1 {
                 let early = self.guest.early().map_err(|e| self.failed(e))?;
                 for section in &early {
@@ -466,7 +521,7 @@ impl<G: SourceGuest> Run<'_, G> {
                     self.sent(connection, outcome)?;
                 }
             }
-            let outcome = connection.send(&Message::Round { number });
+            let outcome = connection.send(&end);
             self.sent(connection, outcome)?;
             match self.answer(connection, "arrived")? {
                 Message::Arrived { number: arrived } if arrived == number => {}
@@ -477,7 +532,7 @@ impl<G: SourceGuest> Run<'_, G> {
             let written = next.count() * PAGE_SIZE;
             let decision = policy.after(&policy::Round {
                 pages,
-                bytes: connection.bytes_sent() - before,
+                bytes: self.bytes_sent(connection) - before,
                 time,
                 written,
                 elapsed: begun.elapsed(),
@@ -516,14 +571,19 @@ impl<G: SourceGuest> Run<'_, G> {
         Ok(next)
     }
 
+    /// Sends `pages` over all connections, and says over the page connections that these were all, with `end`.
     fn send(
         &mut self,
         connection: &mut Connection,
         pages: &PageSet,
         round: Round,
-    ) -> Result<pages::Sent, Reason> {
-        self.watched(|memory, tick| pages::send(connection, memory, pages, round, tick))
-            .and_then(|outcome| self.sent(connection, outcome))
+        end: &Message,
+    ) -> Result<Sent, Reason> {
+        let mut others = std::mem::take(&mut self.pages);
+        let outcome =
+            self.watched(|memory, tick| others.send(connection, memory, pages, round, end, tick));
+        self.pages = others;
+        outcome.and_then(|outcome| self.sent(connection, outcome))
     }
 
     /// Has `work` go through memory, and tells of the progress it makes in pages; an error if it was called off.
@@ -579,17 +639,17 @@ impl<G: SourceGuest> Run<'_, G> {
         self.report.pause_us.stop = clock(&mut lap);
         let sections = self.guest.state().map_err(|e| self.failed(e))?;
         self.report.pause_us.state = clock(&mut lap);
-        let before = connection.bytes_sent();
+        let before = self.bytes_sent(connection);
         if let Some(mut left) = left {
             left.union_with(&self.guest.written().map_err(|e| self.failed(e))?);
             self.progress.total = left.count() * PAGE_SIZE;
-            self.send(connection, &left, Round::Later)?;
+            self.send(connection, &left, Round::Later, &Message::Complete)?;
         }
         for section in &sections {
             let outcome = connection.send_section(section);
             self.sent(connection, outcome)?;
         }
-        self.report.paused_bytes = connection.bytes_sent() - before;
+        self.report.paused_bytes = self.bytes_sent(connection) - before;
         self.report.pause_us.send = clock(&mut lap);
         if self.verifies() {
             self.verify(connection)?;

@@ -218,6 +218,7 @@ fn options(how: Memory) -> Options {
         how,
         files: how == Memory::Handoff,
         verify: false,
+        connections: 1,
         limits: Limits::default(),
         ask: (1, Duration::ZERO),
     }
@@ -227,7 +228,7 @@ fn options(how: Memory) -> Options {
 fn offer(connection: Connection) -> Box<Offered> {
     match Incoming::accept(connection, "test").unwrap() {
         Incoming::Offer(offered) => offered,
-        Incoming::Question { .. } => panic!("not an offer"),
+        Incoming::Question { .. } | Incoming::Pages(_) => panic!("not an offer"),
     }
 }
 

@@ -70,9 +70,9 @@ fn runs(layout: &RamLayout, from: u64, end: u64) -> Vec<Run> {
 /// The pieces of `run` in which anything but zeroes may be, each with the number of its first page.
 fn touched<'g, G: GuestPages + ?Sized>(guest: &'g G, run: &Run) -> Vec<(Piece<'g, G>, u64)> {
     let pieces = pieces(guest, run, Round::First).into_iter();
-    let pieces = pieces.filter_map(|(offset, len)| {
-        let first = run.first + (offset - run.offset) / PAGE_SIZE;
-        Some((Piece::new(guest, run.range, offset, len)?, first))
+    let pieces = pieces.filter_map(|run| {
+        let piece = Piece::new(guest, run.range, run.offset, run.bytes())?;
+        Some((piece, run.first))
     });
     pieces.collect()
 }
@@ -99,11 +99,6 @@ pub struct Comparing {
 }
 
 impl Comparing {
-    /// True once anything was compared.
-    pub fn has_begun(&self) -> bool {
-        self.next > 0
-    }
-
     fn note(&mut self, page: u64, same: bool) {
         if !same {
             self.differ += 1;

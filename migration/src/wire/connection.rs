@@ -91,6 +91,8 @@ pub struct Connection {
     shared: Arc<Shared>,
     /// Sequence number of the next frame that comes.
     expected: u64,
+    /// Only frames are taken that a page connection has.
+    only_pages: bool,
     beat: Option<std::thread::JoinHandle<()>>,
     /// Dropped last.
     carrier: Option<Box<dyn Any + Send + Sync>>,
@@ -144,6 +146,7 @@ impl Connection {
         Ok(Self {
             shared,
             expected: 0,
+            only_pages: false,
             beat: Some(beat),
             carrier: None,
         })
@@ -154,6 +157,16 @@ impl Connection {
     pub fn carried_by(mut self, carrier: impl Any + Send + Sync) -> Self {
         self.carrier = Some(Box::new(carrier));
         self
+    }
+
+    /// Takes nothing but pages and messages from here on: no body is longer than 64 KiB, and no descriptors come.
+    pub(crate) fn take_only_pages(&mut self) {
+        self.only_pages = true;
+    }
+
+    /// What ends it from another thread.
+    pub(crate) fn closer(&self) -> Closer {
+        Closer(Arc::clone(&self.shared))
     }
 
     /// Bytes sent so far.
@@ -250,6 +263,13 @@ impl Connection {
         let mut header = [0; HEADER_LEN];
         self.shared.read(&mut header)?;
         let header = Header::parse(&header, self.expected)?;
+        let kind = header.kind;
+        if self.only_pages && matches!(kind, Kind::Section | Kind::Descriptors | Kind::Sums) {
+            return Err(WireError::Unexpected {
+                found: format!("a {kind:?} frame"),
+                expected: "pages",
+            });
+        }
         let body = self.body(header.len as usize)?;
         header.check(&body)?;
         self.expected += 1;
@@ -319,10 +339,21 @@ impl Connection {
     }
 }
 
+/// Ends a connection, in whatever its thread is waiting for.
+#[derive(Debug)]
+pub(crate) struct Closer(Arc<Shared>);
+
+impl Closer {
+    /// Neither sends nor receives anything any more.
+    pub fn close(&self) {
+        let _ = rustix::net::shutdown(&self.0.socket, rustix::net::Shutdown::Both);
+    }
+}
+
 impl Drop for Connection {
     fn drop(&mut self) {
         // A sender that is stuck is woken by this too.
-        let _ = rustix::net::shutdown(&self.shared.socket, rustix::net::Shutdown::Both);
+        self.closer().close();
         self.shared.lock().ended = true;
         self.shared.ended.notify_all();
         if let Some(beat) = self.beat.take() {

@@ -9,6 +9,8 @@ use crate::layout::RamLayout;
 
 /// The version of the protocol.
 pub const VERSION: u32 = 1;
+/// The most connections that a guest's memory is copied over, the main one included.
+pub const MAX_CONNECTIONS: u32 = 16;
 /// Longest reasons in a message, in bytes; longer ones are cut. They fit a frame even if each byte has to be escaped.
 const MAX_REASON: usize = 8 << 10;
 /// What each reason takes beside its text.
@@ -16,12 +18,17 @@ const REASON_EXTRA: usize = 8;
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Purpose {
     /// A guest is to be moved.
     Migrate,
     /// The source of an earlier connection asks what became of the guest.
     Outcome,
+    /// The source of an earlier connection sends pages over this one as well.
+    Pages {
+        /// Number of the connection; that of the main one, over which the guest was offered, is 1.
+        connection: u32,
+    },
 }
 
 /// How guest memory gets there.
@@ -88,6 +95,8 @@ pub enum Message {
         how: Memory,
         /// The source sends checksums of all memory, and the destination compares. Only if it is copied.
         verify: bool,
+        /// How many connections memory comes over, this one included: 1 unless it is copied, and [`MAX_CONNECTIONS`] at most.
+        connections: u32,
     },
     /// The destination has built the machine and takes pages.
     Accept,
@@ -96,7 +105,7 @@ pub enum Message {
         /// Why: everything that does not fit.
         reasons: Vec<String>,
     },
-    /// All pages of a round were sent.
+    /// All pages of a round were sent; over each page connection, those that it carried.
     Round {
         /// Number of the round, from 1 on.
         number: u32,
@@ -106,7 +115,7 @@ pub enum Message {
         /// Number of the round.
         number: u32,
     },
-    /// All state was sent: final pages, then sections.
+    /// All state was sent: final pages, then sections. Over a page connection: all pages.
     Complete,
     /// Everything is restored and verified; the destination waits for `Commit`.
     Prepared,
@@ -146,7 +155,7 @@ impl Message {
     }
 
     /// An offer of a guest with this RAM.
-    pub fn offer(layout: &RamLayout, how: Memory, verify: bool) -> Self {
+    pub fn offer(layout: &RamLayout, how: Memory, verify: bool, connections: u32) -> Self {
         let ranges = layout.ranges().iter();
         Self::Offer {
             memory: ranges
@@ -157,6 +166,7 @@ impl Message {
                 .collect(),
             how,
             verify,
+            connections,
         }
     }
 
@@ -242,8 +252,9 @@ mod tests {
         let layout = RamLayout::new([(0, 4096), (1 << 32, 8192)]).unwrap();
         for message in [
             Message::hello(Purpose::Migrate, SnapshotId([7; 16])),
-            Message::offer(&layout, Memory::Handoff, false),
-            Message::offer(&layout, Memory::Copy, true),
+            Message::hello(Purpose::Pages { connection: 2 }, SnapshotId([7; 16])),
+            Message::offer(&layout, Memory::Handoff, false, 1),
+            Message::offer(&layout, Memory::Copy, true, 16),
             Message::refuse(vec!["a".to_owned(), "b".to_owned()]),
             Message::Complete,
             Message::Outcome {

@@ -77,9 +77,34 @@ pub enum WireError {
         /// What should have come.
         expected: &'static str,
     },
+    /// A page connection.
+    #[error("connection {number}: {source}")]
+    Pages {
+        /// Its number.
+        number: u32,
+        /// What failed.
+        source: Box<WireError>,
+    },
 }
 
 impl WireError {
+    /// True if the other side may have closed the connection, and may have said why.
+    pub(crate) fn is_lost(&self) -> bool {
+        match self {
+            Self::Closed | Self::Silent(_) | Self::Slow(_) | Self::Io(_) => true,
+            Self::Pages { source, .. } => source.is_lost(),
+            _ => false,
+        }
+    }
+
+    /// The same, of the page connection with this number.
+    pub(crate) fn of(self, number: u32) -> Self {
+        Self::Pages {
+            number,
+            source: Box::new(self),
+        }
+    }
+
     pub(crate) fn malformed(kind: Kind, why: impl std::fmt::Display) -> Self {
         Self::Malformed {
             kind,

@@ -30,10 +30,15 @@ const WORDS: usize = PAGE_SIZE as usize / 8;
 pub fn migration_stream(data: &[u8]) {
     let mut input = Input::new(data);
     let how = [Memory::Copy, Memory::Handoff][usize::from(input.pick(2))];
-    if input.pick(2) == 0 {
-        destination(&mut input, how);
+    let role = input.pick(4);
+    let connections = match role {
+        0 | 1 => 1,
+        _ => 2 + u32::from(input.pick(2)),
+    };
+    if role.is_multiple_of(2) {
+        destination(&mut input, how, connections);
     } else {
-        source(&mut input, how);
+        source(&mut input, how, connections);
     }
 }
 
@@ -43,7 +48,7 @@ struct Ram {
     words: Box<[Cell<u64>]>,
 }
 
-// SAFETY: one thread at a time uses it; it is `Sync` only since the trait wants it.
+// SAFETY: the cells are used before the engine has them and never again; its threads know no cells, as the trait says.
 #[allow(unsafe_code)]
 unsafe impl Sync for Ram {}
 
@@ -193,11 +198,17 @@ impl Stream {
 
     /// A connection to a peer that has said all this and hung up.
     fn connection(&self) -> (Connection, UnixStream) {
+        let (connection, far) = self.open_connection();
+        far.shutdown(Shutdown::Write).expect("a socket");
+        (connection, far)
+    }
+
+    /// A connection to a peer that has said all this and listens.
+    fn open_connection(&self) -> (Connection, UnixStream) {
         let (near, mut far) = UnixStream::pair().expect("sockets");
         far.set_nonblocking(true).expect("a socket");
         // What is more than there is room for is not said.
         let _ = far.write(&self.bytes);
-        far.shutdown(Shutdown::Write).expect("a socket");
         let times = Times {
             silence: Duration::from_secs(1),
             beat: Duration::from_secs(60),
@@ -238,7 +249,41 @@ fn odd(section: &Section) -> Result<(), GuestError> {
     Ok(())
 }
 
-fn destination(input: &mut Input<'_>, how: Memory) {
+/// What comes over a page connection, with as many rounds as the main one has.
+fn pages_of(input: &mut Input<'_>, number: u32, rounds: u32, session: SnapshotId) -> Stream {
+    let mut stream = Stream::default();
+    let purpose = Purpose::Pages { connection: number };
+    stream.message(input, &Message::hello(purpose, session));
+    for number in 1..=rounds {
+        for _ in 0..input.pick(3) {
+            stream.pages(input);
+        }
+        stream.message(input, &Message::Round { number });
+    }
+    for _ in 0..input.pick(3) {
+        stream.pages(input);
+    }
+    stream.message(input, &Message::Complete);
+    stream
+}
+
+/// Hears one more who connects while a guest arrives.
+fn join(decision: &Decision, connection: Connection) {
+    match Incoming::accept(connection, "fuzz") {
+        Ok(Incoming::Pages(joining)) => {
+            if let Err(reason) = decision.join(joining) {
+                assert!(reason.len() < 1 << 10, "{reason}");
+            }
+        }
+        Ok(Incoming::Offer(offered)) => offered.refuse(vec!["no".to_owned()]),
+        Ok(Incoming::Question { connection, .. }) => {
+            let _ = answer(connection, Outcome::Unknown);
+        }
+        Err(error) => short(&error),
+    }
+}
+
+fn destination(input: &mut Input<'_>, how: Memory, connections: u32) {
     let mut ram = Ram::new();
     for word in &mut ram.words {
         word.set(0);
@@ -250,8 +295,12 @@ fn destination(input: &mut Input<'_>, how: Memory) {
     let purpose = purposes[usize::from(input.pick(16) == 1)];
     stream.message(input, &Message::hello(purpose, session));
     stream.section(input, "machine");
-    stream.message(input, &Message::offer(&ram.layout, how, verify));
-    for number in 1..=u32::from(input.pick(3)) {
+    stream.message(
+        input,
+        &Message::offer(&ram.layout, how, verify, connections),
+    );
+    let rounds = input.pick(3).into();
+    for number in 1..=rounds {
         for _ in 0..input.pick(4) {
             stream.pages(input);
         }
@@ -273,6 +322,9 @@ fn destination(input: &mut Input<'_>, how: Memory) {
     };
     stream.message(input, &last);
     stream.message(input, &Message::Bye);
+    let pages: Vec<_> = (2..=connections)
+        .map(|number| pages_of(input, number, rounds, session))
+        .collect();
     stream.bytes.extend(input.rest());
     let (connection, _peer) = stream.connection();
     let mut guest = There {
@@ -285,6 +337,7 @@ fn destination(input: &mut Input<'_>, how: Memory) {
             let _ = answer(connection, Outcome::Unknown);
             return;
         }
+        Ok(Incoming::Pages(joining)) => return joining.refuse("no guest".to_owned()),
         Err(error) => return short(&error),
     };
     let decision = offered.decision();
@@ -297,6 +350,12 @@ fn destination(input: &mut Input<'_>, how: Memory) {
         offered.refuse(vec!["odd".to_owned()]);
         assert_eq!(decision.state(), Destination::Discarded);
         return;
+    }
+    let mut peers = Vec::new();
+    for stream in pages {
+        let (connection, peer) = stream.connection();
+        peers.push(peer);
+        join(&decision, connection);
     }
     match arrive(*offered, &mut guest) {
         Ok(decision) => {
@@ -396,11 +455,12 @@ impl SourceGuest for Here {
     }
 }
 
-fn source(input: &mut Input<'_>, how: Memory) {
+fn source(input: &mut Input<'_>, how: Memory, connections: u32) {
     let mut stream = Stream::default();
     let version = VERSION + u32::from(input.pick(16) == 1);
     let program = "fuzz".to_owned();
-    stream.message(input, &Message::Welcome { version, program });
+    let welcome = Message::Welcome { version, program };
+    stream.message(input, &welcome);
     stream.message(input, &Message::Accept);
     for number in 1..=u32::from(input.pick(3)) {
         stream.message(input, &Message::Arrived { number });
@@ -414,6 +474,18 @@ fn source(input: &mut Input<'_>, how: Memory) {
         restore_us: input.qword(),
     };
     stream.message(input, &running);
+    let pages: Vec<_> = (2..=connections)
+        .map(|_| {
+            let mut one = Stream::default();
+            one.message(input, &welcome);
+            one
+        })
+        .collect();
+    let whole = {
+        let mut whole = Stream::default();
+        whole.frame(Kind::Message, &welcome.to_bytes().expect("a message"));
+        whole.bytes
+    };
     let mut questions = Vec::new();
     for _ in 0..input.pick(3) {
         let mut one = Stream::default();
@@ -433,20 +505,26 @@ fn source(input: &mut Input<'_>, how: Memory) {
         how,
         files: how == Memory::Handoff,
         verify: input.pick(2) == 1,
+        connections,
         limits: Limits {
             timeout: Duration::ZERO,
             ..Limits::default()
         },
         ask: (2, Duration::ZERO),
     };
-    let mut streams = std::iter::once(stream).chain(questions);
+    let mut streams = std::iter::once(stream).chain(pages).chain(questions);
     let mut peers = Vec::new();
     let mut looks = 0u8;
     let end = migrate(
         &mut guest,
         &mut || {
             let stream = streams.next().ok_or(WireError::Closed)?;
-            let (connection, peer) = stream.connection();
+            // Pages go to one that listens; one that has said anything else is not waited for.
+            let (connection, peer) = if connections > 1 && stream.bytes == whole {
+                stream.open_connection()
+            } else {
+                stream.connection()
+            };
             peers.push(peer);
             Ok(connection)
         },

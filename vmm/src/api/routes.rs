@@ -224,9 +224,10 @@ async fn migrate(Extract(context): Extract<Context>, body: Bytes) -> Response {
         Ok(Ok(answer)) => Json(answer).into_response(),
         Ok(Err(
             error @ (MigrateError::Address(_)
-            | MigrateError::Time { .. }
+            | MigrateError::Number { .. }
             | MigrateError::Security(_)
-            | MigrateError::NothingToVerify),
+            | MigrateError::NothingToVerify
+            | MigrateError::NothingToCopy),
         )) => failure(StatusCode::BAD_REQUEST, error),
         Ok(Err(error)) => {
             let mut answer = Failure::new(chain(&error));

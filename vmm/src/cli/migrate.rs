@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -22,7 +23,10 @@ use crate::exit;
 use crate::migrate::address::Address;
 use crate::migrate::html::{self, Outcome};
 use crate::migrate::monitor::Status as Migration;
-use crate::migrate::source::{Answer, DOWNTIME_MS, DOWNTIMES_MS, Request, TIMEOUT_S, TIMEOUTS_S};
+use crate::migrate::source::{
+    Answer, CONNECTIONS, DEFAULT_CONNECTIONS, DOWNTIME_MS, DOWNTIMES_MS, Request, TIMEOUT_S,
+    TIMEOUTS_S,
+};
 use crate::migrate::tls::Files;
 
 const EXAMPLES: &str = "\
@@ -36,7 +40,9 @@ Over a unix: address, memory, open disks and taps are handed over to the other p
 copied while the guest runs, again and again what it has written, until the rest fits the pause; a guest that writes faster
 is slowed down in steps. With --verify, the destination then compares every page with its checksum at the source, while the
 guest stands still, and refuses the guest if one differs; the pause that --downtime plans for does not include that. Memory
-that is handed over is the same memory: there is nothing to compare.
+that is handed over is the same memory: there is nothing to compare. With --connections, memory is copied over so many
+connections at once, which several CPUs of either host fill and read; take more than one for a large guest, above all over
+TLS, if both hosts have CPUs to spare.
 
 Exit status: 0 the guest runs at the destination, and its `tern run` here ends with 8; 1 the guest goes on here, and why is
 said; 9 the guest was given away and whether it runs there is not known: see `tern resolve --help`. A request that is broken
@@ -61,6 +67,10 @@ pub struct Migrate {
     /// Have the destination compare all of memory before the guest is given away; the pause is as long as that takes
     #[arg(long)]
     verify: bool,
+
+    /// How many connections to copy memory over, with a thread for each at either end
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CONNECTIONS, value_parser = clap::value_parser!(u32).range(connections()))]
+    connections: u32,
 
     /// Longest pause to plan for, in milliseconds
     #[arg(long, value_name = "MS", default_value_t = DOWNTIME_MS, value_parser = clap::value_parser!(u64).range(DOWNTIMES_MS))]
@@ -94,6 +104,11 @@ pub struct Migrate {
     json: bool,
 }
 
+/// [`CONNECTIONS`] as clap wants it.
+fn connections() -> RangeInclusive<i64> {
+    i64::from(*CONNECTIONS.start())..=i64::from(*CONNECTIONS.end())
+}
+
 /// See [`OnTimeout`].
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum WhenLate {
@@ -115,6 +130,7 @@ impl Migrate {
             to: to.to_string(),
             copy: self.copy,
             verify: self.verify,
+            connections: self.connections,
             downtime_ms: self.downtime,
             timeout_s: self.timeout,
             on_timeout: match self.on_timeout {

@@ -5,7 +5,8 @@
 //!             any error: refused, with everything that does not fit
 //! ```
 //!
-//! From the acceptance on, a thread answers a source that lost its connection and asks what became of the guest.
+//! From the acceptance on, a thread hears who connects: a source that sends pages over further connections, or one that lost
+//! its connection and asks what became of the guest.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -127,6 +128,9 @@ impl Receiver {
                     Ok(Incoming::Offer(offered)) => return Ok(offered),
                     Ok(Incoming::Question { connection, .. }) => {
                         let _ = answer(connection, Outcome::Unknown);
+                    }
+                    Ok(Incoming::Pages(joining)) => {
+                        joining.refuse("no guest arrives here yet".to_owned());
                     }
                     // A port scanner, or a source that thought better of it. The next one may be better.
                     Err(error) => {
@@ -500,7 +504,7 @@ impl ArrivedGuest {
     }
 }
 
-/// Answers sources that ask what became of the guest.
+/// Answers sources that ask what became of the guest, and takes connections for its pages.
 struct Answering {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -583,6 +587,11 @@ fn reply(caller: Caller, decision: &Decision) {
             let outcome = decision.asked(&session);
             if answer(connection, outcome).is_ok() {
                 decision.told();
+            }
+        }
+        Ok(Incoming::Pages(joining)) => {
+            if let Err(reason) = decision.join(joining) {
+                tracing::debug!("a connection for pages was refused: {reason}");
             }
         }
         Ok(Incoming::Offer(offered)) => {

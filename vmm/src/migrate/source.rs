@@ -10,7 +10,7 @@ use migration::live::commit::{Resolution, Source as State, SourceAction, SourceE
 use migration::live::source::{self, End, Options};
 use migration::live::{GuestError, Limits, OnTimeout, Report, SourceGuest, attempt, report};
 use migration::wire::connection::{self, Named, Section};
-use migration::wire::message::{Memory, Outcome as Known};
+use migration::wire::message::{MAX_CONNECTIONS, Memory, Outcome as Known};
 use migration::{PageSet, SnapshotId};
 use serde::{Deserialize, Serialize};
 
@@ -46,6 +46,9 @@ pub struct Request {
     /// Have the destination compare all of memory with that of this process before the guest is given away.
     #[serde(default)]
     pub verify: bool,
+    /// How many connections memory is copied over.
+    #[serde(default = "connections")]
+    pub connections: u32,
     /// Longest pause that is planned for, in milliseconds.
     #[serde(default = "downtime")]
     pub downtime_ms: u64,
@@ -63,14 +66,22 @@ pub struct Request {
     pub tls: Option<tls::Files>,
 }
 
+/// What [`Request::connections`] may be.
+pub const CONNECTIONS: RangeInclusive<u32> = 1..=MAX_CONNECTIONS;
 /// What [`Request::downtime_ms`] may be.
 pub const DOWNTIMES_MS: RangeInclusive<u64> = 1..=600_000;
 /// What [`Request::timeout_s`] may be.
 pub const TIMEOUTS_S: RangeInclusive<u64> = 1..=86_400;
+/// Default of [`Request::connections`], for guests of any size: each further one takes a CPU from the guests of either host.
+pub const DEFAULT_CONNECTIONS: u32 = 1;
 /// Default of [`Request::downtime_ms`].
 pub const DOWNTIME_MS: u64 = 100;
 /// Default of [`Request::timeout_s`].
 pub const TIMEOUT_S: u64 = 300;
+
+fn connections() -> u32 {
+    DEFAULT_CONNECTIONS
+}
 
 fn downtime() -> u64 {
     DOWNTIME_MS
@@ -100,9 +111,14 @@ pub enum MigrateError {
         "memory would be handed over, so that there is nothing to compare it with; have it copied (--copy), or leave out --verify"
     )]
     NothingToVerify,
-    /// A time that no migration can keep.
+    /// Memory is to be copied over several connections and would not be copied.
+    #[error(
+        "memory would be handed over, which takes one connection; have it copied (--copy), or leave out --connections"
+    )]
+    NothingToCopy,
+    /// A number that no migration can keep to.
     #[error("{name} has to be from {} to {}", .range.start(), .range.end())]
-    Time {
+    Number {
         /// The member of the request.
         name: &'static str,
         /// What it may be.
@@ -159,6 +175,9 @@ pub fn run(
     if request.verify && how == Memory::Handoff {
         return answer(Err(MigrateError::NothingToVerify));
     }
+    if request.connections > 1 && how == Memory::Handoff {
+        return answer(Err(MigrateError::NothingToCopy));
+    }
     let name = to.to_string();
     let mut leaving = Leaving {
         machine,
@@ -177,6 +196,7 @@ pub fn run(
         how,
         files: to.passes_files(),
         verify: request.verify,
+        connections: request.connections,
         limits: Limits {
             downtime: Duration::from_millis(request.downtime_ms),
             timeout: Duration::from_secs(request.timeout_s),
@@ -250,12 +270,18 @@ fn begin<'m>(
     machine: &'m Machine,
     request: &Request,
 ) -> Result<(Lease<'m>, Address, Option<tls::Client>), MigrateError> {
+    let (fewest, most) = CONNECTIONS.into_inner();
     for (name, value, range) in [
+        (
+            "connections",
+            request.connections.into(),
+            fewest.into()..=most.into(),
+        ),
         ("downtime_ms", request.downtime_ms, DOWNTIMES_MS),
         ("timeout_s", request.timeout_s, TIMEOUTS_S),
     ] {
         if !range.contains(&value) {
-            return Err(MigrateError::Time { name, range });
+            return Err(MigrateError::Number { name, range });
         }
     }
     let to: Address = request.to.parse().map_err(MigrateError::Address)?;

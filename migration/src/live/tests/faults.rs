@@ -13,6 +13,8 @@ use crate::live::source::{Phase, Reason};
 use crate::wire::message::Outcome;
 use crate::wire::{Message, WireError};
 
+mod page_connections;
+
 /// For a connection on which something goes wrong.
 const HASTY: connection::Limits = connection::Limits {
     silence: Duration::from_millis(250),
@@ -28,6 +30,11 @@ const FOR_EVER: Duration = Duration::from_secs(60);
 
 fn layout() -> RamLayout {
     RamLayout::new([(0, 16 * PAGE_SIZE), (1 << 32, 8 * PAGE_SIZE)]).unwrap()
+}
+
+/// More than one connection takes at a time.
+fn large() -> RamLayout {
+    RamLayout::new([(0, 1100 * PAGE_SIZE), (1 << 32, 500 * PAGE_SIZE)]).unwrap()
 }
 
 fn open(socket: impl Into<OwnedFd>, limits: connection::Limits) -> Connection {
@@ -49,8 +56,12 @@ struct Here {
 
 impl Here {
     fn new() -> Self {
-        let mut ram = Ram::of(layout());
-        for page in (0..24).step_by(2) {
+        Self::with(layout())
+    }
+
+    fn with(layout: RamLayout) -> Self {
+        let mut ram = Ram::of(layout);
+        for page in (0..ram.layout.pages()).step_by(2) {
             ram.write(page, page + 1);
         }
         Self {
@@ -127,6 +138,8 @@ impl SourceGuest for Here {
             self.ram.write(3, self.writes);
             self.ram.write(4, 0);
             self.dirty.insert_run(3, 2);
+            // For more connections than one.
+            self.dirty.insert_run(24, u64::MAX);
         }
         if self.runs && self.writes == 2 {
             // After the first round.
@@ -211,6 +224,8 @@ struct Habits {
     stalls: Option<&'static str>,
     /// It built a machine with other RAM than was offered.
     other_ram: bool,
+    /// Its guest has much RAM.
+    large: bool,
 }
 
 /// A destination: whatever connects is heard in a thread of its own.
@@ -287,9 +302,12 @@ fn hear(
     gone: &AtomicBool,
     goes_on: &Arc<AtomicBool>,
 ) -> Option<Vec<u64>> {
-    let layout = match habits.other_ram {
-        true => RamLayout::new([(0, 8 * PAGE_SIZE), (1 << 32, 16 * PAGE_SIZE)]).unwrap(),
-        false => layout(),
+    let layout = match habits {
+        Habits {
+            other_ram: true, ..
+        } => RamLayout::new([(0, 8 * PAGE_SIZE), (1 << 32, 16 * PAGE_SIZE)]).unwrap(),
+        Habits { large: true, .. } => large(),
+        _ => layout(),
     };
     let mut guest = There {
         ram: Ram::of(layout),
@@ -309,6 +327,11 @@ fn hear(
             if let (Ok(()), Some(decision)) = (answered, decision) {
                 decision.told();
             }
+            return None;
+        }
+        Incoming::Pages(joining) => {
+            let decision = known.lock().unwrap().clone();
+            let _ = decision.unwrap().join(joining);
             return None;
         }
     };
@@ -872,6 +895,7 @@ fn an_offer_that_makes_no_sense_is_refused_with_a_reason() {
             memory,
             how,
             verify,
+            connections: 1,
         })
         .unwrap();
         let accepted = std::thread::spawn(move || Incoming::accept(open(far, PATIENT), "test"));

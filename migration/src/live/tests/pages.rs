@@ -1,7 +1,7 @@
 //! Pages on their way.
 
 use super::*;
-use crate::live::pages::{Arriving, Round, send};
+use crate::live::pages::{Arriving, Pending, Round, send};
 use crate::wire::connection::Received;
 
 const IN_LARGE: u64 = LARGE_PAGE / PAGE_SIZE;
@@ -19,21 +19,21 @@ fn carry(layout: &RamLayout, written: impl Iterator<Item = u64>) -> Ram {
     let all = PageSet::full(layout);
     let sent = std::thread::scope(|scope| {
         let sending = scope.spawn(|| {
-            let sent = send(&mut source, &from, &all, Round::First, |_| Ok(()));
+            let pending = Pending::new(&from, &all, Round::First);
+            let sent = send(&mut source, &pending, || Ok(()));
             drop(source);
             sent.unwrap()
         });
         let mut arriving = Arriving::new(layout);
-        let mut came = 0;
         while let Ok(received) = destination.receive() {
             let Received::Pages(body) = received else {
                 panic!("{received:?}");
             };
-            came += arriving.data(&mut destination, &to, &body).unwrap();
+            arriving.data(&mut destination, &to, &body).unwrap();
         }
         assert_eq!(arriving.first_torn(), None);
         let sent = sending.join().unwrap();
-        assert_eq!(sent.data, came);
+        assert_eq!(sent.data, arriving.pages());
         sent
     });
     assert_eq!(to.bytes, from.bytes);

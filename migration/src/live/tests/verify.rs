@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::live::destination::Failure;
+use crate::live::pages::Pending;
 use crate::live::verify::{Comparing, Difference, send};
 use crate::wire::connection::Received;
 use crate::wire::frame::{Kind, PageTable};
@@ -122,6 +123,7 @@ fn refused(
                 memory,
                 how,
                 verify,
+                connections: 1,
             })?;
             near.message("accept")?;
             say(&mut near)?;
@@ -129,7 +131,7 @@ fn refused(
         });
         let offered = match Incoming::accept(far, "test") {
             Ok(Incoming::Offer(offered)) => offered,
-            Ok(Incoming::Question { .. }) => panic!("a question"),
+            Ok(Incoming::Question { .. } | Incoming::Pages(_)) => panic!("not an offer"),
             Err(failure) => return failure,
         };
         let mut guest = Arriving {
@@ -187,7 +189,8 @@ fn checksums_that_are_left_out_are_those_of_zeroes() {
         };
         let all = PageSet::full(&ram.layout);
         let first = crate::live::pages::Round::First;
-        crate::live::pages::send(connection, &ram, &all, first, |_| Ok(()))?;
+        let all = Pending::new(&ram, &all, first);
+        crate::live::pages::send(connection, &all, || Ok(()))?;
         connection.send(&Message::Round { number: 1 })?;
         connection.message("arrived")?;
         connection.send(&Message::Complete)
