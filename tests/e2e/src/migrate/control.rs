@@ -39,6 +39,9 @@ fn refused() -> Result<()> {
     control.refuse("migrate", &["tcp:127.0.0.1:9"], &["--insecure"])?;
     control.refuse("migrate", &["file:x"], &["unix:PATH"])?;
     control.refuse("migrate", &[&nobody, "--verify"], &["--copy"])?;
+    control.refuse("migrate", &[&nobody, "--connections", "2"], &["--copy"])?;
+    let many = ["--copy", "--connections", "17", &nobody];
+    control.refuse("migrate", &many, &["1..=16"])?;
     control.refuse("resolve", &["--run"], &["not in doubt"])?;
     control.refuse("migrate", &["--cancel"], &["no migration is under way"])?;
     let path = load.path("move.sock");

@@ -17,6 +17,15 @@ const ROUNDS: u32 = 3;
 /// Copies memory. Emulated hosts are slow: with a shorter pause the guests would be slowed down all the time.
 /// Every page is compared in the end.
 pub const COPY: [&str; 4] = ["--copy", "--downtime", "500", "--verify"];
+/// The same, over several connections.
+const OVER_FOUR: [&str; 6] = [
+    "--copy",
+    "--downtime",
+    "500",
+    "--verify",
+    "--connections",
+    "4",
+];
 /// Longest time from one move to the next.
 const APART: Duration = Duration::from_millis(2000);
 /// Longest time from the start to the last of the moves that happen while the guest boots.
@@ -48,6 +57,18 @@ pub fn trials() -> Vec<Trial> {
                 authority.move_to(guest, directory, number, &COPY[1..])
             };
             under_load(over_tls, |load| load)
+        }),
+        trial("migrate::rounds_copied_over_four_connections", || {
+            let authority = Authority::new()?;
+            // Over TLS every other time.
+            let over_four = |guest: Guest, directory: &Path, number: u32| {
+                if number.is_multiple_of(2) {
+                    authority.move_to(guest, directory, number, &OVER_FOUR[1..])
+                } else {
+                    move_to(guest, directory, number, &OVER_FOUR)
+                }
+            };
+            under_load(over_four, |load| load)
         }),
         trial("migrate::rounds_while_booting", || while_booting(&[])),
         trial("migrate::rounds_copied_while_booting", || {
