@@ -239,7 +239,7 @@ pub fn attempt<G: SourceGuest>(
         },
     };
     let end = match session {
-        Ok(session) => run.from_here(session, connect),
+        Ok(session) => run.carry_out(session, connect),
         Err(error) => End::Kept(run.wire(error.into())),
     };
     let attempt = Attempt {
@@ -264,7 +264,7 @@ struct Run<'a, G> {
 
 impl<G: SourceGuest> Run<'_, G> {
     /// All of it, from the first connection on.
-    fn from_here(
+    fn carry_out(
         &mut self,
         session: SnapshotId,
         connect: &mut dyn FnMut() -> Result<Connection, WireError>,

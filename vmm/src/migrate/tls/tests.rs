@@ -601,7 +601,7 @@ fn the_certificate_of_a_ca_is_none_of_a_host() {
         "UnsupportedCertVersion",
         "EmptyEkuExtension",
     ] {
-        let error = rustls::OtherError(Arc::new(std::io::Error::other(name)));
+        let error = rustls::OtherError(Arc::new(io::Error::other(name)));
         let why = handshake::why(&rustls::CertificateError::Other(error));
         assert!(!why.contains(name) && why.contains(' '), "{why}");
     }

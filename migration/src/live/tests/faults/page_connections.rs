@@ -404,6 +404,9 @@ fn connections_that_end_a_round_in_different_ways_are_refused() {
     }
 }
 
+/// Says something on a connection.
+type Say<'a> = &'a dyn Fn(&mut Connection) -> Result<(), WireError>;
+
 #[test]
 fn what_is_not_pages_is_refused_on_a_page_connection() {
     for (say, found) in [
@@ -424,7 +427,7 @@ fn what_is_not_pages_is_refused_on_a_page_connection() {
         runs: vec![(5, 1)],
         sums: vec![1],
     };
-    let say: [(&dyn Fn(&mut Connection) -> Result<(), WireError>, &str); 3] = [
+    let say: [(Say<'_>, &str); 3] = [
         (&|one| one.send_section(&section), "a Section frame came"),
         (
             &|one| one.send_descriptors(&[file()]),
