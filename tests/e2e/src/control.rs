@@ -30,9 +30,8 @@ impl Control {
 
     /// The same, with `--json`, run to its end.
     pub fn run(&self, verb: &str, words: &[&str]) -> Result<Output> {
-        let mut command = self.command(verb, words)?;
-        command.arg("--json");
-        output(command)
+        // Before words that take whatever follows.
+        output(self.command(verb, &[&["--json"], words].concat())?)
     }
 
     /// The same, expecting success: what it answers.

@@ -270,7 +270,7 @@ fn doubt() -> Result<()> {
         );
         guest
             .control
-            .refuse("resume", &[], &["moved to another process"])?;
+            .refuse("resume", &[], &["given to another process", "tern resolve"])?;
         // Nothing of it happens here.
         let before = guest.vm.console().len();
         std::thread::sleep(Duration::from_secs(3));
