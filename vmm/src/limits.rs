@@ -43,18 +43,17 @@ pub fn needed(config: &MachineSpec) -> u64 {
     BASE + PER_CPU * u64::from(config.cpus) + disks.chain(nets).chain(groups).sum::<u64>()
 }
 
-/// Raises the limit on open descriptors as far as the host lets everyone, and checks that it is enough for `config`.
-pub fn raise(config: &MachineSpec) -> Result<(), TooFewDescriptors> {
+/// Checks that the process may have the descriptors that `config` can need, after [`reserve`].
+pub fn check(config: &MachineSpec) -> Result<(), TooFewDescriptors> {
     let needed = needed(config);
-    match raise_to_maximum() {
+    match getrlimit(Resource::Nofile).current {
         Some(allowed) if allowed < needed => Err(TooFewDescriptors { needed, allowed }),
         _ => Ok(()),
     }
 }
 
-/// Lets the process have as many descriptors as it may, before it is known how many are needed; returns how many that are,
-/// if there is a limit.
-pub fn raise_to_maximum() -> Option<u64> {
+/// Lets the process have as many descriptors as the host lets everyone; returns how many that are, if there is a limit.
+fn raise_to_maximum() -> Option<u64> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let raised = Rlimit {
         current: maximum,
@@ -67,8 +66,9 @@ pub fn raise_to_maximum() -> Option<u64> {
     }
 }
 
-/// Has the kernel make its table of descriptors large, which costs nothing while there is one thread. With several, it waits
-/// for an RCU grace period each time the table grows: milliseconds of the start of a guest, or of the pause of one that moves.
+/// Raises the limit on open descriptors, before it is known how many are needed, and has the kernel make its table of them
+/// large, which costs nothing while there is one thread. With several, it waits for an RCU grace period each time the table
+/// grows: milliseconds of the start of a guest, or of the pause of one that moves.
 pub fn reserve() {
     let limit = raise_to_maximum().unwrap_or(TABLE);
     let last = limit.min(TABLE).saturating_sub(1);
@@ -110,6 +110,7 @@ mod tests {
 
     #[test]
     fn what_an_ordinary_guest_needs_is_there() {
-        assert_eq!(raise(&machine(&["net,vfs=4"])), Ok(()));
+        reserve();
+        assert_eq!(check(&machine(&["net,vfs=4"])), Ok(()));
     }
 }

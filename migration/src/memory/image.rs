@@ -76,11 +76,7 @@ impl Image {
         expected: Option<&Expected>,
         bases: Bases<'_>,
     ) -> Result<Self, ReadError> {
-        let wanted = expected.map(|expected| (expected.id, &expected.layout));
-        let mut top = Layer::open(snapshot, wanted)?;
-        if expected.is_some_and(|e| e.digest.is_some_and(|d| d != top.header.digest)) {
-            return Err(ReadError::OtherDigest(top.path));
-        }
+        let mut top = Layer::open(snapshot, expected)?;
         let mut layers = Vec::with_capacity(1);
         let mut directory = snapshot.try_clone()?;
         while let Some(base) = &top.header.base {
@@ -101,7 +97,12 @@ impl Image {
                     id: base.id,
                 })?,
             };
-            let next = Layer::open(&below, Some((base.id, &top.header.layout)))?;
+            let wanted = Expected {
+                id: base.id,
+                layout: top.header.layout.clone(),
+                digest: None,
+            };
+            let next = Layer::open(&below, Some(&wanted))?;
             // It goes down by one each time, so that a chain ends, after MAX_CHAIN files at the latest.
             if next.header.depth + 1 != top.header.depth || layers.len() as u32 >= MAX_CHAIN {
                 return Err(ReadError::Depth(top.path));
@@ -290,32 +291,33 @@ fn named(paths: &[PathBuf], id: SnapshotId) -> Result<Option<Reader>, ReadError>
     Ok(None)
 }
 
-/// Whether a memory file is that of snapshot `id`, of a guest with this RAM.
-fn check(
-    path: &Path,
-    header: &Header,
-    id: SnapshotId,
-    layout: &RamLayout,
-) -> Result<(), ReadError> {
-    if header.id != id {
-        return Err(ReadError::OtherSnapshot {
-            path: path.into(),
-            found: header.id,
-            expected: id,
-        });
+impl Expected {
+    /// Whether the memory file at `path`, which says this about itself, is the one.
+    ///
+    /// # Errors
+    ///
+    /// It is that of another snapshot, or of another guest.
+    pub fn check(&self, path: &Path, header: &Header) -> Result<(), ReadError> {
+        if header.id != self.id {
+            return Err(ReadError::OtherSnapshot {
+                path: path.into(),
+                found: header.id,
+                expected: self.id,
+            });
+        }
+        if header.layout != self.layout {
+            return Err(ReadError::OtherLayout(path.into()));
+        }
+        if self.digest.is_some_and(|digest| digest != header.digest) {
+            return Err(ReadError::OtherDigest(path.into()));
+        }
+        Ok(())
     }
-    if header.layout != *layout {
-        return Err(ReadError::OtherLayout(path.into()));
-    }
-    Ok(())
 }
 
 impl Layer {
-    /// `expected`: id and RAM. They are looked at before memory is taken for the map.
-    fn open(
-        snapshot: &Reader,
-        expected: Option<(SnapshotId, &RamLayout)>,
-    ) -> Result<Self, ReadError> {
+    /// What is `expected` is looked at before memory is taken for the map.
+    fn open(snapshot: &Reader, expected: Option<&Expected>) -> Result<Self, ReadError> {
         let path = snapshot.path().join(MEMORY);
         let file = snapshot.memory()?;
         // Before anything of it is looked at, so that it stays what it is.
@@ -326,8 +328,8 @@ impl Layer {
             Err(error) => tracing::warn!(path = %path.display(), %error, "cannot lock memory file"),
         }
         let header = snapshot.header()?;
-        if let Some((id, layout)) = expected {
-            check(&path, &header, id, layout)?;
+        if let Some(expected) = expected {
+            expected.check(&path, &header)?;
         }
         let present = snapshot.map(&header)?;
         Ok(Self {

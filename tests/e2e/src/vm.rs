@@ -124,16 +124,17 @@ impl Vm {
 pub fn output(command: Command) -> Result<Output> {
     let mut running = Running::start(command)?;
     running.close_input();
-    let Outcome {
-        status,
-        stdout,
-        stderr,
-    } = running.wait()?;
-    Ok(Output {
-        status,
-        stdout: stdout.into_bytes(),
-        stderr: stderr.into_bytes(),
-    })
+    Ok(running.wait()?.into())
+}
+
+impl From<Outcome> for Output {
+    fn from(outcome: Outcome) -> Self {
+        Self {
+            status: outcome.status,
+            stdout: outcome.stdout.into_bytes(),
+            stderr: outcome.stderr.into_bytes(),
+        }
+    }
 }
 
 /// A running process whose output is collected.

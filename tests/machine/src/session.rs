@@ -510,6 +510,30 @@ mod tests {
         assert_eq!(ended, Outcome::TimedOut(ConsoleTail::default()));
     }
 
+    #[test]
+    fn a_machine_that_runs_a_command_is_nudged() {
+        let (ours, mut machine) = UnixStream::pair().unwrap();
+        let (events, inbox) = mpsc::channel();
+        events.send(Event::Ready).unwrap();
+        let session = Session {
+            writer: Arc::new(Mutex::new(ours)),
+            events: events.clone(),
+            credit: Arc::default(),
+            heard: Arc::new(Mutex::new(Heard::Now)),
+            interactive: false,
+        };
+        let conducting = thread::spawn(move || session.conduct(start(), &inbox, None));
+        assert!(matches!(read_frame(&mut machine), Ok(Frame::Start(_))));
+        let mut nudges = 0;
+        while nudges < 2 {
+            // Standard input comes as well, from wherever the test has it.
+            nudges += u32::from(read_frame(&mut machine).unwrap() == Frame::Nudge);
+        }
+        events.send(Event::Exit(0)).unwrap();
+        let ended = conducting.join().unwrap().unwrap();
+        assert_eq!(ended, Outcome::Exited(0));
+    }
+
     fn start() -> Start {
         Start {
             argv: vec!["true".into()],

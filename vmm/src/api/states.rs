@@ -143,8 +143,7 @@ mod tests {
     use crate::migrate::monitor::Status;
 
     fn run<T>(future: impl Future<Output = T>) -> T {
-        let runtime = tokio::runtime::Builder::new_current_thread();
-        let mut runtime = runtime;
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
         runtime.enable_time().build().unwrap().block_on(future)
     }
 

@@ -78,7 +78,7 @@ impl Process {
         api_socket: Option<&Path>,
         origin: &mut dyn Origin,
     ) -> anyhow::Result<u8> {
-        limits::raise(&spec)?;
+        limits::check(&spec)?;
         let socket = match api_socket {
             Some(path) => Some(Socket::bind(path)?),
             None => None,

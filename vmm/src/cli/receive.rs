@@ -29,9 +29,10 @@ Examples:
   tern migrate --api-socket here.sock unix:move.sock
 
 The machine is built when a guest is offered, with the options it had at its source; what is not the same here is said with
-options, whose files have to be there when the command starts. Over a unix: address, open disks and taps are handed over, and memory too unless the source copies it; a console on a
-file is not: give another one with --console. Over tcp: with --insecure, no path of the source is followed: every disk and tap
-is named with --disk and --net. Disks that are not handed over are locked here when the source has let go of them.
+options, whose files have to be there when the command starts. Over a unix: address, open disks and taps are handed over, and
+memory too unless the source copies it; a console on a file is not: give another one with --console. Over tcp: with
+--insecure, no path of the source is followed: every disk and tap is named with --disk and --net. Disks that are not handed
+over are locked here when the source has let go of them.
 
 Nothing of the guest happens here before all of it has arrived and its source gives it away. If that fails, this process
 ends with status 1, and the guest goes on at its source.";

@@ -420,7 +420,7 @@ mod tests {
         Machine::of(&config.resolve().unwrap())
     }
 
-    fn overrides(disks: &[&str], nets: &[&str]) -> Overrides {
+    pub fn overrides(disks: &[&str], nets: &[&str]) -> Overrides {
         Overrides {
             disks: disks.iter().map(|text| text.parse().unwrap()).collect(),
             nets: nets.iter().map(|text| text.parse().unwrap()).collect(),

@@ -142,15 +142,12 @@ impl VirtioFunction {
         let mut core = self.lock();
         let core = &mut *core;
         let served = core.queues.iter().skip(core.device_queues());
-        let owns: Vec<_> = served.map(Virtqueue::owns_chains).collect();
-        core.services
-            .iter_mut()
-            .zip(owns)
-            .find_map(|(queue, owns)| {
-                let service: &mut dyn Any = queue.service_mut();
-                Some((service.downcast_mut()?, owns))
-            })
-            .map(|(service, owns)| act(service, owns))
+        let mut services = core.services.iter_mut().zip(served);
+        let (service, queue) = services.find_map(|(service, queue)| {
+            let service: &mut dyn Any = service.service_mut();
+            Some((service.downcast_mut()?, queue))
+        })?;
+        Some(act(service, queue.owns_chains()))
     }
 
     fn checked_with<'a>(

@@ -440,24 +440,26 @@ fn all<T: Sync>(work: &[T], run: impl Fn(&T) + Sync) {
     });
 }
 
+/// What can happen to a frame.
+const FAULTS: [Fault; 15] = [
+    Fault::CutBefore,
+    Fault::CutWithin(1),
+    Fault::CutWithin(usize::MAX),
+    Fault::CutAfter,
+    Fault::FlipHeader(0),
+    Fault::FlipHeader(5),
+    Fault::FlipHeader(8),
+    Fault::FlipHeader(17),
+    Fault::FlipHeader(30),
+    Fault::FlipBody,
+    Fault::FlipLast,
+    Fault::Duplicate,
+    Fault::Drop,
+    Fault::Truncate,
+    Fault::Silence,
+];
+
 fn faults_at_every_frame(how: Memory) {
-    let faults = [
-        Fault::CutBefore,
-        Fault::CutWithin(1),
-        Fault::CutWithin(usize::MAX),
-        Fault::CutAfter,
-        Fault::FlipHeader(0),
-        Fault::FlipHeader(5),
-        Fault::FlipHeader(8),
-        Fault::FlipHeader(17),
-        Fault::FlipHeader(30),
-        Fault::FlipBody,
-        Fault::FlipLast,
-        Fault::Duplicate,
-        Fault::Drop,
-        Fault::Truncate,
-        Fault::Silence,
-    ];
     let (end, seen) = with_fault(None, how);
     assert!(matches!(end, End::Moved(_)), "{end:?}");
     let frames = seen.frames.lock().unwrap().clone();
@@ -469,7 +471,7 @@ fn faults_at_every_frame(how: Memory) {
     for way in [Way::ToDestination, Way::ToSource] {
         let names = names(way);
         for (frame, name) in names.into_iter().enumerate() {
-            plans.extend(faults.map(|fault| (Plan { way, frame, fault }, name)));
+            plans.extend(FAULTS.map(|fault| (Plan { way, frame, fault }, name)));
         }
     }
     let messages = ["hello", "offer", "complete", "commit", "bye"];

@@ -10,6 +10,7 @@ use libtest_mimic::Trial;
 use super::{await_socket, move_as, move_to, receive};
 use crate::load::{Guest, Load, TICK};
 use crate::trial;
+use crate::vm::Running;
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -23,6 +24,18 @@ pub fn trials() -> Vec<Trial> {
             saved,
         ),
     ]
+}
+
+/// Control socket of a destination that [`waiting`] has made.
+const THERE: &str = "there.sock";
+
+/// A destination that listens, and its address.
+fn waiting(load: &Load, options: &[&str]) -> Result<(Running, String)> {
+    let path = load.path("move.sock");
+    let address = format!("unix:{}", path.display());
+    let mut there = receive(&address, &load.path(THERE), options)?;
+    await_socket(&path, &mut there)?;
+    Ok((there, address))
 }
 
 fn refused() -> Result<()> {
@@ -44,11 +57,9 @@ fn refused() -> Result<()> {
     control.refuse("migrate", &many, &["1..=16"])?;
     control.refuse("resolve", &["--run"], &["not in doubt"])?;
     control.refuse("migrate", &["--cancel"], &["no migration is under way"])?;
-    let path = load.path("move.sock");
-    let address = format!("unix:{}", path.display());
     // What needs no guest is said before one comes.
     let options = ["--disk", "disk0=/missing-0", "--disk", "pf0=/missing-1"];
-    let end = receive(&address, Path::new("/missing-2/s"), &options)?.wait()?;
+    let end = receive(&nobody, Path::new("/missing-2/s"), &options)?.wait()?;
     end.expect_code(1)?;
     for part in ["disk0: /missing-0", "pf0: /missing-1", "/missing-2/s"] {
         ensure!(end.stderr.contains(part), "{end:?}");
@@ -57,8 +68,7 @@ fn refused() -> Result<()> {
     std::fs::write(&small, "")?;
     let disks = ["disk0", "disk7"].map(|name| format!("{name}={}", small.display()));
     let options = ["--disk", &disks[0], "--disk", &disks[1]];
-    let mut there = receive(&address, &load.path("there.sock"), &options)?;
-    await_socket(&path, &mut there)?;
+    let (there, address) = waiting(&load, &options)?;
     let all = [
         "no disk called disk7",
         "has 0 bytes here and another size at the source",
@@ -82,10 +92,7 @@ fn too_fast() -> Result<()> {
     let load = Load::new(2)?;
     let mut guest = load.run()?;
     guest.ticks(1)?;
-    let path = load.path("move.sock");
-    let address = format!("unix:{}", path.display());
-    let mut there = receive(&address, &load.path("there.sock"), &[])?;
-    await_socket(&path, &mut there)?;
+    let (there, address) = waiting(&load, &[])?;
     let words = ["--copy", "--downtime", "21", "--timeout", "3", &address];
     let reasons = [
         "faster than it can be copied",
@@ -96,7 +103,7 @@ fn too_fast() -> Result<()> {
     // On a host that is fast enough for it the guest is moved, which is no fault.
     if output.status.success() {
         guest.vm.wait()?;
-        let mut moved = Guest::new(there, load.path("there.sock"));
+        let mut moved = Guest::new(there, load.path(THERE));
         moved.ticks(1)?;
         return moved.enough().map(drop);
     }
@@ -118,10 +125,7 @@ fn called_off() -> Result<()> {
     let load = Load::new(2)?;
     let mut guest = load.run()?;
     guest.ticks(1)?;
-    let path = load.path("move.sock");
-    let address = format!("unix:{}", path.display());
-    let mut there = receive(&address, &load.path("there.sock"), &[])?;
-    await_socket(&path, &mut there)?;
+    let (there, address) = waiting(&load, &[])?;
     let mut events = std::process::Command::new("curl")
         .args(["--silent", "--no-buffer", "--unix-socket"])
         .arg(&guest.control.socket)
@@ -136,12 +140,7 @@ fn called_off() -> Result<()> {
     // A destination that stands still keeps the migration where it is.
     there.signal(rustix::process::Signal::STOP)?;
     let words = ["--copy", address.as_str()];
-    let child = guest
-        .control
-        .command("migrate", &words)?
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()?;
+    let moving = Running::start(guest.control.command("migrate", &words)?)?;
     guest.control.await_state("migrating")?;
     guest
         .control
@@ -150,8 +149,10 @@ fn called_off() -> Result<()> {
         .control
         .refuse("migrate", &[&address], &["being moved"])?;
     guest.control.ask("migrate", &["--cancel"])?;
-    let output = child.wait_with_output()?;
-    crate::control::refused(&output, &["the guest stays here", "called off"])?;
+    crate::control::refused(
+        &moving.wait()?.into(),
+        &["the guest stays here", "called off"],
+    )?;
     there.signal(rustix::process::Signal::CONT)?;
     ensure!(
         guest.control.state()? == "running",
@@ -178,19 +179,11 @@ fn arriving() -> Result<()> {
     let load = Load::new(2)?;
     let mut guest = load.run()?;
     guest.ticks(1)?;
-    let path = load.path("move.sock");
-    let address = format!("unix:{}", path.display());
-    let socket = load.path("there.sock");
-    let mut there = receive(&address, &socket, &[])?;
-    await_socket(&path, &mut there)?;
+    let (there, address) = waiting(&load, &[])?;
     // It never fits a pause like that.
     let words = ["--copy", "--downtime", "1", "--timeout", "600", &address];
-    let child = guest
-        .control
-        .command("migrate", &words)?
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()?;
+    let moving = Running::start(guest.control.command("migrate", &words)?)?;
+    let socket = load.path(THERE);
     let arriving = crate::control::Control { socket };
     arriving.await_state("receiving")?;
     let elsewhere = load.path("elsewhere").display().to_string();
@@ -207,8 +200,10 @@ fn arriving() -> Result<()> {
     guest.control.refuse("shutdown", &[], &["being moved"])?;
     ensure!(arriving.state()? == "receiving");
     guest.control.ask("migrate", &["--cancel"])?;
-    let output = child.wait_with_output()?;
-    crate::control::refused(&output, &["the guest stays here", "called off"])?;
+    crate::control::refused(
+        &moving.wait()?.into(),
+        &["the guest stays here", "called off"],
+    )?;
     there.wait()?.expect_code(1)?;
     guest.ticks(1)?;
     guest.enough().map(drop)

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -97,19 +97,15 @@ fn destination(load: &Load, socket: &Path) -> Result<Destination> {
 }
 
 /// Has a guest moved through a proxy; `tern migrate` itself.
-fn moving(guest: &Guest, proxy: &Proxy) -> Result<Child> {
+fn moving(guest: &Guest, proxy: &Proxy) -> Result<Running> {
     let words = ["--insecure", "--json", &proxy.address];
-    let mut command = guest.control.command("migrate", &words)?;
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    Ok(command.spawn()?)
+    Running::start(guest.control.command("migrate", &words)?)
 }
 
 /// Its exit status and what it said.
-fn outcome(child: Child) -> Result<(i32, String)> {
-    let output = child.wait_with_output()?;
-    let said = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
-    let code = output.status.code().context("tern migrate was killed")?;
-    Ok((code, said.into_owned()))
+fn outcome(moving: Running) -> Result<(i32, String)> {
+    let outcome = moving.wait()?;
+    Ok((outcome.code(), outcome.stderr + &outcome.stdout))
 }
 
 /// Each of these faults leaves the guest where it is, and the destination ends. Then it is moved after all.

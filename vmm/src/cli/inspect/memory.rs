@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use migration::directory::MEMORY;
 use migration::memory::header::Header;
-use migration::{Bases, Expected, Image, PAGE_SIZE, Progress, ReadError, Reader};
+use migration::{Bases, Expected, Image, PAGE_SIZE, Progress, Reader};
 use rustix::fs::SeekFrom;
 use serde_json::{Value, json};
 
@@ -54,7 +54,7 @@ impl Memory {
     pub fn open(snapshot: &Reader, state: &Expected, verify: bool) -> anyhow::Result<Self> {
         let header = snapshot.header()?;
         let path = snapshot.path().join(MEMORY);
-        belongs(&header, state, &path)?;
+        state.check(&path, &header)?;
         let bytes = header.layout.bytes();
         let image = match Image::open(snapshot, None, Bases::Follow) {
             Ok(image) => image,
@@ -103,26 +103,6 @@ impl Memory {
             "verified": self.verified,
         })
     }
-}
-
-/// Refuses memory that is not that of the state, with what a restore says.
-fn belongs(header: &Header, state: &Expected, path: &Path) -> Result<(), ReadError> {
-    let path = path.to_owned();
-    if header.id != state.id {
-        let (found, expected) = (header.id, state.id);
-        return Err(ReadError::OtherSnapshot {
-            path,
-            found,
-            expected,
-        });
-    }
-    if header.layout != state.layout {
-        return Err(ReadError::OtherLayout(path));
-    }
-    if state.digest.is_some_and(|digest| digest != header.digest) {
-        return Err(ReadError::OtherDigest(path));
-    }
-    Ok(())
 }
 
 impl Layer {

@@ -94,15 +94,8 @@ pub fn disk_file(path: &Path, write: bool) -> Result<Metadata, String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::overrides;
     use super::*;
-
-    fn overrides(disks: &[&str], nets: &[&str]) -> Overrides {
-        Overrides {
-            disks: disks.iter().map(|text| text.parse().unwrap()).collect(),
-            nets: nets.iter().map(|text| text.parse().unwrap()).collect(),
-            ..Overrides::default()
-        }
-    }
 
     #[test]
     fn what_is_given_twice_is_refused_by_name() {

@@ -96,21 +96,6 @@ fn with_fault_on(number: u32, plan: Plan) -> (End, Seen) {
 
 #[test]
 fn a_fault_on_a_page_connection_leaves_the_guest_at_its_source() {
-    let faults = [
-        Fault::CutBefore,
-        Fault::CutWithin(1),
-        Fault::CutWithin(usize::MAX),
-        Fault::CutAfter,
-        Fault::FlipHeader(5),
-        Fault::FlipHeader(8),
-        Fault::FlipHeader(17),
-        Fault::FlipBody,
-        Fault::FlipLast,
-        Fault::Duplicate,
-        Fault::Drop,
-        Fault::Truncate,
-        Fault::Silence,
-    ];
     let mut plans = Vec::new();
     for (number, way, frames) in [
         (2, Way::ToDestination, 0..6),
@@ -118,7 +103,7 @@ fn a_fault_on_a_page_connection_leaves_the_guest_at_its_source() {
         (3, Way::ToSource, 0..1),
     ] {
         for frame in frames {
-            plans.extend(faults.map(|fault| (number, Plan { way, frame, fault })));
+            plans.extend(FAULTS.map(|fault| (number, Plan { way, frame, fault })));
         }
     }
     let fired = AtomicUsize::new(0);
@@ -150,7 +135,7 @@ fn a_fault_on_a_page_connection_leaves_the_guest_at_its_source() {
         assert!(named, "{number} {plan:?} {name}: {said}");
     });
     // Hello, the end of the first round and that of all are always there.
-    assert!(fired.into_inner() >= 7 * faults.len());
+    assert!(fired.into_inner() >= 7 * FAULTS.len());
 }
 
 #[test]
