@@ -31,4 +31,4 @@ pub const MAP: &str = "memory.map";
 pub const FILES: [&str; 3] = [STATE, MEMORY, MAP];
 
 /// The longest `state.json` that is read or written, in bytes.
-pub const MAX_STATE: u64 = 64 << 20;
+pub const MAX_STATE: u64 = 160 << 20;

@@ -28,7 +28,7 @@ pub const HEADER_LEN: usize = 32;
 /// Longest body of a frame, in bytes, but for sections.
 pub const MAX_BODY: u32 = 1 << 16;
 /// Longest section, in bytes.
-pub const MAX_SECTION: u32 = 64 << 20;
+pub const MAX_SECTION: u32 = 160 << 20;
 /// The most pages that follow one frame: as many as a large page has.
 pub const MAX_PAGES: usize = 512;
 /// The most checksums in a [`Kind::Sums`] frame: with as many runs as there can be, they fit a body.

@@ -179,23 +179,23 @@ fn a_state_that_is_too_long_is_not_read() {
     let snapshot = Snapshot::new("devices.json");
     let state = snapshot.path().join("state.json");
     let file = fs::File::options().append(true).open(&state).unwrap();
-    file.set_len((64 << 20) + 1).unwrap();
+    file.set_len((160 << 20) + 1).unwrap();
     let error = refusal(&snapshot);
-    assert!(error.contains("more than 67108864 are not read"), "{error}");
+    assert!(error.contains("more than 167772160 are not read"), "{error}");
     // A hole reads as zeroes, which are no JSON.
-    file.set_len(64 << 20).unwrap();
+    file.set_len(160 << 20).unwrap();
     let error = refusal(&snapshot);
     assert!(error.contains("state.json: "), "{error}");
     // Space is.
     let text = write(&snapshot.state).unwrap();
     let mut padded = text.clone();
-    padded.resize(64 << 20, b' ');
+    padded.resize(160 << 20, b' ');
     fs::write(&state, &padded).unwrap();
     assert!(snapshot.open(&Overrides::default()).is_ok());
     padded.push(b' ');
     fs::write(&state, padded).unwrap();
     let error = refusal(&snapshot);
-    assert!(error.contains("more than 67108864 are not read"), "{error}");
+    assert!(error.contains("more than 167772160 are not read"), "{error}");
 }
 
 /// Paths are followed that were named here, and no others.

@@ -28,11 +28,11 @@ use forms::Forms;
 
 /// Longest document, in bytes. 254 vCPUs with AMX and 510 virtual functions whose descriptors are all in flight take less
 /// than half of it, a test says.
-pub const MAX_LEN: usize = 64 << 20;
+pub const MAX_LEN: usize = 160 << 20;
 /// The most levels of objects and arrays.
 pub const MAX_DEPTH: usize = 32;
 /// The most values, those in objects and arrays included.
-pub const MAX_VALUES: u64 = 4 << 20;
+pub const MAX_VALUES: u64 = 8 << 20;
 /// The most members of one object.
 pub const MAX_MEMBERS: usize = 4096;
 /// Longest part of the document in a message, in bytes.

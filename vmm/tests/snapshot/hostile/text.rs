@@ -105,7 +105,7 @@ fn text_that_is_no_document_is_refused() {
         assert!(good.contains(from), "{from}");
         good.replacen(from, to, 1)
     };
-    let many = "0,".repeat(4 << 20);
+    let many = "0,".repeat(8 << 20);
     let members: String = (0..5000).map(|n| format!("\"{n}\":0,")).collect();
     let id = format!(
         "\"id\":{}",

@@ -201,14 +201,14 @@ fn limits_hold() {
     let error = message(&format!("{HEAD},\"a\":[{values}0]}}"));
     assert_eq!(
         error,
-        "a[4194300]: there are more than 4194304 values up to here"
+        "a[8388604]: there are more than 8388608 values up to here"
     );
 
     let long = vec![b' '; MAX_LEN + 1];
     let error = parse::<Root>(&long).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "67108865 bytes are more than 67108864, the most that are read"
+        "167772161 bytes are more than 167772160, the most that are read"
     );
 }
 
