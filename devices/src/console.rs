@@ -120,7 +120,7 @@ impl Console {
             }
             let written = chain.write(io.memory(), 0, &self.pending);
             let len = *written.as_ref().unwrap_or(&0);
-            io.push(RX, chain.head(), len as u32)?;
+            io.push(RX, chain.ticket(), len as u32)?;
             self.pending.drain(..len);
             written?;
         }
@@ -163,7 +163,7 @@ impl Console {
             };
             let mut bytes = vec![0; chain.readable_len().min(CHAIN_MAX as u64) as usize];
             let read = chain.read(io.memory(), 0, &mut bytes);
-            io.push(TX, chain.head(), 0)?;
+            io.push(TX, chain.ticket(), 0)?;
             read?;
             self.output.write(&bytes);
         }

@@ -94,7 +94,7 @@ impl VirtioDevice for Rng {
             let bytes = entropy.get(..filled).unwrap_or_default();
             let written = chain.write(io.memory(), 0, bytes);
             // The chain goes back whatever happened to it, or the function could never be reset.
-            io.push(queue, chain.head(), filled as u32)?;
+            io.push(queue, chain.ticket(), filled as u32)?;
             written?;
         }
         Ok(Progress::Exhausted)

@@ -19,6 +19,7 @@ use std::collections::BTreeMap;
 
 use crate::gate::{Mode, Party};
 use crate::memory::records::PageRange;
+use crate::virtio::Position;
 
 /// The state of one function, as its driver left it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,35 +57,145 @@ pub struct RegisterState {
     pub state_queue_select: u16,
 }
 
-/// One split virtqueue.
+/// One virtqueue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueueState {
     /// `queue_size`.
     pub size: u16,
     /// `queue_msix_vector`.
     pub vector: u16,
-    /// Guest physical address of the descriptor table.
+    /// Guest physical address of the descriptor table, or of the packed ring.
     pub descriptor_area: u64,
-    /// Guest physical address of the available ring.
+    /// Guest physical address of the available ring, or of the driver's event suppression.
     pub driver_area: u64,
-    /// Guest physical address of the used ring.
+    /// Guest physical address of the used ring, or of the device's event suppression.
     pub device_area: u64,
     /// `queue_enable`.
     pub enabled: bool,
     /// `queue_status` of the device-state capability was written 0 while the queue was enabled.
     pub stopped: bool,
+    /// The driver wrote where the queue goes on, and nothing was fetched since. A split ring goes on in the used ring where
+    /// that says it stands (G0-l).
+    pub restarts: bool,
+    /// Where the device is in the rings. Packed if and only if the driver accepted VIRTIO_F_RING_PACKED and set FEATURES_OK.
+    pub ring: RingState,
+}
+
+impl QueueState {
+    /// Where the device is in its split rings, if it has these.
+    pub fn split(&self) -> Option<&SplitState> {
+        match &self.ring {
+            RingState::Split(ring) => Some(ring),
+            RingState::Packed(_) => None,
+        }
+    }
+
+    /// The same, to change it.
+    pub fn split_mut(&mut self) -> Option<&mut SplitState> {
+        match &mut self.ring {
+            RingState::Split(ring) => Some(ring),
+            RingState::Packed(_) => None,
+        }
+    }
+}
+
+/// Where the device is in the rings of a virtqueue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RingState {
+    /// In split rings.
+    Split(SplitState),
+    /// In a packed ring.
+    Packed(PackedState),
+}
+
+/// Where the device is in split rings.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SplitState {
     /// The available-ring entry the device fetches next, modulo 2^16. Of a queue that is not enabled: where it will
     /// start.
     pub next_available: u16,
     /// The used-ring entry the device writes next, modulo 2^16. Of a queue whose driver left `last_avail_idx` alone that is
     /// `next_available - owned.len()`.
     pub next_used: u16,
-    /// The driver wrote `last_avail_idx`, and nothing was fetched since: the device goes on in the used ring where that
-    /// says it stands (G0-l).
-    pub restarts: bool,
     /// Heads of the chains that the device fetched and did not use, in the order in which they were fetched. They are
     /// executed anew before anything else is fetched.
     pub owned: Vec<u16>,
+}
+
+/// Where the device is in a packed ring.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PackedState {
+    /// The descriptor the device fetches next.
+    pub next_available: Position,
+    /// The descriptor the device uses next. Between the two are as many as the chains that the device owns have, unless its
+    /// driver said where it goes on.
+    pub next_used: Position,
+    /// Chains that the device fetched and did not use, in the order in which they were fetched. They are executed anew before
+    /// anything else is fetched.
+    pub owned: Vec<OwnedChain>,
+}
+
+impl Default for PackedState {
+    /// That of a ring at its start.
+    fn default() -> Self {
+        Self {
+            next_available: Position::START,
+            next_used: Position::START,
+            owned: Vec::new(),
+        }
+    }
+}
+
+/// A chain of a packed ring. Its descriptors travel with it, since the device may have written used descriptors over them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwnedChain {
+    /// Its buffer id.
+    pub id: u16,
+    /// Descriptors of the ring that it takes.
+    pub descriptors: u16,
+    /// What is in them. Descriptors without a length may be left out, so these may be fewer.
+    pub buffers: Vec<OwnedBuffer>,
+}
+
+/// What a descriptor of a chain in a packed ring refers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnedBuffer {
+    /// Guest physical address.
+    pub address: u64,
+    /// Length in bytes.
+    pub len: u32,
+    /// What is there.
+    pub kind: OwnedKind,
+}
+
+/// What is at the address of a descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnedKind {
+    /// A buffer that the device reads.
+    Readable,
+    /// A buffer that the device writes.
+    Writable,
+    /// An indirect table. The chain has nothing else.
+    Table,
+}
+
+impl OwnedKind {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Readable, Self::Writable, Self::Table];
+
+    /// Its flags in a descriptor: VIRTQ_DESC_F_WRITE and VIRTQ_DESC_F_INDIRECT.
+    pub fn flags(self) -> u16 {
+        match self {
+            Self::Readable => 0,
+            Self::Writable => 2,
+            Self::Table => 4,
+        }
+    }
+
+    /// The one with these flags.
+    pub fn from_flags(flags: u16) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.flags() == flags)
+    }
 }
 
 /// What is the same in every state of one device, and bounds what a saved form of it can hold.
@@ -96,6 +207,8 @@ pub struct Shape {
     pub config_len: usize,
     /// The device has the device-state capability, so that its queues can be stopped one by one.
     pub queue_status: bool,
+    /// The device offers packed rings.
+    pub packed: bool,
 }
 
 /// State of a function that its device context leaves out, since whoever writes a context has the function notify its

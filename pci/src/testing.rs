@@ -7,7 +7,7 @@ use devices::bus::Effect;
 use devices::memory::{GuestRam, RamRange, View};
 use devices::state::{DeviceState, Unsavable};
 use devices::virtio::{
-    DeviceType, Head, Io, Progress, RingError, Source, VirtioDevice, VirtioFunction,
+    DeviceType, Io, Progress, RingError, Source, Ticket, VirtioDevice, VirtioFunction,
 };
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
@@ -233,7 +233,7 @@ pub(crate) struct Held {
     queues: usize,
     config: Vec<u8>,
     release: Arc<AtomicBool>,
-    heads: Vec<(u16, Head)>,
+    tickets: Vec<(u16, Ticket)>,
 }
 
 impl Held {
@@ -244,7 +244,7 @@ impl Held {
             queues,
             config: config.to_vec(),
             release: Arc::clone(&release),
-            heads: Vec::new(),
+            tickets: Vec::new(),
         };
         (Box::new(device), release)
     }
@@ -295,7 +295,7 @@ impl VirtioDevice for Held {
     fn activate(&mut self, _features: u64) {}
 
     fn reset(&mut self) {
-        self.heads.clear();
+        self.tickets.clear();
     }
 
     fn save_state(&self) -> Result<DeviceState, Unsavable> {
@@ -310,7 +310,7 @@ impl VirtioDevice for Held {
 
     fn process(&mut self, queue: u16, io: &mut Io<'_>) -> Result<Progress, RingError> {
         while let Some(chain) = io.pop(queue)? {
-            self.heads.push((queue, chain.head()));
+            self.tickets.push((queue, chain.ticket()));
         }
         Ok(Progress::Exhausted)
     }
@@ -324,7 +324,7 @@ impl VirtioDevice for Held {
         if token == 1 {
             io.config_changed();
         } else if self.release.load(Ordering::SeqCst) {
-            for (queue, head) in self.heads.drain(..) {
+            for (queue, head) in self.tickets.drain(..) {
                 io.push(queue, head, 0)?;
             }
         }

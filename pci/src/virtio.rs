@@ -233,12 +233,12 @@ impl VirtioPci {
             .ok()
             .and_then(VectorCount::new)
             .ok_or(VirtioPciError::Vectors(count))?;
-        let has_state = function.doors().queue_status;
+        let state_len = device_state::len(function);
         let layout = Layout::new(
             function.total_queues(),
             vectors,
             device_len as u64,
-            has_state,
+            state_len,
         );
         Ok((layout, vectors))
     }

@@ -108,6 +108,18 @@ impl VirtioFunction {
         Self::with_services(name, device, view, vec![service], feature::SR_IOV)
     }
 
+    /// The same with virtqueues that may be packed, the administration virtqueue among them.
+    pub fn new_packed_owner(
+        name: impl Into<String>,
+        device: Box<dyn VirtioDevice>,
+        view: View,
+        owner: Arc<Owner>,
+    ) -> io::Result<Arc<Self>> {
+        let service = Box::new(AdminService::new(owner));
+        let features = feature::SR_IOV | feature::RING_PACKED;
+        Self::with_services(name, device, view, vec![service], features)
+    }
+
     /// The owner it is, if it is one.
     pub fn owner(&self) -> Option<Arc<Owner>> {
         self.with_service(|service: &mut AdminService, _| Arc::clone(&service.owner))

@@ -279,7 +279,7 @@ impl Block {
             Ok(Err(status)) => status,
             Err(error) => {
                 // Nowhere to put an answer, but the chain must go back or the device could not be reset.
-                io.push(queue, chain.head(), 0)?;
+                io.push(queue, chain.ticket(), 0)?;
                 return Err(error);
             }
         };
@@ -414,12 +414,12 @@ impl VirtioDevice for Block {
 /// Writes the status byte, unless nobody waits for it any more, and returns the chain, whatever happens.
 fn answer(queue: u16, chain: &Chain, status: Status, io: &mut Io<'_>) -> Result<(), RingError> {
     if io.is_resetting() {
-        return io.push(queue, chain.head(), 0);
+        return io.push(queue, chain.ticket(), 0);
     }
     let len = chain.writable_len();
     let written = chain.write(io.memory(), len.saturating_sub(1), &[status as u8]);
     // The status is the last byte, so a driver that believes the length must find all of them covered.
-    io.push(queue, chain.head(), len as u32)?;
+    io.push(queue, chain.ticket(), len as u32)?;
     written?;
     Ok(())
 }

@@ -813,7 +813,11 @@ fn a_stop_waits_for_the_request_that_storage_works_on_and_for_none_behind_it() {
     });
     let soon = Patience::prompt(std::time::Duration::from_millis(20));
     assert!(!driver.function.stop(Reasons::PAUSED, soon));
-    let owned = driver.function.save().queues[0].owned.len();
+    let owned = driver.function.save().queues[0]
+        .split()
+        .unwrap()
+        .owned
+        .len();
     assert_eq!(owned, 40, "the one in flight is among them");
     go.send(()).unwrap();
     driver.until("the first request", |d| d.used(0).is_some());

@@ -6,8 +6,7 @@ use std::mem;
 use super::draft::Draft;
 use super::error::ContextError;
 use super::field::{Field, FieldId, FieldType, assemble, join_header, split_header};
-use super::value::OwnedChains;
-use super::{COUNT_LEN, FIELD_HEADER_LEN, fields};
+use super::{COUNT_LEN, FIELD_HEADER_LEN, fields, list_len};
 use crate::state::{FunctionState, Shape};
 
 /// Puts contexts together from chunks that may end anywhere (S3-34).
@@ -254,7 +253,12 @@ impl Decoder {
         let queues = self.shape.queue_sizes.len() as u64;
         let (mut least, mut most) = (0, 0);
         for (kind, _) in &self.lengths {
-            let number = if kind.is_per_queue() { queues } else { 1 };
+            let number = match kind {
+                // They are there in place of those of split rings.
+                FieldType::PackedRuntime | FieldType::OwnedPackedChains => 0,
+                kind if kind.is_per_queue() => queues,
+                _ => 1,
+            };
             most += number;
             if !is_optional(*kind) {
                 least += number;
@@ -274,9 +278,14 @@ impl Decoder {
         let field = FieldType::from_raw(raw).ok_or(ContextError::UnknownType(raw))?;
         let known = self.lengths.iter().find(|(kind, _)| *kind == field);
         let &(_, expected) = known.ok_or(ContextError::Unsupported(field))?;
-        if field == FieldType::OwnedChains {
-            let least = OwnedChains::len_of(0) as u64;
-            if !(least..=expected).contains(&len) || len % 2 != 0 {
+        if let Some(least) = list_len(field, 0) {
+            // Chains of a split ring are a multiple of 2 bytes, those of a packed one of 4.
+            let unit = least as u64;
+            let whole = match field {
+                FieldType::OwnedChains => len % 2 == 0,
+                _ => len.is_multiple_of(unit),
+            };
+            if !(unit..=expected).contains(&len) || !whole {
                 let most = expected;
                 return Err(ContextError::ListLength { field, len, most });
             }

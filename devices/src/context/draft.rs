@@ -2,8 +2,14 @@
 
 use super::error::ContextError;
 use super::field::{Field, FieldId, FieldType};
-use super::value::{CommonConfig, OwnedChains, QueueConfig, QueueStatus, SplitRuntime};
-use crate::state::{FunctionState, QueueState, RegisterState, Shape};
+use super::value::{
+    CommonConfig, OwnedChains, OwnedPackedChains, PackedRuntime, QueueConfig, QueueStatus,
+    SplitRuntime,
+};
+use crate::state::{
+    FunctionState, OwnedChain, PackedState, QueueState, RegisterState, RingState, Shape, SplitState,
+};
+use crate::virtio::Position;
 
 /// The fields that came so far, each checked against the device and against the others.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -18,9 +24,70 @@ pub(super) struct Draft {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct QueueDraft {
     config: Option<QueueConfig>,
-    runtime: Option<SplitRuntime>,
-    owned: Option<Vec<u16>>,
+    ring: Option<RingDraft>,
     status: Option<QueueStatus>,
+}
+
+/// What came of one kind of rings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum RingDraft {
+    Split {
+        runtime: Option<SplitRuntime>,
+        owned: Option<Vec<u16>>,
+    },
+    Packed {
+        runtime: Option<PackedRuntime>,
+        owned: Option<Vec<OwnedChain>>,
+    },
+}
+
+impl RingDraft {
+    const SPLIT: Self = Self::Split {
+        runtime: None,
+        owned: None,
+    };
+    const PACKED: Self = Self::Packed {
+        runtime: None,
+        owned: None,
+    };
+
+    /// True if a field of this type came.
+    fn has(&self, kind: FieldType) -> bool {
+        match (kind, self) {
+            (FieldType::SplitRuntime, Self::Split { runtime, .. }) => runtime.is_some(),
+            (FieldType::OwnedChains, Self::Split { owned, .. }) => owned.is_some(),
+            (FieldType::PackedRuntime, Self::Packed { runtime, .. }) => runtime.is_some(),
+            (FieldType::OwnedPackedChains, Self::Packed { owned, .. }) => owned.is_some(),
+            _ => false,
+        }
+    }
+
+    /// Takes back the field of this type. True if none is left.
+    fn remove(&mut self, kind: FieldType) -> bool {
+        match (kind, &mut *self) {
+            (FieldType::SplitRuntime, Self::Split { runtime, .. }) => *runtime = None,
+            (FieldType::OwnedChains, Self::Split { owned, .. }) => *owned = None,
+            (FieldType::PackedRuntime, Self::Packed { runtime, .. }) => *runtime = None,
+            (FieldType::OwnedPackedChains, Self::Packed { owned, .. }) => *owned = None,
+            // Never added.
+            _ => {}
+        }
+        *self == Self::SPLIT || *self == Self::PACKED
+    }
+
+    /// The chains fit a queue of `size`, which has the number `queue`.
+    fn check(&self, queue: Option<u16>, size: u16) -> Result<(), ContextError> {
+        match self {
+            Self::Split { owned, .. } => {
+                let heads = owned.as_deref().unwrap_or_default();
+                check_heads(FieldType::OwnedChains.of(queue), heads, size)
+            }
+            Self::Packed { owned, .. } => {
+                let chains = owned.as_deref().unwrap_or_default();
+                check_chains(FieldType::OwnedPackedChains.of(queue), chains, size)
+            }
+        }
+    }
 }
 
 impl Draft {
@@ -43,10 +110,14 @@ impl Draft {
             FieldType::CommonConfig => self.registers.is_some(),
             FieldType::DeviceConfig => self.config.is_some(),
             FieldType::QueueConfig => queue.is_some_and(|q| q.config.is_some()),
-            FieldType::SplitRuntime => queue.is_some_and(|q| q.runtime.is_some()),
-            FieldType::OwnedChains => queue.is_some_and(|q| q.owned.is_some()),
             FieldType::QueueStatus => queue.is_some_and(|q| q.status.is_some()),
-            FieldType::PackedRuntime | FieldType::OwnedPackedChains => false,
+            kind @ (FieldType::SplitRuntime
+            | FieldType::OwnedChains
+            | FieldType::PackedRuntime
+            | FieldType::OwnedPackedChains) => {
+                let ring = queue.and_then(|queue| queue.ring.as_ref());
+                ring.is_some_and(|ring| ring.has(kind))
+            }
         }
     }
 
@@ -68,27 +139,33 @@ impl Draft {
             }
             Field::QueueConfig(value) => {
                 let queue = self.queue(id)?;
-                if let Some(owned) = &queue.owned {
-                    check_chains(FieldType::OwnedChains.of(id.queue), owned, value.size.get())?;
+                if let Some(ring) = &queue.ring {
+                    ring.check(id.queue, value.size.get())?;
                 }
                 queue.config = Some(value);
             }
-            Field::SplitRuntime(value) => self.queue(id)?.runtime = Some(value),
-            Field::OwnedChains(OwnedChains {
-                queue: index,
-                heads,
-            }) => {
-                let most = shape.queue_sizes.get(usize::from(index)).copied();
-                let queue = self.queue(id)?;
-                let size = queue.config.map_or(u16::MAX, |config| config.size.get());
-                check_chains(id, &heads, size.min(most.unwrap_or(0)))?;
-                queue.owned = Some(heads);
+            Field::SplitRuntime(value) => {
+                let (runtime, _) = self.queue(id)?.split(id)?;
+                *runtime = Some(value);
+            }
+            Field::OwnedChains(OwnedChains { queue, heads }) => {
+                let size = self.size(id, queue, shape)?;
+                check_heads(id, &heads, size)?;
+                let (_, owned) = self.queue(id)?.split(id)?;
+                *owned = Some(heads);
+            }
+            Field::PackedRuntime(value) => {
+                let (runtime, _) = self.queue(id)?.packed(id)?;
+                *runtime = Some(value);
+            }
+            Field::OwnedPackedChains(OwnedPackedChains { queue, chains }) => {
+                let size = self.size(id, queue, shape)?;
+                check_chains(id, &chains, size)?;
+                let (_, owned) = self.queue(id)?.packed(id)?;
+                *owned = Some(chains);
             }
             Field::QueueStatus(value) => self.queue(id)?.status = Some(value),
             Field::DeviceConfig(value) => self.config = Some(value),
-            Field::PackedRuntime(_) | Field::OwnedPackedChains(_) => {
-                return Err(ContextError::Unsupported(id.kind));
-            }
         }
         Ok(())
     }
@@ -101,13 +178,21 @@ impl Draft {
         fields.extend(self.registers.map(Field::CommonConfig));
         for (index, queue) in (0..).zip(&self.queues) {
             fields.extend(queue.config.map(Field::QueueConfig));
-            fields.extend(queue.runtime.map(Field::SplitRuntime));
-            let owned = queue.owned.clone();
-            let chains = owned.map(|heads| OwnedChains {
-                queue: index,
-                heads,
-            });
-            fields.extend(chains.map(Field::OwnedChains));
+            match queue.ring.clone() {
+                Some(RingDraft::Split { runtime, owned }) => {
+                    fields.extend(runtime.map(Field::SplitRuntime));
+                    let queue = index;
+                    let owned = owned.map(|heads| OwnedChains { queue, heads });
+                    fields.extend(owned.map(Field::OwnedChains));
+                }
+                Some(RingDraft::Packed { runtime, owned }) => {
+                    fields.extend(runtime.map(Field::PackedRuntime));
+                    let queue = index;
+                    let owned = owned.map(|chains| OwnedPackedChains { queue, chains });
+                    fields.extend(owned.map(Field::OwnedPackedChains));
+                }
+                None => {}
+            }
             fields.extend(queue.status.map(Field::QueueStatus));
         }
         fields.extend(self.config.clone().map(Field::DeviceConfig));
@@ -124,11 +209,15 @@ impl Draft {
             (FieldType::CommonConfig, _) => self.registers = None,
             (FieldType::DeviceConfig, _) => self.config = None,
             (FieldType::QueueConfig, Some(queue)) => queue.config = None,
-            (FieldType::SplitRuntime, Some(queue)) => queue.runtime = None,
-            (FieldType::OwnedChains, Some(queue)) => queue.owned = None,
             (FieldType::QueueStatus, Some(queue)) => queue.status = None,
+            (kind, Some(queue)) => {
+                let ring = queue.ring.as_mut();
+                if ring.is_some_and(|ring| ring.remove(kind)) {
+                    queue.ring = None;
+                }
+            }
             // Never added.
-            _ => {}
+            (_, None) => {}
         }
     }
 
@@ -138,6 +227,13 @@ impl Draft {
         index
             .and_then(|index| self.queues.get_mut(index))
             .ok_or(ContextError::NoSuchQueue { field: id, queues })
+    }
+
+    /// The most descriptors that `queue` can have, as far as is known.
+    fn size(&mut self, id: FieldId, queue: u16, shape: &Shape) -> Result<u16, ContextError> {
+        let most = shape.queue_sizes.get(usize::from(queue)).copied();
+        let chosen = self.queue(id)?.config.map(|config| config.size.get());
+        Ok(chosen.unwrap_or(u16::MAX).min(most.unwrap_or(0)))
     }
 
     /// The state, now that no more fields come.
@@ -186,27 +282,73 @@ impl Draft {
 }
 
 impl QueueDraft {
+    /// What came of its split rings.
+    fn split(
+        &mut self,
+        id: FieldId,
+    ) -> Result<(&mut Option<SplitRuntime>, &mut Option<Vec<u16>>), ContextError> {
+        match self.ring.get_or_insert(RingDraft::SPLIT) {
+            RingDraft::Split { runtime, owned } => Ok((runtime, owned)),
+            RingDraft::Packed { .. } => Err(ContextError::Mixed(id)),
+        }
+    }
+
+    /// What came of its packed ring.
+    fn packed(
+        &mut self,
+        id: FieldId,
+    ) -> Result<(&mut Option<PackedRuntime>, &mut Option<Vec<OwnedChain>>), ContextError> {
+        match self.ring.get_or_insert(RingDraft::PACKED) {
+            RingDraft::Packed { runtime, owned } => Ok((runtime, owned)),
+            RingDraft::Split { .. } => Err(ContextError::Mixed(id)),
+        }
+    }
+
     fn finish(&self, index: u16) -> Result<QueueState, ContextError> {
         let missing = |kind: FieldType| ContextError::Missing(kind.of(index));
         let config = self.config.ok_or(missing(FieldType::QueueConfig))?;
-        let runtime = self.runtime.ok_or(missing(FieldType::SplitRuntime))?;
-        let next_available = runtime.next_available.get();
-        let owned = self.owned.clone().unwrap_or_default();
-        let derived = next_available.wrapping_sub(owned.len() as u16);
-        let enabled = runtime.enabled != 0;
         let status = self.status;
+        let (enabled, ring) = match self.ring.clone() {
+            Some(RingDraft::Packed { runtime, owned }) => {
+                let runtime = runtime.ok_or(missing(FieldType::PackedRuntime))?;
+                let ring = PackedState {
+                    next_available: Position::from_raw(runtime.next_available.get()),
+                    next_used: Position::from_raw(runtime.next_used.get()),
+                    owned: owned.unwrap_or_default(),
+                };
+                (runtime.enabled, RingState::Packed(ring))
+            }
+            ring => {
+                let (runtime, owned) = match ring {
+                    Some(RingDraft::Split { runtime, owned }) => (runtime, owned),
+                    _ => (None, None),
+                };
+                let runtime = runtime.ok_or(missing(FieldType::SplitRuntime))?;
+                let owned = owned.unwrap_or_default();
+                let next_available = runtime.next_available.get();
+                // It is not in the fields of the draft of the migration commands.
+                let derived = match runtime.enabled {
+                    0 => 0,
+                    _ => next_available.wrapping_sub(owned.len() as u16),
+                };
+                let ring = SplitState {
+                    next_available,
+                    next_used: status.map_or(derived, |status| status.next_used.get()),
+                    owned,
+                };
+                (runtime.enabled, RingState::Split(ring))
+            }
+        };
         Ok(QueueState {
             size: config.size.get(),
             vector: config.vector.get(),
             descriptor_area: config.descriptor_area.get(),
             driver_area: config.driver_area.get(),
             device_area: config.device_area.get(),
-            enabled,
+            enabled: enabled != 0,
             stopped: status.is_some_and(|status| status.running == 0),
-            next_available,
-            next_used: status.map_or(if enabled { derived } else { 0 }, |s| s.next_used.get()),
             restarts: status.is_some_and(|status| status.has(QueueStatus::RESTARTS)),
-            owned,
+            ring,
         })
     }
 }
@@ -216,7 +358,7 @@ fn required<T>(value: Option<T>, kind: FieldType) -> Result<T, ContextError> {
 }
 
 /// Chains of a queue of `size`, listed in `field`: not more than it has descriptors, and none outside (G3-h).
-fn check_chains(field: FieldId, heads: &[u16], size: u16) -> Result<(), ContextError> {
+fn check_heads(field: FieldId, heads: &[u16], size: u16) -> Result<(), ContextError> {
     if heads.len() > size.into() {
         let count = heads.len();
         return Err(ContextError::TooManyChains { field, count, size });
@@ -225,4 +367,18 @@ fn check_chains(field: FieldId, heads: &[u16], size: u16) -> Result<(), ContextE
         Some(&head) => Err(ContextError::Head { field, head, size }),
         None => Ok(()),
     }
+}
+
+/// Chains of a packed queue of `size`, listed in `field`: they have not more descriptors than it, and not more buffers (G3-i).
+fn check_chains(field: FieldId, chains: &[OwnedChain], size: u16) -> Result<(), ContextError> {
+    let taken = chains.iter().map(|chain| {
+        // One without descriptors or with more buffers than these is refused when it is known of which device it is.
+        u32::from(chain.descriptors).max(chain.buffers.len() as u32)
+    });
+    let count: u32 = taken.sum();
+    if count > size.into() || chains.len() > size.into() {
+        let count = count.max(chains.len() as u32);
+        return Err(ContextError::TooManyDescriptors { field, count, size });
+    }
+    Ok(())
 }

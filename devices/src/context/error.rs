@@ -74,6 +74,29 @@ pub enum ContextError {
         /// Size of the queue.
         size: u16,
     },
+    /// A buffer of a packed queue has flags that none has.
+    #[error(
+        "a buffer in {field} has flags {flags:#x}; they are 0, 2 (writable) or 4 (indirect table)"
+    )]
+    Flags {
+        /// The field.
+        field: FieldId,
+        /// The flags.
+        flags: u16,
+    },
+    /// More descriptors than the queue has (G3-i).
+    #[error("chains in {field} take {count} descriptors of a queue of size {size}")]
+    TooManyDescriptors {
+        /// The field.
+        field: FieldId,
+        /// Descriptors.
+        count: u32,
+        /// Size of the queue.
+        size: u16,
+    },
+    /// Fields of both kinds of rings for one queue.
+    #[error("{0} although the queue has a field of the other kind of rings")]
+    Mixed(FieldId),
     /// What can be 0 or 1 is something else.
     #[error("{register} in {field} is {value}, not 0 or 1")]
     NotBoolean {

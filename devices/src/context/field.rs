@@ -3,14 +3,15 @@
 use std::fmt;
 
 use zerocopy::little_endian::U16;
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::error::ContextError;
 use super::value::{
-    CommonConfig, ListHeader, OwnedChains, OwnedPackedChains, PackedChain, PackedRuntime,
+    CommonConfig, ListError, ListHeader, OwnedChains, OwnedPackedChains, PackedRuntime,
     QueueConfig, QueueStatus, SplitRuntime,
 };
 use super::{COUNT_LEN, FIELD_HEADER_LEN};
+use crate::virtio::Position;
 
 /// Type of a field. 0x1000 to 0x1fff are the device's own; what is not here is reserved (G3-b).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -196,16 +197,15 @@ impl Field {
             FieldType::QueueConfig => Self::QueueConfig(fixed(kind, value)?),
             FieldType::SplitRuntime => Self::SplitRuntime(fixed(kind, value)?),
             FieldType::OwnedChains => {
-                let (queue, heads) = list::<U16>(kind, value)?;
-                let heads = heads.iter().map(|head| head.get()).collect();
+                let (queue, heads) =
+                    heads(value).map_err(|error| list_error(kind, value, error))?;
                 Self::OwnedChains(OwnedChains { queue, heads })
             }
             FieldType::DriverFeatures => Self::DriverFeatures(features(kind, value)?),
             FieldType::PackedRuntime => Self::PackedRuntime(fixed(kind, value)?),
             FieldType::OwnedPackedChains => {
-                let (queue, chains) = list::<PackedChain>(kind, value)?;
-                let chains = chains.to_vec();
-                Self::OwnedPackedChains(OwnedPackedChains { queue, chains })
+                let chains = OwnedPackedChains::decode(value);
+                Self::OwnedPackedChains(chains.map_err(|error| list_error(kind, value, error))?)
             }
             FieldType::QueueStatus => Self::QueueStatus(fixed(kind, value)?),
             FieldType::DeviceConfig => Self::DeviceConfig(value.to_vec()),
@@ -243,14 +243,12 @@ impl Field {
             Self::QueueConfig(value) => bytes.extend_from_slice(value.as_bytes()),
             Self::SplitRuntime(value) => bytes.extend_from_slice(value.as_bytes()),
             Self::OwnedChains(value) => {
-                put_list_header(value.queue, value.heads.len(), bytes);
+                let header = ListHeader::new(value.queue, value.heads.len());
+                bytes.extend_from_slice(header.as_bytes());
                 bytes.extend(value.heads.iter().flat_map(|head| head.to_le_bytes()));
             }
             Self::PackedRuntime(value) => bytes.extend_from_slice(value.as_bytes()),
-            Self::OwnedPackedChains(value) => {
-                put_list_header(value.queue, value.chains.len(), bytes);
-                bytes.extend_from_slice(value.chains.as_bytes());
-            }
+            Self::OwnedPackedChains(value) => value.encode(bytes),
             Self::QueueStatus(value) => bytes.extend_from_slice(value.as_bytes()),
             Self::DeviceConfig(value) => bytes.extend_from_slice(value),
         }
@@ -323,35 +321,33 @@ fn features(kind: FieldType, value: &[u8]) -> Result<u128, ContextError> {
     fixed(kind, value).map(u128::from_le_bytes)
 }
 
-/// The queue and the entries of a value that lists entries of type `T`.
-fn list<T>(kind: FieldType, value: &[u8]) -> Result<(u16, &[T]), ContextError>
-where
-    T: FromBytes + Immutable + KnownLayout + Unaligned,
-{
-    let Ok((header, entries)) = ListHeader::ref_from_prefix(value) else {
-        return Err(ContextError::Length {
-            field: kind,
-            len: value.len() as u64,
-            expected: size_of::<ListHeader>() as u64,
-        });
-    };
+/// The queue and the heads of chains of a value that lists them.
+fn heads(value: &[u8]) -> Result<(u16, Vec<u16>), ListError> {
+    let (header, heads) = ListHeader::ref_from_prefix(value).map_err(|_| ListError::NoHeader)?;
     let (queue, count) = (header.queue.get(), header.count.get());
-    match <[T]>::ref_from_bytes_with_elems(entries, count.into()) {
-        Ok(entries) => Ok((queue, entries)),
-        Err(_) => Err(ContextError::ListCount {
-            field: kind.of(queue),
-            len: value.len(),
-            count,
-        }),
-    }
+    let heads = <[U16]>::ref_from_bytes_with_elems(heads, count.into())
+        .map_err(|_| ListError::Count { queue, count })?;
+    Ok((queue, heads.iter().map(|head| head.get()).collect()))
 }
 
-fn put_list_header(queue: u16, count: usize, bytes: &mut Vec<u8>) {
-    let header = ListHeader {
-        queue: queue.into(),
-        count: (count as u16).into(),
-    };
-    bytes.extend_from_slice(header.as_bytes());
+fn list_error(kind: FieldType, value: &[u8], error: ListError) -> ContextError {
+    let len = value.len();
+    match error {
+        ListError::NoHeader => ContextError::Length {
+            field: kind,
+            len: len as u64,
+            expected: size_of::<ListHeader>() as u64,
+        },
+        ListError::Count { queue, count } => ContextError::ListCount {
+            field: kind.of(queue),
+            len,
+            count,
+        },
+        ListError::Flags { queue, flags } => ContextError::Flags {
+            field: kind.of(queue),
+            flags,
+        },
+    }
 }
 
 impl fmt::Display for Field {
@@ -385,19 +381,21 @@ impl fmt::Display for Field {
             ),
             Self::OwnedChains(value) => write!(f, "{:?}", value.heads),
             Self::PackedRuntime(value) => {
-                let position = |raw: U16| (raw.get() & 0x7fff, raw.get() >> 15);
-                let (available, available_wrap) = position(value.next_available);
-                let (used, used_wrap) = position(value.next_used);
+                let position = |raw: U16| Position::from_raw(raw.get());
+                let (available, used) = (position(value.next_available), position(value.next_used));
                 write!(
                     f,
-                    "{}, next available {available} with wrap counter {available_wrap}, \
-                     next used {used} with wrap counter {used_wrap}",
-                    enabled(value.enabled)
+                    "{}, next available {} with wrap counter {}, next used {} with wrap counter {}",
+                    enabled(value.enabled),
+                    available.offset(),
+                    u8::from(available.wrap()),
+                    used.offset(),
+                    u8::from(used.wrap()),
                 )
             }
             Self::OwnedPackedChains(value) => {
                 let chains = value.chains.iter();
-                let pairs = chains.map(|chain| (chain.id.get(), chain.descriptors.get()));
+                let pairs = chains.map(|chain| (chain.id, chain.descriptors));
                 f.debug_map().entries(pairs).finish()
             }
             Self::QueueStatus(value) => {

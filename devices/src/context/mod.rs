@@ -38,11 +38,11 @@ pub use decode::{Decoder, Pushed};
 pub use error::ContextError;
 pub use field::{Field, FieldId, FieldType, assemble, parse};
 pub use value::{
-    CommonConfig, OwnedChains, OwnedPackedChains, PackedChain, PackedRuntime, QueueConfig,
-    QueueStatus, SplitRuntime,
+    CommonConfig, OwnedChains, OwnedPackedChains, PackedRuntime, QueueConfig, QueueStatus,
+    SplitRuntime,
 };
 
-use crate::state::{FunctionState, QueueState, Shape};
+use crate::state::{FunctionState, QueueState, RingState, Shape};
 
 /// Bytes of the number of fields, at the start of a context.
 pub const COUNT_LEN: usize = 4;
@@ -57,7 +57,8 @@ pub fn encode(state: &FunctionState, shape: &Shape) -> Vec<u8> {
 /// The fields of the context of a device of `shape` whose state is `state`, in the order G3-j.
 ///
 /// VQ_STATUS follows the other fields of its queue, and is there only if queues of this device can be stopped one by
-/// one. A queue without chains that are the device's has no VQ_SPLIT_DEV_OWN_DESC (G3-g).
+/// one. A queue without chains that are the device's has no VQ_SPLIT_DEV_OWN_DESC (G3-g). The fields of a packed queue are
+/// others (G3-i).
 pub fn state_fields(state: &FunctionState, shape: &Shape) -> Vec<Field> {
     let mut fields = vec![
         Field::DeviceFeatures(state.offered),
@@ -89,47 +90,79 @@ fn queue_fields(
         driver_area: queue.driver_area.into(),
         device_area: queue.device_area.into(),
     }));
-    fields.push(Field::SplitRuntime(SplitRuntime {
-        queue: index.into(),
-        next_available: queue.next_available.into(),
-        enabled: queue.enabled.into(),
-    }));
-    if !queue.owned.is_empty() {
-        fields.push(Field::OwnedChains(OwnedChains {
-            queue: index,
-            heads: queue.owned.clone(),
-        }));
+    // That of a packed queue is in VQ_PACKED_RUNTIME.
+    let mut next_used = 0;
+    match &queue.ring {
+        RingState::Split(ring) => {
+            next_used = ring.next_used;
+            fields.push(Field::SplitRuntime(SplitRuntime {
+                queue: index.into(),
+                next_available: ring.next_available.into(),
+                enabled: queue.enabled.into(),
+            }));
+            if !ring.owned.is_empty() {
+                let heads = ring.owned.clone();
+                let queue = index;
+                fields.push(Field::OwnedChains(OwnedChains { queue, heads }));
+            }
+        }
+        RingState::Packed(ring) => {
+            fields.push(Field::PackedRuntime(PackedRuntime {
+                queue: index.into(),
+                next_available: ring.next_available.raw().into(),
+                next_used: ring.next_used.raw().into(),
+                enabled: queue.enabled.into(),
+                reserved: 0,
+            }));
+            if !ring.owned.is_empty() {
+                let chains = ring.owned.clone();
+                let queue = index;
+                let owned = OwnedPackedChains { queue, chains };
+                fields.push(Field::OwnedPackedChains(owned));
+            }
+        }
     }
     if shape.queue_status {
         fields.push(Field::QueueStatus(QueueStatus {
             queue: index.into(),
             running: (!queue.stopped).into(),
             flags: QueueStatus::flags(queue.restarts, selected),
-            next_used: queue.next_used.into(),
+            next_used: next_used.into(),
             reserved: 0.into(),
         }));
     }
 }
 
-/// The fields a device of `shape` has, in the order G3-j, and the bytes of the value of each (S3-35). Of
-/// VQ_SPLIT_DEV_OWN_DESC it is the most any queue can need (G3-h); all other lengths are exact.
+/// The fields a device of `shape` has, in the order G3-j, and the bytes of the value of each (S3-35). Of the lists of chains
+/// it is the most any queue can need (G3-h); all other lengths are exact.
 ///
-/// The fields of packed rings are never among them: no device here offers VIRTIO_F_RING_PACKED.
+/// Of a device that offers packed rings they are the fields of both kinds, of which a context has those that its driver uses.
 pub fn fields(shape: &Shape) -> Vec<(FieldType, u64)> {
     let largest = shape.queue_sizes.iter().max();
     let present = |kind: &FieldType| match kind {
-        FieldType::PackedRuntime | FieldType::OwnedPackedChains => false,
+        FieldType::PackedRuntime | FieldType::OwnedPackedChains => {
+            largest.is_some() && shape.packed
+        }
         FieldType::QueueStatus => largest.is_some() && shape.queue_status,
         FieldType::DeviceConfig => shape.config_len > 0,
         kind => !kind.is_per_queue() || largest.is_some(),
     };
-    let len = |kind: FieldType| match kind {
-        FieldType::OwnedChains => OwnedChains::len_of(largest.copied().unwrap_or(0).into()),
-        FieldType::DeviceConfig => shape.config_len,
-        kind => kind.fixed_len().unwrap_or(0),
+    let len = |kind: FieldType| match list_len(kind, largest.copied().unwrap_or(0)) {
+        Some(len) => len,
+        None if kind == FieldType::DeviceConfig => shape.config_len,
+        None => kind.fixed_len().unwrap_or(0),
     };
     let kinds = FieldType::ALL.into_iter().filter(present);
     kinds.map(|kind| (kind, len(kind) as u64)).collect()
+}
+
+/// Bytes of the longest list of this type that a queue of `size` can need, if it is one.
+fn list_len(kind: FieldType, size: u16) -> Option<usize> {
+    match kind {
+        FieldType::OwnedChains => Some(OwnedChains::len_of(size.into())),
+        FieldType::OwnedPackedChains => Some(OwnedPackedChains::len_of(size.into())),
+        _ => None,
+    }
 }
 
 /// No context of a device of `shape` has more bytes than this.
@@ -137,13 +170,11 @@ pub fn max_len(shape: &Shape) -> usize {
     let values: usize = fields(shape)
         .into_iter()
         .map(|(kind, len)| match kind {
-            FieldType::OwnedChains => shape
-                .queue_sizes
-                .iter()
-                .map(|size| FIELD_HEADER_LEN + OwnedChains::len_of((*size).into()))
-                .sum(),
             kind if kind.is_per_queue() => {
-                shape.queue_sizes.len() * (FIELD_HEADER_LEN + len as usize)
+                let sizes = shape.queue_sizes.iter();
+                sizes
+                    .map(|size| FIELD_HEADER_LEN + list_len(kind, *size).unwrap_or(len as usize))
+                    .sum()
             }
             _ => FIELD_HEADER_LEN + len as usize,
         })

@@ -4,7 +4,8 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
-use crate::state::RegisterState;
+use crate::state::{OwnedBuffer, OwnedChain, OwnedKind, PackedState, RegisterState, SplitState};
+use crate::virtio::Position;
 
 mod chunks;
 mod fields;
@@ -16,6 +17,7 @@ fn shape() -> Shape {
         queue_sizes: vec![8, 4],
         config_len: 3,
         queue_status: true,
+        packed: false,
     }
 }
 
@@ -43,10 +45,12 @@ fn state() -> FunctionState {
                 device_area: 0x1_0000_3000,
                 enabled: true,
                 stopped: true,
-                next_available: 0x0102,
-                next_used: 0x00ff,
                 restarts: true,
-                owned: vec![5, 2],
+                ring: RingState::Split(SplitState {
+                    next_available: 0x0102,
+                    next_used: 0x00ff,
+                    owned: vec![5, 2],
+                }),
             },
             QueueState {
                 size: 4,
@@ -56,10 +60,8 @@ fn state() -> FunctionState {
                 device_area: 0,
                 enabled: false,
                 stopped: false,
-                next_available: 0,
-                next_used: 0,
                 restarts: false,
-                owned: vec![],
+                ring: RingState::Split(SplitState::default()),
             },
         ],
         config: vec![0xaa, 0xbb, 0xcc],
@@ -139,45 +141,95 @@ fn changed(change: impl FnOnce(&mut Vec<Field>)) -> Vec<Field> {
 /// Devices of up to five queues.
 fn any_shape() -> impl Strategy<Value = Shape> {
     let sizes = vec((0u32..6).prop_map(|order| 1 << order), 0..6);
-    (sizes, 0usize..20, any::<bool>()).prop_map(|(queue_sizes, config_len, queue_status)| Shape {
+    let offers = any::<(bool, bool)>();
+    (sizes, 0usize..20, offers).prop_map(|(queue_sizes, config_len, offers)| Shape {
         queue_sizes,
         config_len,
-        queue_status,
+        queue_status: offers.0,
+        packed: offers.1,
     })
 }
 
-fn any_queue(max_size: u16, queue_status: bool) -> impl Strategy<Value = QueueState> {
-    let size = (0..=max_size.ilog2()).prop_map(|order| 1u16 << order);
-    let owned = size.prop_flat_map(|size| (Just(size), vec(0..size, 0..=usize::from(size))));
+fn any_queue(max_size: u16, shape: &Shape, packed: bool) -> BoxedStrategy<QueueState> {
+    let queue_status = shape.queue_status;
+    let size = match packed {
+        true => (1..=max_size).boxed(),
+        false => (0..=max_size.ilog2())
+            .prop_map(|order| 1u16 << order)
+            .boxed(),
+    };
+    let ring = size.prop_flat_map(move |size| {
+        let ring = match packed {
+            true => any_packed(size).prop_map(RingState::Packed).boxed(),
+            false => any_split(size).prop_map(RingState::Split).boxed(),
+        };
+        (Just(size), ring)
+    });
     let areas = any::<(u64, u64, u64)>();
-    let rest = any::<(u16, u16, bool, bool, u16, bool)>();
-    (owned, areas, rest).prop_map(move |((size, owned), areas, rest)| QueueState {
-        next_used: match (queue_status, rest.2) {
-            (true, _) => rest.4,
+    let rest = any::<(u16, bool, bool, bool)>();
+    let queue = (ring, areas, rest).prop_map(move |((size, mut ring), areas, rest)| {
+        if let (RingState::Split(ring), false) = (&mut ring, queue_status) {
             // Without VQ_STATUS it follows from the rest.
-            (false, true) => rest.1.wrapping_sub(owned.len() as u16),
-            (false, false) => 0,
-        },
-        restarts: rest.5 && queue_status,
-        size,
-        vector: rest.0,
-        descriptor_area: areas.0,
-        driver_area: areas.1,
-        device_area: areas.2,
-        enabled: rest.2,
-        stopped: rest.3 && queue_status,
-        next_available: rest.1,
+            ring.next_used = match rest.1 {
+                true => ring.next_available.wrapping_sub(ring.owned.len() as u16),
+                false => 0,
+            };
+        }
+        QueueState {
+            size,
+            vector: rest.0,
+            descriptor_area: areas.0,
+            driver_area: areas.1,
+            device_area: areas.2,
+            enabled: rest.1,
+            stopped: rest.2 && queue_status,
+            restarts: rest.3 && queue_status,
+            ring,
+        }
+    });
+    queue.boxed()
+}
+
+fn any_split(size: u16) -> impl Strategy<Value = SplitState> {
+    let owned = vec(0..size, 0..=usize::from(size));
+    (any::<(u16, u16)>(), owned).prop_map(|((next_available, next_used), owned)| SplitState {
+        next_available,
+        next_used,
+        owned,
+    })
+}
+
+fn any_packed(size: u16) -> impl Strategy<Value = PackedState> {
+    let buffer = (any::<(u64, u32)>(), 0usize..3).prop_map(|((address, len), kind)| OwnedBuffer {
+        address,
+        len,
+        kind: OwnedKind::ALL[kind],
+    });
+    let chain = (any::<u16>(), vec(buffer, 0..3)).prop_map(|(id, buffers)| OwnedChain {
+        id,
+        descriptors: 3,
+        buffers,
+    });
+    let owned = vec(chain, 0..=usize::from(size) / 3);
+    (any::<(u16, u16)>(), owned).prop_map(|((available, used), owned)| PackedState {
+        next_available: Position::from_raw(available),
+        next_used: Position::from_raw(used),
         owned,
     })
 }
 
 /// A state of a device of `shape`.
 fn any_state(shape: Shape) -> impl Strategy<Value = (Shape, FunctionState)> {
-    let queues: Vec<_> = shape
-        .queue_sizes
-        .iter()
-        .map(|size| any_queue(*size, shape.queue_status))
-        .collect();
+    let queues = {
+        let shape = shape.clone();
+        any::<bool>().prop_flat_map(move |packed| {
+            let packed = packed && shape.packed;
+            let sizes = shape.queue_sizes.iter();
+            sizes
+                .map(|size| any_queue(*size, &shape, packed))
+                .collect::<Vec<_>>()
+        })
+    };
     let registers = (any::<(u32, u32, u16, u8, u8)>(), 0u16..8);
     let config = vec(any::<u8>(), shape.config_len);
     (any::<(u128, u128)>(), registers, queues, config).prop_map(
@@ -272,6 +324,7 @@ fn s3_35_the_fields_of_a_device_are_listed_with_their_lengths() {
         queue_sizes: vec![2],
         config_len: 0,
         queue_status: false,
+        packed: false,
     };
     let without = [(1, 16), (5, 16), (0, 64), (2, 30), (3, 5), (4, 8)];
     assert_eq!(numbers(&plain), without);
@@ -286,8 +339,8 @@ fn s3_35_the_fields_of_a_device_are_listed_with_their_lengths() {
 #[test]
 fn g3_h_a_context_with_every_list_full_has_the_most_bytes() {
     let mut full = state();
-    full.queues[0].owned = vec![7; 8];
-    full.queues[1].owned = vec![3; 4];
+    full.queues[0].split_mut().unwrap().owned = vec![7; 8];
+    full.queues[1].split_mut().unwrap().owned = vec![3; 4];
     assert_eq!(encode(&full, &shape()).len(), max_len(&shape()));
 }
 

@@ -3,7 +3,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::state::FunctionState;
+use crate::state::{FunctionState, OwnedBuffer, OwnedChain, OwnedKind};
 
 /// PCI_COMMON_CFG: the common configuration as the driver would read it now, 64 bytes.
 ///
@@ -248,39 +248,146 @@ impl OwnedChains {
     }
 }
 
-/// VQ_PACKED_DEV_OWN_DESC (G3-i): chains of one packed queue that were fetched and not used, `4 + 4 * n` bytes.
+/// VQ_PACKED_DEV_OWN_DESC (G3-i): chains of one packed queue that were fetched and not used, with what their descriptors say,
+/// since the device may have written used descriptors over them. `4 + 8 * n + 16 * m` bytes for n chains of m buffers.
 ///
 /// | offset | value |
 /// |---|---|
 /// | 0 | le16 queue index |
 /// | 2 | le16 number of chains, n |
-/// | 4 | n times: le16 buffer id, le16 descriptors of the chain, in the order in which they were fetched |
+/// | 4 | n chains, in the order in which they were fetched |
+///
+/// | offset | chain |
+/// |---|---|
+/// | 0 | le16 buffer id |
+/// | 2 | le16 descriptors of the ring that it takes |
+/// | 4 | le16 number of buffers: at most that |
+/// | 6 | 2 reserved bytes |
+/// | 8 | the buffers |
+///
+/// | offset | buffer |
+/// |---|---|
+/// | 0 | le64 guest physical address |
+/// | 8 | le32 length in bytes |
+/// | 12 | le16 flags as in a descriptor: 0, 2 (device-writable), or 4 (indirect table, the only buffer of its chain) |
+/// | 14 | 2 reserved bytes |
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnedPackedChains {
     /// Index of the queue.
     pub queue: u16,
     /// The chains. There are never more than 65535.
-    pub chains: Vec<PackedChain>,
+    pub chains: Vec<OwnedChain>,
 }
 
-/// A chain of a packed queue.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
-)]
+impl OwnedPackedChains {
+    /// Bytes of the longest value of a queue of `size`: each chain has a descriptor at least, and no more buffers.
+    pub(super) const fn len_of(size: usize) -> usize {
+        size_of::<ListHeader>() + size * (size_of::<ChainHeader>() + size_of::<PackedBuffer>())
+    }
+
+    /// Appends the value to `bytes`.
+    pub(super) fn encode(&self, bytes: &mut Vec<u8>) {
+        bytes.extend_from_slice(ListHeader::new(self.queue, self.chains.len()).as_bytes());
+        for chain in &self.chains {
+            let header = ChainHeader {
+                id: chain.id.into(),
+                descriptors: chain.descriptors.into(),
+                buffers: (chain.buffers.len() as u16).into(),
+                reserved: 0.into(),
+            };
+            bytes.extend_from_slice(header.as_bytes());
+            for buffer in &chain.buffers {
+                let buffer = PackedBuffer {
+                    address: buffer.address.into(),
+                    len: buffer.len.into(),
+                    flags: buffer.kind.flags().into(),
+                    reserved: 0.into(),
+                };
+                bytes.extend_from_slice(buffer.as_bytes());
+            }
+        }
+    }
+
+    /// Reads the value from all of `bytes`.
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, ListError> {
+        let (header, mut rest) =
+            ListHeader::ref_from_prefix(bytes).map_err(|_| ListError::NoHeader)?;
+        let (queue, count) = (header.queue.get(), header.count.get());
+        let mut chains = Vec::new();
+        let error = ListError::Count { queue, count };
+        for _ in 0..count {
+            let (header, after) = ChainHeader::ref_from_prefix(rest).map_err(|_| error)?;
+            let buffers = usize::from(header.buffers.get());
+            let (buffers, after) =
+                <[PackedBuffer]>::ref_from_prefix_with_elems(after, buffers).map_err(|_| error)?;
+            let buffers = buffers.iter().map(|buffer| {
+                let flags = buffer.flags.get();
+                Ok(OwnedBuffer {
+                    address: buffer.address.get(),
+                    len: buffer.len.get(),
+                    kind: OwnedKind::from_flags(flags).ok_or(ListError::Flags { queue, flags })?,
+                })
+            });
+            chains.push(OwnedChain {
+                id: header.id.get(),
+                descriptors: header.descriptors.get(),
+                buffers: buffers.collect::<Result<_, _>>()?,
+            });
+            rest = after;
+        }
+        match rest {
+            [] => Ok(Self { queue, chains }),
+            _ => Err(error),
+        }
+    }
+}
+
+/// What is wrong with a list.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum ListError {
+    /// It is too short to say how many entries there are.
+    NoHeader,
+    /// It has not the length that so many entries have.
+    Count { queue: u16, count: u16 },
+    /// A buffer has flags that none has.
+    Flags { queue: u16, flags: u16 },
+}
+
+/// What a chain begins with.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct PackedChain {
-    /// Its buffer id.
-    pub id: U16,
-    /// How many descriptors of the ring it takes.
-    pub descriptors: U16,
+struct ChainHeader {
+    id: U16,
+    descriptors: U16,
+    buffers: U16,
+    reserved: U16,
 }
 
-/// What the two values of variable length begin with.
+/// A buffer of a chain.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct PackedBuffer {
+    address: U64,
+    len: U32,
+    flags: U16,
+    reserved: U16,
+}
+
+/// What lists of chains begin with.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(super) struct ListHeader {
     pub queue: U16,
     pub count: U16,
+}
+
+impl ListHeader {
+    pub fn new(queue: u16, count: usize) -> Self {
+        Self {
+            queue: queue.into(),
+            count: (count as u16).into(),
+        }
+    }
 }
 
 const _: () = assert!(size_of::<CommonConfig>() == 64);

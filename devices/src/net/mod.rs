@@ -162,7 +162,7 @@ impl Net {
         let mut since_wake = 0;
         while let Some(chain) = io.pop(TX)? {
             self.link.send(io.memory(), &chain);
-            io.push(TX, chain.head(), 0)?;
+            io.push(TX, chain.ticket(), 0)?;
             since_wake += 1;
             if since_wake == WAKE_EVERY {
                 since_wake = 0;
@@ -181,7 +181,7 @@ impl Net {
         while let Some(chain) = io.pop(CONTROL)? {
             let outcome = self.command(&chain, io);
             // The chain goes back even if its buffers could not be reached: none is ever dropped (E13).
-            io.push(CONTROL, chain.head(), *outcome.as_ref().unwrap_or(&0))?;
+            io.push(CONTROL, chain.ticket(), *outcome.as_ref().unwrap_or(&0))?;
             outcome?;
         }
         Ok(Progress::Exhausted)
@@ -352,7 +352,7 @@ fn deliver(
     for chain in chains.drain(..) {
         let len = chain.writable_len().min(rest);
         rest -= len;
-        outcome = outcome.and(io.push(RX, chain.head(), len as u32));
+        outcome = outcome.and(io.push(RX, chain.ticket(), len as u32));
     }
     outcome.map(|()| Delivered::Yes)
 }

@@ -1,13 +1,19 @@
 //! A descriptor chain, taken from the ring as a whole and checked before a device sees it.
 
-use virtio_queue::desc::split::Descriptor;
+use std::sync::Arc;
+
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::memory::{GuestRead, GuestWrite, View};
 
-/// Index of the descriptor a chain starts with; names the chain in the used ring.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Head(pub u16);
+/// Names a chain that was fetched: with it the chain goes back to the ring it came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ticket {
+    /// What the driver knows the chain by: the descriptor it starts with in a split ring, its buffer id in a packed one.
+    pub(super) id: u16,
+    /// Places in a packed ring that it takes; 1 in a split ring.
+    pub(super) slots: u16,
+}
 
 /// Why a chain cannot be used. The driver broke the rules, so the device asks for a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,37 +34,6 @@ pub enum ChainError {
     },
 }
 
-/// Bytes of a descriptor.
-const DESCRIPTOR: u32 = 16;
-
-/// A descriptor table: that of a ring, or an indirect one.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Table {
-    /// Guest physical address.
-    pub start: GuestAddress,
-    /// Entries.
-    pub len: u16,
-}
-
-impl Table {
-    fn entry(self, view: &View, index: u16) -> Option<Descriptor> {
-        let offset = u64::from(index) * u64::from(DESCRIPTOR);
-        let at = self.start.0.checked_add(offset)?;
-        let there = index < self.len;
-        there.then(|| view.read_obj(GuestAddress(at)).ok())?
-    }
-
-    /// The table an indirect descriptor refers to. It may be longer than the ring (D4).
-    fn indirect(descriptor: &Descriptor) -> Option<Self> {
-        let whole = descriptor.len().is_multiple_of(DESCRIPTOR);
-        let len = u16::try_from(descriptor.len() / DESCRIPTOR).ok();
-        Some(Self {
-            start: descriptor.addr(),
-            len: len.filter(|_| whole)?,
-        })
-    }
-}
-
 /// One contiguous guest buffer; checked to be RAM when the chain was taken.
 type Buffer = (GuestAddress, u32);
 
@@ -68,59 +43,90 @@ type Buffer = (GuestAddress, u32);
 /// descriptor table. It must go back to the ring it came from (see [`Io::push`](super::Io::push)).
 #[derive(Debug, PartialEq, Eq)]
 pub struct Chain {
-    head: Head,
+    ticket: Ticket,
     again: bool,
-    buffers: Vec<Buffer>,
-    /// Number of device-readable buffers at the start of `buffers`.
+    buffers: Buffers,
+}
+
+/// The buffers of a chain. Cheap to clone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Buffers {
+    all: Arc<[Buffer]>,
+    /// Number of device-readable buffers at the start of `all`.
     readable: usize,
 }
 
-impl Chain {
-    /// Takes the chain that starts at `head` apart and checks all of it.
-    pub(super) fn parse(view: &View, table: Table, head: Head) -> Result<Self, ChainError> {
-        let mut buffers = Vec::new();
-        let mut readable = 0;
-        let mut total = 0u32;
-        let mut walk = (table, head.0);
-        let mut indirect = false;
-        // A chain cannot be longer than its table: one that goes on has a loop.
-        let mut left = table.len;
-        loop {
-            let descriptor = walk.0.entry(view, walk.1).filter(|_| left > 0);
-            let descriptor = descriptor.ok_or(ChainError::Endless)?;
-            left -= 1;
-            if descriptor.refers_to_indirect_table() {
-                let inner = Table::indirect(&descriptor).filter(|_| !indirect);
-                let inner = inner.ok_or(ChainError::Endless)?;
-                (walk, indirect, left) = ((inner, 0), true, inner.len);
-                continue;
-            }
-            let (start, len) = (descriptor.addr(), descriptor.len());
-            total = total.checked_add(len).ok_or(ChainError::Endless)?;
-            if !descriptor.is_write_only() && readable != buffers.len() {
-                return Err(ChainError::Order);
-            }
-            if len != 0 {
-                if !view.contains(start, len as usize) {
-                    let start = start.0;
-                    return Err(ChainError::Unmapped { start, len });
-                }
-                buffers.push((start, len));
-                if !descriptor.is_write_only() {
-                    readable = buffers.len();
-                }
-            }
-            if !descriptor.has_next() {
-                break;
-            }
-            walk.1 = descriptor.next();
+impl Buffers {
+    /// Address and length of each, and whether the device may write to it.
+    pub fn iter(&self) -> impl Iterator<Item = (GuestAddress, u32, bool)> + '_ {
+        let all = self.all.iter().enumerate();
+        all.map(|(index, (start, len))| (*start, *len, index >= self.readable))
+    }
+}
+
+/// Room for buffers that is kept for the next chain.
+const KEPT: usize = 256;
+
+/// Buffers of a chain that is being taken apart: each is checked as it comes. Used for one chain after the other.
+#[derive(Debug, Default)]
+pub(super) struct Draft {
+    buffers: Vec<Buffer>,
+    readable: usize,
+    total: u32,
+}
+
+impl Draft {
+    /// Begins with no buffers.
+    pub fn clear(&mut self) {
+        self.buffers.clear();
+        self.buffers.shrink_to(KEPT);
+        (self.readable, self.total) = (0, 0);
+    }
+
+    /// Adds what the next descriptor says. One without a length is no buffer.
+    pub fn add(
+        &mut self,
+        view: &View,
+        start: GuestAddress,
+        len: u32,
+        is_writable: bool,
+    ) -> Result<(), ChainError> {
+        let total = self.total.checked_add(len).ok_or(ChainError::Endless)?;
+        if !is_writable && self.readable != self.buffers.len() {
+            return Err(ChainError::Order);
         }
-        Ok(Self {
-            head,
+        if len == 0 {
+            return Ok(());
+        }
+        if !view.contains(start, len as usize) {
+            let start = start.0;
+            return Err(ChainError::Unmapped { start, len });
+        }
+        self.total = total;
+        self.buffers.push((start, len));
+        if !is_writable {
+            self.readable = self.buffers.len();
+        }
+        Ok(())
+    }
+
+    /// All that were added.
+    pub fn finish(&self) -> Buffers {
+        Buffers {
+            all: self.buffers.as_slice().into(),
+            readable: self.readable,
+        }
+    }
+}
+
+impl Chain {
+    /// The chain with these buffers, just fetched.
+    pub(super) fn new(ticket: Ticket, buffers: Buffers) -> Self {
+        Self {
+            ticket,
             again: false,
             buffers,
-            readable,
-        })
+        }
     }
 
     /// The same chain, fetched for the second time (see [`Virtqueue`](super::Virtqueue)).
@@ -134,14 +140,14 @@ impl Chain {
         self.again
     }
 
-    /// The chain's name in the used ring.
-    pub fn head(&self) -> Head {
-        self.head
+    /// What it goes back to its ring with.
+    pub fn ticket(&self) -> Ticket {
+        self.ticket
     }
 
     /// Number of guest buffers it is made of: what it costs to hold on to it.
     pub fn buffer_count(&self) -> usize {
-        self.buffers.len()
+        self.buffers.all.len()
     }
 
     /// Bytes the device may read.
@@ -155,11 +161,13 @@ impl Chain {
     }
 
     fn readable(&self) -> &[Buffer] {
-        self.buffers.get(..self.readable).unwrap_or_default()
+        let Buffers { all, readable } = &self.buffers;
+        all.get(..*readable).unwrap_or_default()
     }
 
     fn writable(&self) -> &[Buffer] {
-        self.buffers.get(self.readable..).unwrap_or_default()
+        let Buffers { all, readable } = &self.buffers;
+        all.get(*readable..).unwrap_or_default()
     }
 
     /// Copies device-readable bytes from `offset` on into `out`; returns how many there were.

@@ -3,7 +3,7 @@
 use std::os::fd::RawFd;
 
 use super::DeviceType;
-use super::chain::{Chain, Head};
+use super::chain::{Chain, Ticket};
 use super::queue::{RingError, Virtqueue};
 use crate::gate::{Gate, Reasons};
 use crate::memory::View;
@@ -194,23 +194,23 @@ impl<'a> Io<'a> {
 
     /// Returns a chain of `queue` to the driver, with `len` bytes written to it. While [`Self::is_resetting`] it only
     /// ceases to be in flight.
-    pub fn push(&mut self, queue: u16, head: Head, len: u32) -> Result<(), RingError> {
+    pub fn push(&mut self, queue: u16, ticket: Ticket, len: u32) -> Result<(), RingError> {
         let resetting = self.is_resetting();
         let Some(ring) = self.queues.get_mut(usize::from(queue)) else {
             return Ok(());
         };
         if resetting {
-            ring.forget(head);
+            ring.forget(ticket);
             return Ok(());
         }
-        ring.push(self.view, head, len)
+        ring.push(self.view, ticket, len)
     }
 
     /// A chain of `queue` ceases to be in flight, because its queue or the device is being reset. The driver hears nothing of
     /// it: in the used ring it would look like an answer.
-    pub(crate) fn forget(&mut self, queue: u16, head: Head) {
+    pub(crate) fn forget(&mut self, queue: u16, ticket: Ticket) {
         if let Some(ring) = self.queues.get_mut(usize::from(queue)) {
-            ring.forget(head);
+            ring.forget(ticket);
         }
     }
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{ConfigChange, Io, Progress, Source, VirtioDevice};
-use super::queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
+use super::queue::{Format, NO_VECTOR, QueueRegisters, RingError, Virtqueue};
 use super::service::{Service, ServiceQueue};
 use super::{DeviceType, Status, Warnings, feature};
 use crate::gate::{Gate, Patience, Reasons};
@@ -53,6 +53,24 @@ pub trait Interrupt: Send + Sync {
 
     /// Drops the messages that masks hold back: the device was reset, and what they were about is gone (E1).
     fn forget_pending(&self);
+}
+
+/// What a function offers its driver that not every function does. Nothing by default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Offer {
+    /// Doors to its gate.
+    pub doors: Doors,
+    /// Packed rings (VIRTIO_F_RING_PACKED).
+    pub packed: bool,
+}
+
+impl From<Doors> for Offer {
+    fn from(doors: Doors) -> Self {
+        Self {
+            doors,
+            packed: false,
+        }
+    }
 }
 
 /// What a driver sees of one queue.
@@ -130,17 +148,19 @@ impl VirtioFunction {
         device: Box<dyn VirtioDevice>,
         view: View,
     ) -> std::io::Result<Arc<Self>> {
-        Self::build(name.into(), device, view, Doors::default(), Vec::new(), 0)
+        Self::offering(name, device, view, Offer::default())
     }
 
-    /// The same for a device that offers `doors`.
-    pub fn with_doors(
+    /// The same for a function that offers more than every function does.
+    pub fn offering(
         name: impl Into<String>,
         device: Box<dyn VirtioDevice>,
         view: View,
-        doors: Doors,
+        offer: impl Into<Offer>,
     ) -> std::io::Result<Arc<Self>> {
-        Self::build(name.into(), device, view, doors, Vec::new(), 0)
+        let Offer { doors, packed } = offer.into();
+        let features = if packed { feature::RING_PACKED } else { 0 };
+        Self::build(name.into(), device, view, doors, Vec::new(), features)
     }
 
     /// The same with virtqueues after those of the device, which `services` serve, one each. `features` are those of its
@@ -152,8 +172,14 @@ impl VirtioFunction {
         services: Vec<Box<dyn Service>>,
         features: u64,
     ) -> std::io::Result<Arc<Self>> {
-        let doors = Doors::default();
-        Self::build(name.into(), device, view, doors, services, features)
+        Self::build(
+            name.into(),
+            device,
+            view,
+            Doors::default(),
+            services,
+            features,
+        )
     }
 
     fn build(
@@ -236,6 +262,11 @@ impl VirtioFunction {
     /// The doors it offers its driver.
     pub fn doors(&self) -> Doors {
         self.doors
+    }
+
+    /// True if it offers its driver packed rings.
+    pub fn offers_packed(&self) -> bool {
+        self.lock().offered() & feature::RING_PACKED != 0
     }
 
     // The gate -----------------------------------------------------------------------------------------------------
@@ -627,12 +658,20 @@ impl Core {
     }
 
     fn features_acceptable(&self) -> bool {
+        // A ring that is in use already is of the kind that goes without an agreement.
+        let in_use = self.queues.iter().any(Virtqueue::is_enabled);
         self.driver_features & !self.offered() == 0
             && self.driver_features & feature::VERSION_1 != 0
+            && (self.driver_features & feature::RING_PACKED == 0 || !in_use)
     }
 
     fn event_index(&self) -> bool {
         event_index(self.status, self.driver_features)
+    }
+
+    /// Which rings its driver uses.
+    fn format(&self) -> Format {
+        format(self.status, self.driver_features)
     }
 
     /// Notes that the device changed its configuration. The generation moves at once, so that a driver that is
@@ -710,6 +749,14 @@ impl Core {
 /// Whether indices of events say when to notify, for a driver with these features.
 fn event_index(status: Status, driver_features: u64) -> bool {
     status.contains(Status::FEATURES_OK) && driver_features & feature::EVENT_IDX != 0
+}
+
+/// Which rings a driver with these features uses.
+fn format(status: Status, driver_features: u64) -> Format {
+    match status.contains(Status::FEATURES_OK) && driver_features & feature::RING_PACKED != 0 {
+        true => Format::Packed,
+        false => Format::Split,
+    }
 }
 
 /// The 32 bits of `features` at `32 * select`.

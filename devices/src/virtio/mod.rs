@@ -20,13 +20,13 @@ mod warnings;
 #[cfg(test)]
 mod tests;
 
-pub use chain::{Chain, ChainError, Head};
+pub use chain::{Chain, ChainError, Ticket};
 pub use device::{Io, Progress, Source, VirtioDevice};
 pub use function::{
-    CheckedState, Doors, Epoch, Interrupt, QueueInfo, Rest, Restoration, RestoreError, Selectors,
-    Suspend, VirtioFunction, Wake,
+    CheckedState, Doors, Epoch, Interrupt, Offer, QueueInfo, Rest, Restoration, RestoreError,
+    Selectors, Suspend, VirtioFunction, Wake,
 };
-pub use queue::{NO_VECTOR, QueueRegisters, RingError, Virtqueue};
+pub use queue::{NO_VECTOR, Position, QueueRegisters, RingError, Virtqueue};
 pub use service::{Executed, Service};
 pub(crate) use warnings::Warnings;
 
@@ -40,6 +40,8 @@ pub mod feature {
     pub const EVENT_IDX: u64 = 1 << 29;
     /// The device follows virtio 1.0 or later; every device here requires it.
     pub const VERSION_1: u64 = 1 << 32;
+    /// Virtqueues are packed rings. Offered by functions that are told to.
+    pub const RING_PACKED: u64 = 1 << 34;
     /// The device is an SR-IOV physical function.
     pub const SR_IOV: u64 = 1 << 37;
     /// A single virtqueue can be reset.

@@ -1,20 +1,26 @@
 //! One virtqueue: the registers a transport shows, and the ring once the queue is enabled.
 //!
-//! What a ring is, is in [`split`]. This module has what is the same for any: the MSI-X vector, reset and stop as processes,
-//! which chains are in flight, and whether the driver was notified of those that are not any more.
+//! What a ring is, is in [`split`] and [`packed`], with [`ring`] as the face of both. This module has what is the same for any:
+//! the MSI-X vector, reset and stop as processes, which chains are in flight, and whether the driver was notified of those
+//! that are not any more.
 //!
 //! A chain that was fetched is in flight until it is returned, or until its device gives it up unbegun. In that case the
 //! function still owns it: it is fetched once more before any other.
 
+mod packed;
+mod ring;
 mod split;
 
 use std::collections::VecDeque;
 
-use split::SplitRing;
+pub use packed::Position;
+pub(crate) use ring::Format;
+use ring::{Held, Ring, Start};
+use vm_memory::GuestAddress;
 
-use super::chain::{Chain, ChainError, Head};
+use super::chain::{Chain, ChainError, Ticket};
 use crate::memory::View;
-use crate::state::QueueState;
+use crate::state::{PackedState, QueueState, RingState, SplitState};
 
 /// The MSI-X vector value that means "no interrupt" (VIRTIO_MSI_NO_VECTOR).
 pub const NO_VECTOR: u16 = 0xffff;
@@ -25,7 +31,7 @@ pub enum RingError {
     /// A ring area is misaligned or outside guest memory.
     #[error("{area} at {address:#x} is misaligned or outside guest memory")]
     Area {
-        /// "descriptor table", "available ring" or "used ring".
+        /// What it is, such as "used ring".
         area: &'static str,
         /// The guest physical address the driver gave.
         address: u64,
@@ -37,8 +43,14 @@ pub enum RingError {
     #[error("used ring is unusable: {0}")]
     Used(virtio_queue::Error),
     /// A chain is made available while the device still has it.
-    #[error("descriptor {0} is made available again before it was used")]
+    #[error("descriptor or buffer {0} is made available again before it was used")]
     Again(u16),
+    /// The driver wants a packed ring to go on where it cannot.
+    #[error("the ring cannot go on at {:#x}, offset {} of it", .0, .0 & 0x7fff)]
+    Position(u16),
+    /// Rings of one format have the state of the other one.
+    #[error("the ring is not of the format that the driver negotiated")]
+    Format,
     /// A chain is malformed.
     #[error(transparent)]
     Chain(#[from] ChainError),
@@ -69,21 +81,22 @@ pub struct QueueRegisters {
 #[derive(Debug)]
 pub struct Virtqueue {
     max_size: u16,
+    format: Format,
     registers: QueueRegisters,
-    /// Where the driver wants the queue to start, or to go on after a stop: an index in the available ring (S0-10).
-    start: Option<u16>,
+    /// Where the driver wants the queue to start, or to go on after a stop (S0-10).
+    start: Option<Start>,
     /// From `queue_enable` until the queue or the device is reset.
     enabled: Option<Enabled>,
 }
 
 #[derive(Debug)]
 struct Enabled {
-    ring: SplitRing,
+    ring: Ring,
     phase: Phase,
     /// The chains that were fetched and not yet returned, in order. The only record of them.
-    in_flight: VecDeque<Head>,
+    in_flight: VecDeque<Held>,
     /// The chains that were fetched and given up, in order.
-    owned: VecDeque<Head>,
+    owned: VecDeque<Held>,
     signal: Signal,
 }
 
@@ -109,7 +122,7 @@ enum Signal {
 }
 
 impl Enabled {
-    fn new(ring: SplitRing) -> Self {
+    fn new(ring: Ring) -> Self {
         Self {
             ring,
             phase: Phase::Running,
@@ -129,12 +142,12 @@ impl Enabled {
         }
     }
 
-    /// A chain is no longer in flight. False if it was not: the device returns what it does not have.
-    fn leave(&mut self, head: Head) -> bool {
+    /// A chain is no longer in flight. `None` if it was not: the device returns what it does not have.
+    fn leave(&mut self, ticket: Ticket) -> Option<Held> {
         // Devices that work in order, as most do, return the first.
-        let found = self.in_flight.iter().position(|h| *h == head);
+        let found = self.in_flight.iter().position(|h| h.ticket == ticket);
         debug_assert!(found.is_some(), "a chain left that was never fetched");
-        found.and_then(|at| self.in_flight.remove(at)).is_some()
+        found.and_then(|at| self.in_flight.remove(at))
     }
 }
 
@@ -142,10 +155,21 @@ impl Virtqueue {
     pub(super) fn new(max_size: u16) -> Self {
         Self {
             max_size,
+            format: Format::default(),
             registers: default_registers(max_size),
             start: None,
             enabled: None,
         }
+    }
+
+    /// The driver accepted features that say which rings it has. Of a queue that is not enabled.
+    pub(super) fn set_format(&mut self, format: Format) {
+        self.format = format;
+    }
+
+    /// True if the driver may choose this size.
+    pub(super) fn allows(&self, size: u16) -> bool {
+        size <= self.max_size && self.format.allows(size)
     }
 
     /// The largest size the driver may choose.
@@ -194,20 +218,46 @@ impl Virtqueue {
         self.enabled.as_ref().is_some_and(|queue| !stands(queue))
     }
 
-    /// `last_avail_idx` of a queue that does not run: the available-ring entry that is fetched next (S0-9).
-    pub fn next_available(&self) -> u16 {
-        let ring = || {
-            self.enabled
-                .as_ref()
-                .map_or(0, |queue| queue.ring.next_available())
-        };
-        self.start.unwrap_or_else(ring)
+    /// Where a queue that does not run goes on.
+    fn place(&self) -> Start {
+        let ring = self.enabled.as_ref().map(|queue| queue.ring.place());
+        let place = self.start.or(ring);
+        place.unwrap_or_else(|| self.format.start())
     }
 
-    /// The driver sets `last_avail_idx` of a queue that does not run (S0-8, G0-g).
-    pub(super) fn set_next_available(&mut self, index: u16) {
+    /// `last_avail_idx` of a queue that does not run: the available-ring entry that is fetched next (S0-9), or the position in
+    /// a packed ring (G0-i).
+    pub fn next_available(&self) -> u16 {
+        self.place().available
+    }
+
+    /// `last_used_off_wrap` of a queue that does not run: the position in a packed ring that is used next (G0-i); 0 of a split
+    /// one.
+    pub fn next_used(&self) -> u16 {
+        match self.format {
+            Format::Split => 0,
+            Format::Packed => self.place().used,
+        }
+    }
+
+    /// The driver sets `last_avail_idx` of a queue that does not run (S0-8, G0-g). A packed one has nothing in flight there.
+    pub(super) fn set_next_available(&mut self, place: u16) {
         if !self.is_running() {
-            self.start = Some(index);
+            self.start = Some(match self.format {
+                Format::Split => Start {
+                    available: place,
+                    used: 0,
+                },
+                Format::Packed => Start::at(place),
+            });
+        }
+    }
+
+    /// The driver sets `last_used_off_wrap` of a packed queue that does not run (G0-i).
+    pub(super) fn set_next_used(&mut self, used: u16) {
+        if !self.is_running() && self.format == Format::Packed {
+            let Start { available, .. } = self.place();
+            self.start = Some(Start { available, used });
         }
     }
 
@@ -234,7 +284,7 @@ impl Virtqueue {
 
     /// Starts the ring with the addresses in the registers, at index 0 or where the driver said.
     pub(super) fn enable(&mut self, view: &View, event_index: bool) -> Result<(), RingError> {
-        let ring = SplitRing::new(self.max_size, &self.registers, view)?;
+        let ring = Ring::new(self.format, self.max_size, &self.registers, view)?;
         self.enabled = Some(Enabled::new(ring));
         self.set_event_index(event_index);
         Ok(())
@@ -244,9 +294,23 @@ impl Virtqueue {
     pub(super) fn save(&self) -> QueueState {
         let registers = self.registers;
         let enabled = self.enabled.as_ref();
-        let chains = enabled
+        let held = enabled
             .iter()
             .flat_map(|queue| queue.in_flight.iter().chain(&queue.owned));
+        let mut ring = match &self.enabled {
+            Some(queue) => queue.ring.save(held),
+            None => RingState::start(self.format),
+        };
+        if let Some(start) = self.start {
+            match &mut ring {
+                // Where it is used next is where the driver left it.
+                RingState::Split(state) => state.next_available = start.available,
+                RingState::Packed(state) => {
+                    state.next_available = Position::from_raw(start.available);
+                    state.next_used = Position::from_raw(start.used);
+                }
+            }
+        }
         QueueState {
             size: registers.size,
             vector: registers.vector,
@@ -255,10 +319,8 @@ impl Virtqueue {
             device_area: registers.device_area,
             enabled: self.is_enabled(),
             stopped: self.is_in(Phase::Stopped),
-            next_available: self.next_available(),
-            next_used: enabled.map_or(0, |queue| queue.ring.next_used()),
             restarts: self.start.is_some(),
-            owned: chains.map(|head| head.0).collect(),
+            ring,
         }
     }
 
@@ -269,6 +331,7 @@ impl Virtqueue {
         view: &View,
     ) -> Result<Self, RingError> {
         let mut queue = Self::new(max_size);
+        queue.format = saved.ring.format();
         queue.registers = QueueRegisters {
             size: saved.size,
             vector: saved.vector,
@@ -276,17 +339,32 @@ impl Virtqueue {
             driver_area: saved.driver_area,
             device_area: saved.device_area,
         };
+        if saved.restarts {
+            queue.start = Some(match &saved.ring {
+                RingState::Split(state) => Start {
+                    available: state.next_available,
+                    used: 0,
+                },
+                RingState::Packed(state) => Start {
+                    available: state.next_available.raw(),
+                    used: state.next_used.raw(),
+                },
+            });
+        }
         if saved.enabled {
-            let mut ring = SplitRing::new(max_size, &queue.registers, view)?;
-            ring.go_to(saved.next_available, saved.next_used);
+            let mut ring = Ring::new(queue.format, max_size, &queue.registers, view)?;
+            let held = match &saved.ring {
+                // The driver may have said anything. It is looked at when the queue goes on.
+                RingState::Packed(_) if saved.restarts => Vec::new(),
+                state => ring.restore(state, view)?,
+            };
             let mut enabled = Enabled::new(ring);
             if saved.stopped {
                 enabled.phase = Phase::Stopped;
             }
-            enabled.owned = saved.owned.iter().copied().map(Head).collect();
+            enabled.owned = held.into();
             queue.enabled = Some(enabled);
         }
-        queue.start = Some(saved.next_available).filter(|_| saved.restarts);
         Ok(queue)
     }
 
@@ -328,7 +406,9 @@ impl Virtqueue {
     pub(super) fn finish_reset(&mut self) -> bool {
         let ready = self.is_resetting() && self.is_drained();
         if ready {
+            let format = self.format;
             *self = Self::new(self.max_size);
+            self.format = format;
         }
         ready
     }
@@ -340,23 +420,21 @@ impl Virtqueue {
             return Ok(None);
         };
         // The used ring may not be looked at before the queue is worked on.
-        if let Some(index) = self.start.take() {
-            queue.ring.go_to_available(view, index)?;
+        if let Some(start) = self.start.take() {
+            queue.ring.start_at(view, start)?;
         }
-        let chain = match queue.owned.front() {
-            Some(head) => {
-                let chain = queue.ring.again(view, *head)?;
-                queue.owned.pop_front();
-                Some(chain)
+        let found = match queue.owned.front() {
+            Some(held) => {
+                let chain = queue.ring.again(view, held)?;
+                queue.owned.pop_front().map(|held| (chain, held))
             }
             None if queue.phase == Phase::Stopped => None,
-            None => {
-                let in_flight = &queue.in_flight;
-                queue.ring.next(view, |head| in_flight.contains(&head))?
-            }
+            None => queue.ring.next(view, queue.in_flight.iter())?,
         };
-        queue.in_flight.extend(chain.iter().map(Chain::head));
-        Ok(chain)
+        Ok(found.map(|(chain, held)| {
+            queue.in_flight.push_back(held);
+            chain
+        }))
     }
 
     /// Takes back the chain that was popped last, as if it had not been fetched.
@@ -364,22 +442,22 @@ impl Virtqueue {
         let Some(queue) = &mut self.enabled else {
             return;
         };
-        if !queue.leave(chain.head()) {
+        let Some(held) = queue.leave(chain.ticket()) else {
             return;
-        }
+        };
         if chain.was_fetched_again() {
-            queue.owned.push_front(chain.head());
+            queue.owned.push_front(held);
         } else {
-            queue.ring.put_back();
+            queue.ring.put_back(held.ticket);
         }
     }
 
     /// The device gives up a chain whose execution has not begun; it stays the function's.
     pub(super) fn recall(&mut self, chain: &Chain) {
         if let Some(queue) = &mut self.enabled
-            && queue.leave(chain.head())
+            && let Some(held) = queue.leave(chain.ticket())
         {
-            queue.owned.push_front(chain.head());
+            queue.owned.push_front(held);
         }
     }
 
@@ -398,21 +476,21 @@ impl Virtqueue {
     }
 
     /// Lets go of a chain without the driver hearing of it.
-    pub(super) fn forget(&mut self, head: Head) {
+    pub(super) fn forget(&mut self, ticket: Ticket) {
         if let Some(queue) = &mut self.enabled {
-            queue.leave(head);
+            queue.leave(ticket);
         }
     }
 
     /// Returns a chain to the driver with `len` bytes written.
-    pub(super) fn push(&mut self, view: &View, head: Head, len: u32) -> Result<(), RingError> {
+    pub(super) fn push(&mut self, view: &View, ticket: Ticket, len: u32) -> Result<(), RingError> {
         let Some(queue) = &mut self.enabled else {
             return Ok(());
         };
-        if !queue.leave(head) {
+        if queue.leave(ticket).is_none() {
             return Ok(());
         }
-        queue.ring.push(view, head, len)?;
+        queue.ring.push(view, ticket, len)?;
         if queue.signal == Signal::Nothing {
             queue.signal = Signal::Used;
         }
@@ -452,6 +530,40 @@ impl Virtqueue {
             Signal::Owed => Ok(true),
         }
     }
+}
+
+impl RingState {
+    /// That of rings that are not enabled.
+    fn start(format: Format) -> Self {
+        match format {
+            Format::Split => Self::Split(SplitState::default()),
+            Format::Packed => Self::Packed(PackedState::default()),
+        }
+    }
+
+    /// Which kind of rings it is of.
+    pub(crate) fn format(&self) -> Format {
+        match self {
+            Self::Split(_) => Format::Split,
+            Self::Packed(_) => Format::Packed,
+        }
+    }
+}
+
+/// A part of a ring: at `address`, if it is aligned and guest memory.
+fn area(
+    view: &View,
+    area: &'static str,
+    address: u64,
+    align: u64,
+    len: u64,
+) -> Result<GuestAddress, RingError> {
+    let usable = address.is_multiple_of(align)
+        && address != 0
+        && view.contains(GuestAddress(address), len as usize);
+    usable
+        .then_some(GuestAddress(address))
+        .ok_or(RingError::Area { area, address })
 }
 
 fn default_registers(max_size: u16) -> QueueRegisters {

@@ -107,7 +107,7 @@ impl ServiceQueue {
         // A restored one may not have been executed anew yet.
         self.service.abandon();
         if let Some(chain) = self.waiting.take() {
-            io.forget(index, chain.head());
+            io.forget(index, chain.ticket());
         }
     }
 
@@ -141,7 +141,7 @@ impl ServiceQueue {
                 .map_or(TURN, |len| len.saturating_add(moved));
             if let Err(error) = self.fetch(&chain, io) {
                 // The chain goes back even if its buffers could not be reached: none is ever dropped (E13).
-                io.push(index, chain.head(), 0)?;
+                io.push(index, chain.ticket(), 0)?;
                 return Err(error);
             }
             if !self.attempt(index, chain, io)? {
@@ -170,7 +170,7 @@ impl ServiceQueue {
         match self.service.execute(&self.command, room) {
             Executed::Done(answer) => {
                 let written = write(&answer, &chain, io);
-                io.push(index, chain.head(), *written.as_ref().unwrap_or(&0))?;
+                io.push(index, chain.ticket(), *written.as_ref().unwrap_or(&0))?;
                 written?;
                 Ok(true)
             }

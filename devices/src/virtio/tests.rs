@@ -112,7 +112,7 @@ impl VirtioDevice for Probe {
             gathered.push(chain);
         }
         for chain in gathered {
-            io.push(queue, chain.head(), 0)?;
+            io.push(queue, chain.ticket(), 0)?;
         }
         if control.together != 0 {
             return Ok(Progress::Waiting);
@@ -122,7 +122,7 @@ impl VirtioDevice for Probe {
             if control.hold {
                 control.held.push((queue, chain));
             } else {
-                io.push(queue, chain.head(), chain.writable_len() as u32)?;
+                io.push(queue, chain.ticket(), chain.writable_len() as u32)?;
             }
         }
         if let Some(refill) = &mut control.refill {
@@ -142,12 +142,12 @@ impl VirtioDevice for Probe {
         }
         if token == RELEASE && control.release {
             for (queue, chain) in std::mem::take(&mut control.held) {
-                io.push(queue, chain.head(), 0)?;
+                io.push(queue, chain.ticket(), 0)?;
             }
         }
         if token == FEED && control.feed {
             while let Some(chain) = io.pop(1)? {
-                io.push(1, chain.head(), 0)?;
+                io.push(1, chain.ticket(), 0)?;
             }
         }
         Ok(())
@@ -896,7 +896,7 @@ fn g3_g_a_descriptor_that_is_made_available_again_while_it_is_in_flight_breaks_t
     driver.turn();
     assert_ne!(driver.function.status() & NEEDS_RESET, 0);
     let saved = driver.function.save();
-    assert_eq!(saved.queues[0].owned, [added.head]);
+    assert_eq!(saved.queues[0].split().unwrap().owned, [added.head]);
 }
 
 /// Requirements: S1-12, S3-32

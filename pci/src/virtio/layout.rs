@@ -15,7 +15,6 @@
 
 use std::ops::Range;
 
-use super::device_state;
 use crate::msix::VectorCount;
 
 /// Bytes between the notification registers of neighbouring queues (`notify_off_multiplier`).
@@ -59,9 +58,9 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The layout for this many queues, vectors and bytes of device configuration (at most [`MAX_DEVICE_LEN`]), with a
-    /// device-state structure or without.
-    pub fn new(queues: u16, vectors: VectorCount, device_len: u64, has_state: bool) -> Self {
+    /// The layout for this many queues, vectors and bytes of device configuration (at most [`MAX_DEVICE_LEN`]), and of the
+    /// device-state structure, which not every function has.
+    pub fn new(queues: u16, vectors: VectorCount, device_len: u64, state_len: u64) -> Self {
         let notify = NOTIFY..NOTIFY + u64::from(queues) * u64::from(NOTIFY_MULTIPLIER);
         let table = notify.end.next_multiple_of(PAGE).max(NOTIFY + PAGE);
         let table = table..table + vectors.table_len();
@@ -72,10 +71,7 @@ impl Layout {
             regions: [
                 (Region::Common, 0..COMMON_LEN),
                 (Region::Isr, ISR..ISR + 1),
-                (
-                    Region::State,
-                    STATE..STATE + if has_state { device_state::LEN } else { 0 },
-                ),
+                (Region::State, STATE..STATE + state_len),
                 (
                     Region::Device,
                     DEVICE..DEVICE + device_len.min(MAX_DEVICE_LEN),
@@ -123,10 +119,11 @@ impl Layout {
 
 #[cfg(test)]
 mod tests {
+    use super::super::device_state;
     use super::*;
 
     fn layout(queues: u16, vectors: u16) -> Layout {
-        Layout::new(queues, VectorCount::new(vectors).unwrap(), 60, false)
+        Layout::new(queues, VectorCount::new(vectors).unwrap(), 60, 0)
     }
 
     #[test]
@@ -153,8 +150,11 @@ mod tests {
 
     #[test]
     fn s0_1_device_state_has_a_place_if_the_device_has_it() {
-        let with = Layout::new(1, VectorCount::new(1).unwrap(), 60, true);
+        let vectors = VectorCount::new(1).unwrap();
+        let with = Layout::new(1, vectors, 60, device_state::LEN);
         assert_eq!(with.range(Region::State), 0xc0..0xc8);
+        let packed = Layout::new(1, vectors, 60, device_state::PACKED_LEN);
+        assert_eq!(packed.range(Region::State), 0xc0..0xd0);
         assert_eq!(with.locate(0xc4), Some((Region::State, 4)));
         assert_eq!(layout(1, 1).locate(0xc4), None);
     }

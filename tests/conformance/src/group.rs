@@ -104,7 +104,7 @@ impl Rig {
         let mut members = Vec::new();
         for (index, (device, doors)) in devices.vfs.into_iter().enumerate() {
             let name = format!("vf{}", index + 1);
-            members.push(VirtioFunction::with_doors(name, device, view(), doors).unwrap());
+            members.push(VirtioFunction::offering(name, device, view(), doors).unwrap());
         }
         let group = members.iter().map(|vf| Arc::clone(vf) as _).collect();
         let owner = Owner::new(group, options).unwrap();

@@ -9,6 +9,7 @@
 
 pub mod group;
 
+use devices::virtio::Offer;
 use driver::access::{DmaExt, Function, FunctionExt};
 use driver::host::{Controls, HostDma, HostFunction, Loopback, Machine, Place, Plugged, Shape};
 use driver::pci::{Address, VectorEntry, change_command, command};
@@ -46,9 +47,16 @@ pub struct Rig {
 impl Rig {
     /// A device of `shape` at `place`, powered on, with memory decoding and bus mastering enabled.
     pub fn with(shape: Shape, place: Place) -> Self {
+        Self::offering(shape, place, Offer::default())
+    }
+
+    /// One that offers its driver more.
+    pub fn offering(shape: Shape, place: Place, offer: Offer) -> Self {
         let machine = Machine::new().unwrap();
         let (device, controls) = Loopback::new(shape).unwrap();
-        let plugged = machine.add("device", device, place).unwrap();
+        let plugged = machine
+            .add_offering("device", device, place, offer)
+            .unwrap();
         machine.power_on().unwrap();
         let address = machine.locate(&plugged);
         let rig = Self {

@@ -1,7 +1,11 @@
 //! Device contexts.
 
 use devices::context::{Decoder, Pushed, encode, max_len, parse};
-use devices::state::{FunctionState, QueueState, RegisterState, Shape};
+use devices::state::{
+    FunctionState, OwnedBuffer, OwnedChain, OwnedKind, PackedState, QueueState, RegisterState,
+    RingState, Shape, SplitState,
+};
+use devices::virtio::Position;
 
 use crate::input::Input;
 
@@ -14,6 +18,7 @@ pub fn context(data: &[u8]) {
         queue_sizes: (0..input.pick(4)).map(|_| 1 << input.pick(8)).collect(),
         config_len: input.pick(9).into(),
         queue_status: input.byte() & 1 != 0,
+        packed: input.byte() & 1 != 0,
     };
     let mut decoder = Decoder::new(&shape);
     while !input.is_empty() {
@@ -97,7 +102,7 @@ fn state(input: &mut Input<'_>, shape: &Shape) -> FunctionState {
         queues: shape
             .queue_sizes
             .iter()
-            .map(|size| queue(input, *size, shape.queue_status))
+            .map(|size| queue(input, *size, shape))
             .collect(),
         config: (0..shape.config_len).map(|_| input.byte()).collect(),
     }
@@ -108,25 +113,55 @@ fn wide(input: &mut Input<'_>) -> u128 {
     u128::from(input.word()) << (input.byte() % 128)
 }
 
-fn queue(input: &mut Input<'_>, max_size: u16, queue_status: bool) -> QueueState {
+fn queue(input: &mut Input<'_>, max_size: u16, shape: &Shape) -> QueueState {
     let size = max_size >> input.pick(max_size.ilog2() as u8 + 1);
     let flags = input.byte();
-    let owned = u16::from(input.byte()) % (size + 1);
-    let next_available = input.word();
+    let (enabled, packed) = (flags & 1 != 0, shape.packed && flags & 8 != 0);
     QueueState {
         size,
         vector: input.byte().into(),
         descriptor_area: input.dword().into(),
         driver_area: input.dword().into(),
         device_area: input.dword().into(),
-        enabled: flags & 1 != 0,
-        stopped: queue_status && flags & 2 != 0,
-        next_available,
-        next_used: match flags & 1 {
-            0 if !queue_status => 0,
-            _ => next_available.wrapping_sub(owned),
+        enabled,
+        stopped: shape.queue_status && flags & 2 != 0,
+        restarts: shape.queue_status && flags & 4 != 0,
+        ring: match packed {
+            true => RingState::Packed(packed_ring(input, size)),
+            false => RingState::Split(split_rings(input, size, enabled || shape.queue_status)),
         },
-        restarts: queue_status && flags & 4 != 0,
+    }
+}
+
+fn split_rings(input: &mut Input<'_>, size: u16, used: bool) -> SplitState {
+    let owned = u16::from(input.byte()) % (size + 1);
+    let next_available = input.word();
+    SplitState {
+        next_available,
+        next_used: match used {
+            true => next_available.wrapping_sub(owned),
+            false => 0,
+        },
         owned: (0..owned).map(|_| input.word() % size).collect(),
+    }
+}
+
+fn packed_ring(input: &mut Input<'_>, size: u16) -> PackedState {
+    let chains = u16::from(input.byte()) % (size + 1);
+    let owned = (0..chains).map(|_| OwnedChain {
+        id: input.word(),
+        descriptors: 1,
+        buffers: (0..input.pick(2))
+            .map(|_| OwnedBuffer {
+                address: input.dword().into(),
+                len: input.dword(),
+                kind: OwnedKind::ALL[usize::from(input.pick(3))],
+            })
+            .collect(),
+    });
+    PackedState {
+        owned: owned.collect(),
+        next_available: Position::from_raw(input.word()),
+        next_used: Position::from_raw(input.word()),
     }
 }

@@ -11,7 +11,7 @@ use devices::gate::{Patience, Reasons};
 use devices::memory::{GuestRead, GuestWrite};
 use devices::net::{MacAddress, Net, PortConfig, Switch};
 use devices::rng::Rng;
-use devices::virtio::{Doors, VirtioDevice, VirtioFunction};
+use devices::virtio::{Doors, Offer, VirtioDevice, VirtioFunction};
 use driver::access::{DmaExt, Function};
 use driver::host::{Controls, HostDma, HostFunction, Loopback, Machine, Place, Pump, Shape};
 use driver::pci::{Address, change_command, command};
@@ -29,12 +29,14 @@ pub struct Rig {
 
 impl Rig {
     pub fn new(device: Box<dyn VirtioDevice>, dma: &HostDma) -> Self {
-        Self::with_doors(device, dma, Doors::default())
+        // Drivers choose whether they take packed rings.
+        let (doors, packed) = (Doors::default(), true);
+        Self::offering(device, dma, Offer { doors, packed })
     }
 
-    pub fn with_doors(device: Box<dyn VirtioDevice>, dma: &HostDma, doors: Doors) -> Self {
+    pub fn offering(device: Box<dyn VirtioDevice>, dma: &HostDma, offer: impl Into<Offer>) -> Self {
         let view = dma.ram().view().expect("view");
-        let function = VirtioFunction::with_doors("fuzz", device, view, doors).expect("events");
+        let function = VirtioFunction::offering("fuzz", device, view, offer).expect("events");
         let pump = Pump::new(Arc::clone(&function)).expect("epoll");
         Self { function, pump }
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use devices::virtio::{QueueRegisters, VirtioFunction, feature};
 use driver::access::{Dma, DmaExt};
 use driver::host::{HostDma, Shape};
-use driver::virtio::{Buffer, Descriptor, Layout, SplitQueue, status};
+use driver::virtio::{Buffer, Descriptor, Layout, Queue, status};
 
 use crate::fixture::{Rig, loopback};
 use crate::input::Input;
@@ -52,7 +52,11 @@ pub fn queue_device_side(data: &[u8]) {
     let dma = HostDma::new(0, RAM).expect("RAM");
     let rig = Rig::any(input.byte(), &dma);
     let function = &rig.function;
-    let features = offered(function) & !(u64::from(input.byte() & 3) << 28);
+    let choice = input.byte();
+    let mut features = offered(function) & !(u64::from(choice & 3) << 28);
+    if choice & 4 != 0 {
+        features &= !feature::RING_PACKED;
+    }
     negotiate(function, features);
     let layouts: Vec<Layout> = (0..function.num_queues())
         .filter_map(|index| {
@@ -77,7 +81,14 @@ pub fn queue_device_side(data: &[u8]) {
             }
             1 => {
                 let at = layout.descriptor(u16::from(input.pick(16)));
-                any_descriptor(&mut input).store(&dma, at);
+                let mut descriptor = any_descriptor(&mut input);
+                if features & feature::RING_PACKED != 0 {
+                    // Buffer id and flags are the other way round there, and the flags say whose it is.
+                    let owner = [0, 1 << 7, 1 << 15, 1 << 7 | 1 << 15];
+                    let flags = descriptor.flags | owner[usize::from(input.pick(4))];
+                    (descriptor.flags, descriptor.next) = (descriptor.next, flags);
+                }
+                descriptor.store(&dma, at);
             }
             2 => {
                 let indirect = u64::from(input.word()) & !15;
@@ -155,11 +166,17 @@ pub fn queue_driver_side(data: &[u8]) {
     if choice & 2 != 0 {
         features |= feature::EVENT_IDX;
     }
+    if choice & 32 != 0 {
+        features |= feature::RING_PACKED;
+    }
     assert!(negotiate(function, features), "offered features refused");
-    let size = 1 << (choice >> 2 & 3);
-    let mut queue =
-        SplitQueue::new(dma.clone(), size, features & feature::EVENT_IDX != 0).expect("queue");
-    program(function, 0, queue.layout());
+    let size = match features & feature::RING_PACKED {
+        0 => 1 << (choice >> 2 & 3),
+        // Of any size.
+        _ => 1 + u16::from(choice >> 2 & 7),
+    };
+    let mut queue = Queue::new(dma.clone(), size, features).expect("queue");
+    program(function, 0, &queue.layout());
     function.enable_queue(0).apply();
     function.write_status(status::DRIVER_OK).apply();
     let mut expected: BTreeMap<u16, Expected> = BTreeMap::new();
@@ -206,7 +223,7 @@ struct Expected {
 fn any_chain(
     input: &mut Input<'_>,
     dma: &HostDma,
-    queue: &mut SplitQueue<HostDma>,
+    queue: &mut Queue<HostDma>,
     features: u64,
 ) -> Option<(u16, Expected)> {
     let (readable, writable) = (input.pick(4), input.pick(4));
@@ -240,7 +257,7 @@ fn any_chain(
     Some((head.ok()?, chain))
 }
 
-fn collect(dma: &HostDma, queue: &mut SplitQueue<HostDma>, expected: &mut BTreeMap<u16, Expected>) {
+fn collect(dma: &HostDma, queue: &mut Queue<HostDma>, expected: &mut BTreeMap<u16, Expected>) {
     while let Some(used) = queue.take().unwrap_or_else(|e| panic!("{e}")) {
         let chain = expected.remove(&used.head).expect("each head comes once");
         assert_eq!(used.len as usize, chain.bytes.len(), "used length");

@@ -102,7 +102,7 @@ impl World {
             queue_status: bits & 8 != 0,
         };
         let rigs: Vec<_> = (0..MEMBERS)
-            .map(|_| Rig::with_doors(loopback(Shape::default()).0, &dma, doors))
+            .map(|_| Rig::offering(loopback(Shape::default()).0, &dma, doors))
             .collect();
         let members = rigs.iter().map(|rig| Arc::clone(&rig.function) as _);
         let owner = Owner::new(members.collect(), Options::default()).expect("descriptors");
@@ -265,8 +265,11 @@ impl World {
             1 => {
                 let queue = &mut state.queues[usize::from(input.pick(2))];
                 queue.enabled = input.byte() & 1 != 0;
-                queue.next_available = input.word();
-                queue.owned = (0..input.pick(4)).map(|_| input.pick(16).into()).collect();
+                let (next, owned) = (input.word(), input.pick(4));
+                let owned = (0..owned).map(|_| input.pick(16).into()).collect();
+                if let Some(ring) = queue.split_mut() {
+                    (ring.next_available, ring.owned) = (next, owned);
+                }
             }
             2 => {
                 let queue = &mut state.queues[usize::from(input.pick(2))];

@@ -95,6 +95,7 @@ fn context(bytes: &[u8]) {
         queue_sizes: vec![8],
         config_len: 3,
         queue_status: true,
+        packed: true,
     };
     let Ok(context) = Context::decode(bytes) else {
         return;

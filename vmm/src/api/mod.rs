@@ -114,6 +114,8 @@ pub struct Device {
     pub stopped_by: Vec<String>,
     /// What its driver can stop it with, as options write it.
     pub doors: Vec<String>,
+    /// Its driver may choose packed rings.
+    pub packed: bool,
 }
 
 /// Answer to the requests that change what the guest does.

@@ -10,7 +10,7 @@ use devices::virtio::{Status, VirtioFunction};
 use pci::topology::Bdf;
 use serde::{Deserialize, Serialize};
 
-use crate::config::doors;
+use crate::config::offer;
 use crate::machine::Machine;
 use crate::machine::lease::Busy;
 use crate::machine::owner::Group;
@@ -75,6 +75,8 @@ pub struct Function {
     pub stopped_by: Vec<String>,
     /// What its driver can stop it with, as options write it.
     pub doors: Vec<String>,
+    /// Its driver may choose packed rings.
+    pub packed: bool,
 }
 
 /// Body of `POST /api/v1/admin`: one administration command, from the monitor's own driver of the owner.
@@ -189,7 +191,8 @@ fn function(function: &Arc<VirtioFunction>, place: Option<Bdf>) -> Function {
         status: names(status.iter_names().map(|(name, _)| name)),
         features: format!("{:#x}", features[0] | features[1] << 32),
         stopped_by: stopped_by(function),
-        doors: doors::names(function.doors()),
+        doors: offer::names(function.doors()),
+        packed: function.offers_packed(),
     }
 }
 

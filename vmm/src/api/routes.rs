@@ -22,8 +22,8 @@ use super::owners::{self, AdminCommand, AdminError};
 use super::snapshots::SnapshotAnswer;
 use super::states::{States, Told, listen};
 use super::{Device, Failure, Info, OPENAPI, Shutdown, Status, UnderWay};
-use crate::config::doors;
 use crate::config::object;
+use crate::config::offer;
 use crate::errors::chain;
 use crate::exit::Outcome;
 use crate::machine::lease::Purpose;
@@ -124,7 +124,8 @@ pub fn describe(machine: &Machine) -> Info {
                 queues: function.virtio.num_queues(),
                 live: function.virtio.is_live(),
                 stopped_by: owners::stopped_by(&function.virtio),
-                doors: doors::names(function.virtio.doors()),
+                doors: offer::names(function.virtio.doors()),
+                packed: function.virtio.offers_packed(),
             })
             .collect(),
         owners: owners::describe(machine),

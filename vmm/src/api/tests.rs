@@ -59,6 +59,7 @@ fn the_schemas_are_those_of_the_answers() {
         live: true,
         stopped_by: Vec::new(),
         doors: Vec::new(),
+        packed: false,
     };
     let info = Info {
         version: "0".to_owned(),
@@ -199,6 +200,7 @@ fn owner() -> owners::Owner {
         features: "0x0".to_owned(),
         stopped_by: Vec::new(),
         doors: vec!["suspend=v5".to_owned()],
+        packed: true,
     };
     let member = owners::Member {
         id: 1,

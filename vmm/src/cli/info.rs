@@ -79,7 +79,7 @@ fn device(device: &Device) -> String {
         device.name,
         count(device.queues, "queue"),
         stopped(device.live, &device.stopped_by),
-        offers(&device.doors)
+        offers(&device.doors, device.packed)
     )
 }
 
@@ -91,10 +91,12 @@ fn stopped(live: bool, by: &[String]) -> String {
     }
 }
 
-fn offers(doors: &[String]) -> String {
-    match doors {
+fn offers(doors: &[String], packed: bool) -> String {
+    let packed = packed.then_some("packed");
+    let offered: Vec<_> = doors.iter().map(String::as_str).chain(packed).collect();
+    match offered.as_slice() {
         [] => String::new(),
-        doors => format!(", offers {}", doors.join(" ")),
+        offered => format!(", offers {}", offered.join(" ")),
     }
 }
 
@@ -154,7 +156,7 @@ fn function(function: &Function) -> String {
         "{place:<7}  {:<9} {driver}{}{}",
         function.name,
         stopped(function.live, &function.stopped_by),
-        offers(&function.doors)
+        offers(&function.doors, function.packed)
     )
 }
 
@@ -191,6 +193,7 @@ mod tests {
             features: "0x3".to_owned(),
             stopped_by: stopped_by.iter().map(|s| (*s).to_owned()).collect(),
             doors: Vec::new(),
+            packed: false,
         }
     }
 

@@ -56,13 +56,14 @@ pub struct Run {
     memory_backing: Option<MemoryBacking>,
 
     /// Disk from a raw image or block device; may be repeated:
-    /// path=PATH[,readonly][,serial=ID][,queues=N][,bus=root|port][,DOORS]. DOORS are what a driver can stop the device
-    /// with, none by default: suspend=v5 (feature 42) or suspend=v1.4 (feature 43), device-stop[=BIT] (a feature from 44
-    /// to 49, by default 44), device-state-cap (the capability that stops single virtqueues)
+    /// path=PATH[,readonly][,serial=ID][,queues=N][,bus=root|port][,packed][,DOORS]. With packed, drivers may choose packed
+    /// virtqueues. DOORS are what a driver can stop the device with, none by default: suspend=v5 (feature 42) or
+    /// suspend=v1.4 (feature 43), device-stop[=BIT] (a feature from 44 to 49, by default 44), device-state-cap (the
+    /// capability that stops single virtqueues)
     #[arg(long, value_name = "DISK")]
     disk: Vec<Disk>,
 
-    /// Network interface; may be repeated: tap=NAME|switch=NAME[,mac=MAC][,bus=root|port][,DOORS].
+    /// Network interface; may be repeated: tap=NAME|switch=NAME[,mac=MAC][,bus=root|port][,packed][,DOORS].
     /// Interfaces on a switch of the same name are connected with each other inside this process
     #[arg(long, value_name = "NET")]
     net: Vec<Net>,
@@ -70,7 +71,7 @@ pub struct Run {
     /// SR-IOV physical function that owns N virtual functions; may be repeated:
     /// net,vfs=N[,switch=NAME][,uplink-tap=NAME][,mac=MAC], all of them on one switch, or
     /// block,vfs=N,path=PATH,vf-path=PATH[,readonly], where %d in vf-path is the number of the virtual function (1 to
-    /// N). Both take [,strict-admin][,admin=draft|v1.4][,drain-ms=N][,passthrough][,DOORS]. admin=draft, the default, has
+    /// N). Both take [,strict-admin][,admin=draft|v1.4][,drain-ms=N][,passthrough][,packed][,DOORS]. admin=draft, the default, has
     /// the commands that move virtual functions; one that is to stop takes back what it has not begun after drain-ms [500].
     /// With passthrough the monitor keeps the physical function, and the guest has the virtual ones as plain devices. DOORS
     /// are for the virtual functions: a physical function that stopped could not execute commands

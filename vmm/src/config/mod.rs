@@ -5,15 +5,15 @@
 //! |---|---|
 //! | [`options`] | one disk, one network interface: their text and JSON forms |
 //! | [`pf`] | one SR-IOV owner with its members, in both forms |
-//! | [`doors`] | what a device offers its driver to stop it with |
+//! | [`offer`] | what a device offers its driver besides: what to stop it with, and packed rings |
 //! | [`object`] | JSON objects, not arrays in their place |
 //! | [`conflicts`] | options that exclude each other |
 //! | [`check`] | asks the host whether everything named exists and may be used |
 
 pub mod check;
 mod conflicts;
-pub mod doors;
 pub mod object;
+pub mod offer;
 pub mod options;
 pub mod pf;
 

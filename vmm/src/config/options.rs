@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use devices::net::MacAddress;
-use devices::virtio::Doors;
+use devices::virtio::Offer;
 use serde::{Deserialize, Serialize};
 
-use super::doors;
+use super::offer;
 
 /// Longest serial number of a virtio disk in bytes (virtio 1.4, 5.2.6).
 const SERIAL_MAX: usize = 20;
@@ -45,7 +45,7 @@ impl FromStr for Slot {
     }
 }
 
-/// A disk: `path=PATH[,readonly][,serial=ID][,queues=N][,bus=root|port]`, and the doors it offers.
+/// A disk: `path=PATH[,readonly][,serial=ID][,queues=N][,bus=root|port]`, and what it offers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "RawDisk", into = "RawDisk")]
 pub struct Disk {
@@ -59,8 +59,8 @@ pub struct Disk {
     pub queues: u16,
     /// Where it sits.
     pub bus: Slot,
-    /// What its driver can stop it with.
-    pub doors: Doors,
+    /// What it offers its driver besides.
+    pub offer: Offer,
 }
 
 /// The JSON form of [`Disk`].
@@ -82,16 +82,19 @@ struct RawDisk {
     device_stop: Option<u32>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     device_state_cap: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    packed: bool,
 }
 
 impl TryFrom<RawDisk> for Disk {
     type Error = String;
 
     fn try_from(raw: RawDisk) -> Result<Self, String> {
-        let doors = doors::Given {
+        let given = offer::Given {
             suspend: raw.suspend,
             device_stop: raw.device_stop,
             device_state_cap: raw.device_state_cap,
+            packed: raw.packed,
         };
         Ok(Self {
             path: raw.path,
@@ -99,23 +102,24 @@ impl TryFrom<RawDisk> for Disk {
             serial: raw.serial,
             queues: raw.queues,
             bus: raw.bus,
-            doors: doors.try_into()?,
+            offer: given.try_into()?,
         })
     }
 }
 
 impl From<Disk> for RawDisk {
     fn from(disk: Disk) -> Self {
-        let doors = doors::Given::from(disk.doors);
+        let given = offer::Given::from(disk.offer);
         Self {
             path: disk.path,
             readonly: disk.readonly,
             serial: disk.serial,
             queues: disk.queues,
             bus: disk.bus,
-            suspend: doors.suspend,
-            device_stop: doors.device_stop,
-            device_state_cap: doors.device_state_cap,
+            suspend: given.suspend,
+            device_stop: given.device_stop,
+            device_state_cap: given.device_state_cap,
+            packed: given.packed,
         }
     }
 }
@@ -170,7 +174,7 @@ impl FromStr for Disk {
             serial: None,
             queues: 1,
             bus: Slot::Root,
-            doors: Doors::default(),
+            offer: Offer::default(),
         };
         for (key, value) in fields(text)? {
             match (key, value) {
@@ -181,8 +185,8 @@ impl FromStr for Disk {
                     disk.queues = value.parse().map_err(|_| queues_rule(value))?;
                 }
                 ("bus", Some(value)) => disk.bus = value.parse()?,
-                _ if doors::take(&mut disk.doors, key, value)? => {}
-                _ => return Err(unknown(key, value, &format!("{DISK_FORM}{}", doors::FORM))),
+                _ if offer::take(&mut disk.offer, key, value)? => {}
+                _ => return Err(unknown(key, value, &format!("{DISK_FORM}{}", offer::FORM))),
             }
         }
         disk.validate()?;
@@ -205,7 +209,7 @@ impl fmt::Display for Disk {
         if self.bus == Slot::Port {
             f.write_str(",bus=port")?;
         }
-        doors::write(f, self.doors)
+        offer::write(f, self.offer)
     }
 }
 
@@ -229,8 +233,8 @@ pub struct Net {
     pub mac: Option<MacAddress>,
     /// Where it sits.
     pub bus: Slot,
-    /// What its driver can stop it with.
-    pub doors: Doors,
+    /// What it offers its driver besides.
+    pub offer: Offer,
 }
 
 /// The JSON form of [`Net`]: `tap` or `switch` as a key.
@@ -251,6 +255,8 @@ struct RawNet {
     device_stop: Option<u32>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     device_state_cap: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    packed: bool,
 }
 
 impl TryFrom<RawNet> for Net {
@@ -273,16 +279,17 @@ impl TryFrom<RawNet> for Net {
                 return Err("neither tap=NAME nor switch=NAME; write one of them".to_owned());
             }
         };
-        let doors = doors::Given {
+        let given = offer::Given {
             suspend: raw.suspend,
             device_stop: raw.device_stop,
             device_state_cap: raw.device_state_cap,
+            packed: raw.packed,
         };
         Ok(Self {
             backend,
             mac: raw.mac,
             bus: raw.bus,
-            doors: doors.try_into()?,
+            offer: given.try_into()?,
         })
     }
 }
@@ -293,15 +300,16 @@ impl From<Net> for RawNet {
             NetBackend::Tap(name) => (Some(name), None),
             NetBackend::Switch(name) => (None, Some(name)),
         };
-        let doors = doors::Given::from(net.doors);
+        let given = offer::Given::from(net.offer);
         Self {
             tap,
             switch,
             mac: net.mac,
             bus: net.bus,
-            suspend: doors.suspend,
-            device_stop: doors.device_stop,
-            device_state_cap: doors.device_state_cap,
+            suspend: given.suspend,
+            device_stop: given.device_stop,
+            device_state_cap: given.device_state_cap,
+            packed: given.packed,
         }
     }
 }
@@ -332,8 +340,9 @@ impl FromStr for Net {
             suspend: None,
             device_stop: None,
             device_state_cap: false,
+            packed: false,
         };
-        let mut offered = Doors::default();
+        let mut offered = Offer::default();
         for (key, value) in fields(text)? {
             match (key, value) {
                 ("tap", Some(value)) => raw.tap = Some(value.to_owned()),
@@ -342,13 +351,13 @@ impl FromStr for Net {
                     raw.mac = Some(value.parse().map_err(|e| format!("mac={value}: {e}"))?)
                 }
                 ("bus", Some(value)) => raw.bus = value.parse()?,
-                _ if doors::take(&mut offered, key, value)? => {}
-                _ => return Err(unknown(key, value, &format!("{NET_FORM}{}", doors::FORM))),
+                _ if offer::take(&mut offered, key, value)? => {}
+                _ => return Err(unknown(key, value, &format!("{NET_FORM}{}", offer::FORM))),
             }
         }
         let net = Self::try_from(raw)?;
         Ok(Self {
-            doors: offered,
+            offer: offered,
             ..net
         })
     }
@@ -366,7 +375,7 @@ impl fmt::Display for Net {
         if self.bus == Slot::Port {
             f.write_str(",bus=port")?;
         }
-        doors::write(f, self.doors)
+        offer::write(f, self.offer)
     }
 }
 

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use devices::admin::{self, Drain, Profile, Strictness};
 use devices::net::MacAddress;
-use devices::virtio::{DeviceType, Doors};
+use devices::virtio::{DeviceType, Offer};
 use serde::{Deserialize, Serialize};
 
-use super::doors;
+use super::offer;
 use super::options::{fields, interface_name, interface_name_rule, unknown};
 
 /// The most virtual functions: with their owner they fill a bus.
@@ -38,8 +38,8 @@ pub struct Pf {
     pub admin: Profile,
     /// How long a member that is to stop waits for what is in flight before it takes back what has not begun.
     pub drain: Drain,
-    /// What drivers of the members, not of the owner, can stop them with.
-    pub doors: Doors,
+    /// What members offer their drivers besides. Of it, the owner offers its own only packed rings.
+    pub offer: Offer,
     /// The monitor keeps the owner; the guest gets the members, as plain endpoints.
     pub passthrough: bool,
 }
@@ -178,6 +178,8 @@ struct RawPf {
     device_stop: Option<u32>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     device_state_cap: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    packed: bool,
     #[serde(default)]
     passthrough: bool,
 }
@@ -284,16 +286,17 @@ impl TryFrom<RawPf> for Pf {
             Some(ms) => return Err(drain_rule(&ms.to_string())),
             None => Drain::default(),
         };
-        let doors = doors::Given {
+        let given = offer::Given {
             suspend: raw.suspend.clone(),
             device_stop: raw.device_stop,
             device_state_cap: raw.device_state_cap,
+            packed: raw.packed,
         };
         Ok(Self {
             vfs,
             admin,
             drain,
-            doors: doors.try_into()?,
+            offer: given.try_into()?,
             strict_admin: raw.strict_admin,
             passthrough: raw.passthrough,
             device: match raw.kind {
@@ -306,7 +309,7 @@ impl TryFrom<RawPf> for Pf {
 
 impl From<Pf> for RawPf {
     fn from(pf: Pf) -> Self {
-        let doors = doors::Given::from(pf.doors);
+        let given = offer::Given::from(pf.offer);
         let mut raw = Self {
             kind: Kind::Net,
             vfs: pf.vfs.into(),
@@ -319,9 +322,10 @@ impl From<Pf> for RawPf {
             strict_admin: pf.strict_admin,
             admin: (pf.admin != Profile::default()).then(|| pf.admin.name().to_owned()),
             drain_ms: (pf.drain != Drain::default()).then(|| milliseconds(pf.drain)),
-            suspend: doors.suspend,
-            device_stop: doors.device_stop,
-            device_state_cap: doors.device_state_cap,
+            suspend: given.suspend,
+            device_stop: given.device_stop,
+            device_state_cap: given.device_state_cap,
+            packed: given.packed,
             passthrough: pf.passthrough,
         };
         match pf.device {
@@ -351,7 +355,7 @@ impl FromStr for Pf {
         let kind = match kind {
             "net" => Kind::Net,
             "block" => Kind::Block,
-            _ => return Err(unknown(kind, None, &format!("{FORM} {}", doors::FORM))),
+            _ => return Err(unknown(kind, None, &format!("{FORM} {}", offer::FORM))),
         };
         let mut vfs = None;
         let mut raw = RawPf {
@@ -369,9 +373,10 @@ impl FromStr for Pf {
             suspend: None,
             device_stop: None,
             device_state_cap: false,
+            packed: false,
             passthrough: false,
         };
-        let mut offered = Doors::default();
+        let mut offered = Offer::default();
         let given = if rest.is_empty() {
             Vec::new()
         } else {
@@ -397,14 +402,14 @@ impl FromStr for Pf {
                     raw.drain_ms = Some(value.parse().map_err(|_| drain_rule(value))?);
                 }
                 ("passthrough", None) => raw.passthrough = true,
-                _ if doors::take(&mut offered, key, value)? => {}
-                _ => return Err(unknown(key, value, &format!("{FORM} {}", doors::FORM))),
+                _ if offer::take(&mut offered, key, value)? => {}
+                _ => return Err(unknown(key, value, &format!("{FORM} {}", offer::FORM))),
             }
         }
         raw.vfs = vfs.ok_or("no vfs=N, the number of virtual functions; write one")?;
         let pf = Self::try_from(raw)?;
         Ok(Self {
-            doors: offered,
+            offer: offered,
             ..pf
         })
     }
@@ -449,7 +454,7 @@ impl fmt::Display for Pf {
             write!(f, ",drain-ms={}", milliseconds(self.drain))?;
         }
         flag(f, "passthrough", self.passthrough)?;
-        doors::write(f, self.doors)
+        offer::write(f, self.offer)
     }
 }
 

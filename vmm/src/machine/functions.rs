@@ -17,7 +17,7 @@ use devices::memory::{GuestRam, MemoryError};
 use devices::net::{Net, PortConfig, Switch, SwitchError, TapError};
 use devices::parameters::BadParameter;
 use devices::rng::Rng;
-use devices::virtio::{Doors, VirtioDevice, VirtioFunction};
+use devices::virtio::{Offer, VirtioDevice, VirtioFunction};
 use pci::function::SingleFunction;
 use pci::msi::MsiController;
 use pci::owner::OwnerError;
@@ -81,7 +81,7 @@ pub enum FunctionError {
 struct Backend {
     name: String,
     slot: Slot,
-    doors: Doors,
+    offer: Offer,
     device: Box<dyn VirtioDevice>,
 }
 
@@ -123,7 +123,7 @@ impl Backends {
                 queues: disk.queues,
             };
             let device = Block::with_backend(file, &config)?.with_parameters(&parameters.block)?;
-            backends.add(name, disk.bus, disk.doors, device);
+            backends.add(name, disk.bus, disk.offer, device);
         }
         let mut switches = BTreeMap::<String, Switch>::new();
         for (index, net) in spec.nets.iter().enumerate() {
@@ -148,7 +148,7 @@ impl Backends {
             }
             .with_control_queue(spec.layout.has_net_control())
             .with_parameters(&parameters.net)?;
-            backends.add(name, net.bus, net.doors, device);
+            backends.add(name, net.bus, net.offer, device);
         }
         for (index, pf) in spec.pfs.iter().enumerate() {
             let name = format!("pf{index}");
@@ -156,7 +156,7 @@ impl Backends {
             backends.groups.push(group);
         }
         // There is no option for these two.
-        let none = Doors::default();
+        let none = Offer::default();
         if spec.rng {
             let rng = Rng::new().with_parameters(&parameters.rng)?;
             backends.add("rng".to_owned(), Slot::Root, none, rng);
@@ -177,11 +177,11 @@ impl Backends {
         Ok(backends)
     }
 
-    fn add(&mut self, name: String, slot: Slot, doors: Doors, device: impl VirtioDevice + 'static) {
+    fn add(&mut self, name: String, slot: Slot, offer: Offer, device: impl VirtioDevice + 'static) {
         self.list.push(Backend {
             name,
             slot,
-            doors,
+            offer,
             device: Box::new(device),
         });
     }
@@ -230,11 +230,11 @@ impl Functions {
         for Backend {
             name,
             slot,
-            doors,
+            offer,
             device,
         } in backends.list
         {
-            let virtio = VirtioFunction::with_doors(name, device, ram.view()?, doors)?;
+            let virtio = VirtioFunction::offering(name, device, ram.view()?, offer)?;
             let place = match slot {
                 Slot::Root => {
                     let function = VirtioPci::new(Arc::clone(&virtio), msi, Options::ROOT_BUS)?;

@@ -201,23 +201,22 @@ impl Group {
         io: &IoThread,
     ) -> Result<Self, FunctionError> {
         let GroupBackend { name, .. } = backend;
-        let doors = backend.declaration.doors;
+        let offer = backend.declaration.offer;
         let mut members = Vec::with_capacity(backend.members.len());
         for (number, device) in (1u16..).zip(backend.members) {
             let name = member_name(&name, number);
-            members.push(VirtioFunction::with_doors(
-                name,
-                device,
-                ram.view()?,
-                doors,
-            )?);
+            members.push(VirtioFunction::offering(name, device, ram.view()?, offer)?);
         }
         let group = members.iter().map(|vf| Arc::clone(vf) as Arc<dyn Member>);
         let owner = admin::Owner::new(group.collect(), backend.declaration.admin_options())?;
         let (pf, port) = match backend.pf {
             Some(device) => {
                 let owner = Arc::clone(&owner);
-                let pf = VirtioFunction::new_owner(name.clone(), device, ram.view()?, owner)?;
+                let new = match offer.packed {
+                    true => VirtioFunction::new_packed_owner,
+                    false => VirtioFunction::new_owner,
+                };
+                let pf = new(name.clone(), device, ram.view()?, owner)?;
                 let options = owner::Options::default();
                 let bus = OwnerPci::new(Arc::clone(&pf), members.clone(), msi, options)?;
                 (Some(pf), pci.add_root_port(bus)?)

@@ -486,7 +486,7 @@ fn an_owner_is_restored_with_its_queue_or_not_at_all() {
     let state = driver.function.save();
     let transient = driver.function.save_transient().unwrap();
     let queue = transient.services[queue::NAME].clone();
-    assert!(queue.enabled && queue.owned.len() == 1);
+    assert!(queue.enabled && queue.split().unwrap().owned.len() == 1);
 
     let (mut other, _) = twin_of(&driver);
     let f = Arc::clone(&other.function);
@@ -499,7 +499,7 @@ fn an_owner_is_restored_with_its_queue_or_not_at_all() {
     let spoil: [fn(&mut QueueState); 4] = [
         |q| q.size = 512,
         |q| q.vector = 1024,
-        |q| q.owned = vec![256],
+        |q| q.split_mut().unwrap().owned = vec![256],
         |q| q.stopped = true,
     ];
     for spoil in spoil {
@@ -518,7 +518,7 @@ fn an_owner_is_restored_with_its_queue_or_not_at_all() {
     f.reopen(Reasons::PAUSED);
     // The command was not negotiated with this owner, but it is answered.
     let (head, len) = other.wait_used(ADMIN);
-    assert_eq!((head, len), (queue.owned[0], 8));
+    assert_eq!((head, len), (queue.split().unwrap().owned[0], 8));
     let (len, _) = other.request(ADMIN, &[Buf::Out(raw(0, 0, 0, &[])), Buf::In(16)]);
     assert_eq!(len, 16);
 }

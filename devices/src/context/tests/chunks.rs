@@ -156,7 +156,7 @@ fn s3_31_a_context_is_partial_from_its_first_byte_to_the_one_before_its_last() {
 #[test]
 fn s3_30_of_contexts_in_one_chunk_the_last_complete_one_counts() {
     let mut other = state();
-    other.queues[1].next_available = 0x7777;
+    other.queues[1].split_mut().unwrap().next_available = 0x7777;
     let both = [golden(), encode(&other, &shape())].concat();
     let mut decoder = Decoder::new(&shape());
     assert_eq!(decoder.push(&both), Ok(Pushed::Complete));
@@ -239,12 +239,13 @@ fn s3_34_a_large_context_comes_byte_by_byte() {
         queue_sizes: vec![256; queues],
         config_len: 4096,
         queue_status: true,
+        packed: false,
     };
     let mut state = state();
     state.registers.num_queues = queues as u16;
     state.queues = vec![state.queues[0].clone(); queues];
     state.queues[7].size = 256;
-    state.queues[7].owned = (0..=255).rev().collect();
+    state.queues[7].split_mut().unwrap().owned = (0..=255).rev().collect();
     state.config = (0..4096u32).map(|i| i as u8).collect();
     let mut decoder = Decoder::new(&shape);
     for byte in encode(&state, &shape) {

@@ -19,13 +19,20 @@ fn packed_runtime() -> Field {
 }
 
 fn packed_chains() -> Field {
-    let chain = |id: u16, descriptors: u16| PackedChain {
-        id: id.into(),
-        descriptors: descriptors.into(),
+    let buffer = |address: u64, len: u32, kind: OwnedKind| OwnedBuffer { address, len, kind };
+    let table = buffer(0x1_0000_2000, 48, OwnedKind::Table);
+    let direct = vec![
+        buffer(0x3000, 16, OwnedKind::Readable),
+        buffer(0x4000, 0x0102_0304, OwnedKind::Writable),
+    ];
+    let chain = |id: u16, descriptors: u16, buffers: Vec<OwnedBuffer>| OwnedChain {
+        id,
+        descriptors,
+        buffers,
     };
     Field::OwnedPackedChains(OwnedPackedChains {
         queue: 0x0102,
-        chains: vec![chain(9, 1), chain(0x0304, 2)],
+        chains: vec![chain(9, 1, vec![table]), chain(0x0304, 2, direct)],
     })
 }
 
@@ -39,8 +46,13 @@ fn g3_i_fields_of_packed_rings_are_these_bytes() {
             3, 0, 5, 0x80, 4, 0, 1, 0,
         ]),
         (packed_chains(), vec![
-            7, 0, 0, 0, 0, 0, 0, 0, 12, 0, 0, 0, 0, 0, 0, 0,
-            2, 1, 2, 0, 9, 0, 1, 0, 4, 3, 2, 0,
+            7, 0, 0, 0, 0, 0, 0, 0, 68, 0, 0, 0, 0, 0, 0, 0,
+            2, 1, 2, 0,
+            9, 0, 1, 0, 1, 0, 0, 0,
+            0, 0x20, 0, 0, 1, 0, 0, 0, 48, 0, 0, 0, 4, 0, 0, 0,
+            4, 3, 2, 0, 2, 0, 0, 0,
+            0, 0x30, 0, 0, 0, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0,
+            0, 0x40, 0, 0, 0, 0, 0, 0, 4, 3, 2, 1, 2, 0, 0, 0,
         ]),
     ];
     for (field, bytes) in cases {

@@ -119,6 +119,7 @@ fn g3_q_a_field_that_is_unknown_or_not_the_devices_is_refused() {
         queue_sizes: vec![2],
         config_len: 0,
         queue_status: false,
+        packed: false,
     };
     for kind in [FieldType::QueueStatus, FieldType::DeviceConfig] {
         let mut context = context(kind.raw());
@@ -173,10 +174,11 @@ fn g3_d_what_is_optional_has_a_default() {
     });
     let mut expected = state();
     expected.accepted = expected.offered;
-    expected.queues[0].owned = vec![];
     expected.queues[0].stopped = false;
     expected.queues[0].restarts = false;
-    expected.queues[0].next_used = expected.queues[0].next_available;
+    let ring = expected.queues[0].split_mut().unwrap();
+    ring.owned = vec![];
+    ring.next_used = ring.next_available;
     expected.registers.state_queue_select = 0;
     assert_eq!(decode(&assemble(&fields), &shape()), Ok(expected));
 }

@@ -197,4 +197,22 @@ impl VirtioFunction {
             queue.set_next_available(next);
         }
     }
+
+    /// `last_used_off_wrap` of queue `index`: where a packed one is used next; 0 while it runs (G0-i).
+    pub fn next_used(&self, index: u16) -> u16 {
+        let core = self.lock();
+        let rests = core.visible(index).filter(|queue| !queue.is_running());
+        rests.map_or(0, |queue| queue.next_used())
+    }
+
+    /// The driver writes `last_used_off_wrap` of queue `index`. Ignored while the queue runs, and if it is not packed (G0-i).
+    pub fn set_next_used(&self, index: u16, next: u16) {
+        let mut core = self.lock();
+        if core.ignores_writes() || core.hides(index) {
+            return;
+        }
+        if let Some(queue) = core.queues.get_mut(usize::from(index)) {
+            queue.set_next_used(next);
+        }
+    }
 }

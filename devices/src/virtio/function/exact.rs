@@ -4,11 +4,11 @@
 use std::any::Any;
 
 use super::saved::{Restoration, RestoreError};
-use super::{Core, ISR_CONFIG, ISR_QUEUE, VirtioFunction};
+use super::{Core, ISR_CONFIG, ISR_QUEUE, VirtioFunction, format};
 use crate::gate::Reasons;
 use crate::state::{FunctionState, TransientState, Unsavable};
 use crate::virtio::Status;
-use crate::virtio::queue::Virtqueue;
+use crate::virtio::queue::{Format, Virtqueue};
 use crate::virtio::service::Service;
 
 /// A state that was found good. Nothing can fail any more.
@@ -57,7 +57,7 @@ impl VirtioFunction {
     pub fn check_transient(&self, state: &TransientState) -> Result<(), RestoreError> {
         let core = self.lock();
         core.serves_nobody()?;
-        self.checked_transient(&core, state, |index| core.is_enabled(index))
+        self.checked_transient(&core, state, core.format(), |index| core.is_enabled(index))
             .map(|_| ())
     }
 
@@ -74,7 +74,7 @@ impl VirtioFunction {
         if core.gate.is_open() {
             return Err(RestoreError::Busy);
         }
-        self.checked_transient(&core, state, |index| core.is_enabled(index))?;
+        self.checked_transient(&core, state, core.format(), |index| core.is_enabled(index))?;
         core.apply_transient(state);
         Ok(())
     }
@@ -160,7 +160,9 @@ impl VirtioFunction {
         let served = services.map(|name| transient.services.get(name).is_some_and(|q| q.enabled));
         let enabled = state.queues.iter().map(|queue| queue.enabled);
         let enabled: Vec<_> = enabled.chain(served).collect();
-        self.checked_transient(core, transient, |index| {
+        let status = Status::from_bits_truncate(state.registers.status);
+        let format = format(status, state.accepted as u64);
+        self.checked_transient(core, transient, format, |index| {
             enabled
                 .get(usize::from(index))
                 .is_some_and(|enabled| *enabled)
@@ -171,6 +173,7 @@ impl VirtioFunction {
         &self,
         core: &Core,
         state: &'a TransientState,
+        format: Format,
         is_enabled: impl Fn(u16) -> bool,
     ) -> Result<CheckedTransient<'a>, RestoreError> {
         if state.isr & !(ISR_QUEUE | ISR_CONFIG) != 0 {
@@ -186,7 +189,7 @@ impl VirtioFunction {
             let name = service.service().name();
             let saved = state.services.get(name);
             let saved = saved.ok_or(RestoreError::ServiceMissing(name))?;
-            queues.push(self.checked_queue(core, index, saved, queue.max_size())?);
+            queues.push(self.checked_queue(core, index, saved, queue, format)?);
         }
         let mut least = 0;
         for index in state.unsignalled.iter().copied() {

@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{Core, QueueInfo, VirtioFunction, window};
 use crate::bus::Effect;
 use crate::gate::Reasons;
-use crate::virtio::queue::QueueRegisters;
+use crate::virtio::queue::{Format, QueueRegisters};
 use crate::virtio::service::ServiceQueue;
 use crate::virtio::{Status, feature};
 
@@ -97,12 +97,17 @@ impl VirtioFunction {
         if asked.contains(Status::FEATURES_OK) && !core.features_acceptable() {
             if let Some(count) = self.warnings.another() {
                 tracing::warn!(function = %self.name, features = %format_args!("{:#x}", core.driver_features), count,
-                    "driver asked for features that are not offered, or not for VIRTIO_F_VERSION_1");
+                    "driver asked for features that are not offered, not for VIRTIO_F_VERSION_1, or for packed rings after it \
+                     enabled a virtqueue");
             }
             asked -= Status::FEATURES_OK | Status::DRIVER_OK;
         }
         core.status |=
             asked & (Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK | Status::FAILED);
+        if asked.contains(Status::FEATURES_OK) && core.format() == Format::Packed {
+            let queues = core.queues.iter_mut();
+            queues.for_each(|queue| queue.set_format(Format::Packed));
+        }
         if !asked.contains(Status::DRIVER_OK) || !core.status.contains(Status::FEATURES_OK) {
             return Effect::None;
         }
@@ -142,6 +147,11 @@ impl VirtioFunction {
     /// True from DRIVER_OK until a reset.
     pub fn is_live(&self) -> bool {
         self.lock().status.contains(Status::DRIVER_OK)
+    }
+
+    /// True if its driver uses packed rings.
+    pub fn is_packed(&self) -> bool {
+        self.lock().format() == Format::Packed
     }
 
     /// Reads and clears the ISR status. In mode Freeze, it stays.
@@ -191,7 +201,8 @@ impl VirtioFunction {
     }
 
     /// Lets the driver change the registers of queue `index`. While the queue is enabled only the vector changes;
-    /// a size that is not a power of two within the maximum is ignored, as is an index out of range.
+    /// a size beyond the maximum, or that is not a power of two though the rings are split, is ignored, as is an index out of
+    /// range.
     pub fn update_queue(&self, index: u16, change: impl FnOnce(&mut QueueRegisters)) {
         let mut core = self.lock();
         let closed = core.hides(index) || core.ignores_writes();
@@ -201,14 +212,14 @@ impl VirtioFunction {
         };
         let mut new = *queue.registers();
         change(&mut new);
-        let max_size = queue.max_size();
+        let allowed = queue.allows(new.size);
         let enabled = queue.is_enabled();
         let registers = queue.registers_mut();
         registers.vector = new.vector;
         if enabled {
             return;
         }
-        if !new.size.is_power_of_two() || new.size > max_size {
+        if !allowed {
             new.size = registers.size;
         }
         *registers = new;

@@ -3,10 +3,12 @@
 use std::collections::HashSet;
 
 use super::exact::CheckedTransient;
-use super::{Core, ISR_QUEUE, Suspend, VirtioFunction, event_index};
+use super::{Core, ISR_QUEUE, Suspend, VirtioFunction, event_index, format};
 use crate::gate::Reasons;
-use crate::state::{FunctionState, QueueState, RegisterState, Shape};
-use crate::virtio::queue::{NO_VECTOR, RingError, Virtqueue};
+use crate::state::{
+    FunctionState, PackedState, QueueState, RegisterState, RingState, Shape, SplitState,
+};
+use crate::virtio::queue::{Format, NO_VECTOR, RingError, Virtqueue};
 use crate::virtio::{Status, feature};
 
 /// Whether a restored state announces itself to the driver.
@@ -107,6 +109,7 @@ impl VirtioFunction {
             queue_sizes: queues.map(Virtqueue::max_size).collect(),
             config_len: self.config_len,
             queue_status: core.doors.queue_status,
+            packed: core.offered() & feature::RING_PACKED != 0,
         }
     }
 
@@ -196,8 +199,9 @@ impl VirtioFunction {
         }
         let mut queues = Vec::with_capacity(state.queues.len());
         let event_index = event_index(status, driver_features);
+        let format = format(status, driver_features);
         for (index, (saved, queue)) in (0..).zip(state.queues.iter().zip(&core.queues)) {
-            let mut queue = self.checked_queue(core, index, saved, queue.max_size())?;
+            let mut queue = self.checked_queue(core, index, saved, queue, format)?;
             queue.set_event_index(event_index);
             queues.push(queue);
         }
@@ -226,12 +230,13 @@ impl VirtioFunction {
         core: &Core,
         index: u16,
         saved: &QueueState,
-        max_size: u16,
+        queue: &Virtqueue,
+        format: Format,
     ) -> Result<Virtqueue, RestoreError> {
         self.check_vector(saved.vector, || format!("queue {index}"))?;
-        check_queue(saved, max_size, core.doors.queue_status)
+        check_queue(saved, queue, format, core.doors.queue_status)
             .map_err(|what| RestoreError::Queue { index, what })?;
-        Virtqueue::restored(max_size, saved, &core.view)
+        Virtqueue::restored(queue.max_size(), saved, &core.view)
             .map_err(|source| RestoreError::Ring { index, source })
     }
 
@@ -366,37 +371,91 @@ impl Core {
 }
 
 /// What is wrong with a saved queue, but for its addresses.
-fn check_queue(saved: &QueueState, max_size: u16, can_stop: bool) -> Result<(), &'static str> {
-    if !saved.size.is_power_of_two() || saved.size > max_size {
-        return Err("queue_size is not a power of two within the maximum");
+fn check_queue(
+    saved: &QueueState,
+    queue: &Virtqueue,
+    format: Format,
+    can_stop: bool,
+) -> Result<(), &'static str> {
+    if saved.ring.format() != format {
+        return Err("its rings are not of the kind that the driver negotiated");
     }
+    if !format.allows(saved.size) || saved.size > queue.max_size() {
+        return Err(match format {
+            Format::Split => "queue_size is not a power of two within the maximum",
+            Format::Packed => "queue_size is 0 or beyond the maximum",
+        });
+    }
+    if !saved.enabled && saved.stopped {
+        return Err("stopped without being enabled");
+    }
+    if (saved.stopped || saved.restarts) && !can_stop {
+        return Err(match saved.enabled {
+            true => "stopped, which this device does not offer",
+            false => "a place to go on at, which this device does not offer",
+        });
+    }
+    match &saved.ring {
+        RingState::Split(ring) => check_split(saved, ring),
+        RingState::Packed(ring) => check_packed(saved, ring),
+    }
+}
+
+fn check_split(saved: &QueueState, ring: &SplitState) -> Result<(), &'static str> {
     if !saved.enabled {
-        return match saved {
-            QueueState { stopped: true, .. } => Err("stopped without being enabled"),
-            QueueState { owned, .. } if !owned.is_empty() => {
+        let start = SplitState {
+            next_available: ring.next_available,
+            ..SplitState::default()
+        };
+        return match ring {
+            SplitState { owned, .. } if !owned.is_empty() => {
                 Err("descriptors owned without being enabled")
             }
-            QueueState { restarts: true, .. } if !can_stop => {
-                Err("an available index, which this device does not offer")
+            _ if ring.next_available != 0 && !saved.restarts => {
+                Err("an available index without being enabled")
             }
-            QueueState {
-                next_available,
-                restarts: false,
-                ..
-            } if *next_available != 0 => Err("an available index without being enabled"),
-            QueueState { next_used, .. } if *next_used != 0 => {
-                Err("a used index without being enabled")
+            _ if *ring != start => Err("a used index without being enabled"),
+            _ => Ok(()),
+        };
+    }
+    let mut seen = HashSet::with_capacity(ring.owned.len());
+    let once = |head: &u16| *head < saved.size && seen.insert(*head);
+    match ring.owned.iter().all(once) {
+        true => Ok(()),
+        false => Err("an owned descriptor is out of range or listed twice"),
+    }
+}
+
+fn check_packed(saved: &QueueState, ring: &PackedState) -> Result<(), &'static str> {
+    if !saved.enabled {
+        return match (saved.restarts, ring) {
+            (_, PackedState { owned, .. }) if !owned.is_empty() => {
+                Err("chains owned without being enabled")
+            }
+            (false, ring) if *ring != PackedState::default() => {
+                Err("positions without being enabled")
             }
             _ => Ok(()),
         };
     }
-    if (saved.stopped || saved.restarts) && !can_stop {
-        return Err("stopped, which this device does not offer");
+    let mut ids = HashSet::with_capacity(ring.owned.len());
+    let mut descriptors = 0;
+    for chain in &ring.owned {
+        let size = usize::from(chain.descriptors);
+        if size == 0 || chain.buffers.len() > size {
+            return Err("an owned chain has more buffers than descriptors, or none of these");
+        }
+        if !ids.insert(chain.id) {
+            return Err("a buffer id is owned twice");
+        }
+        descriptors += u32::from(chain.descriptors);
     }
-    let mut seen = HashSet::with_capacity(saved.owned.len());
-    let once = |head: &u16| *head < saved.size && seen.insert(*head);
-    match saved.owned.iter().all(once) {
-        true => Ok(()),
-        false => Err("an owned descriptor is out of range or listed twice"),
+    let between = ring.next_used.distance(ring.next_available, saved.size);
+    match saved.restarts {
+        true if descriptors > 0 => Err("chains owned where the driver said that it goes on"),
+        false if between != descriptors => {
+            Err("the owned chains are not what is between the two positions")
+        }
+        _ => Ok(()),
     }
 }

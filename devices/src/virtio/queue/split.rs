@@ -5,22 +5,81 @@
 
 use std::sync::atomic::Ordering;
 
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{QueueRegisters, RingError};
+use super::{QueueRegisters, RingError, area};
 use crate::memory::View;
-use crate::virtio::chain::{Chain, Head, Table};
+use crate::virtio::chain::{Chain, ChainError, Draft, Ticket};
 
 /// Bit 0 of the available ring's flags: the driver wants no interrupt (only without EVENT_IDX).
 const AVAIL_NO_INTERRUPT: u16 = 1;
 /// Byte offset of `idx` in the used ring.
 const USED_INDEX: u64 = 2;
 
+/// Bytes of a descriptor.
+const DESCRIPTOR: u32 = 16;
+
+/// A descriptor table: that of the rings, or an indirect one.
+#[derive(Clone, Copy, Debug)]
+struct Table {
+    /// Guest physical address.
+    start: GuestAddress,
+    /// Entries.
+    len: u16,
+}
+
+impl Table {
+    fn entry(self, view: &View, index: u16) -> Option<Descriptor> {
+        let offset = u64::from(index) * u64::from(DESCRIPTOR);
+        let at = self.start.0.checked_add(offset)?;
+        let there = index < self.len;
+        there.then(|| view.read_obj(GuestAddress(at)).ok())?
+    }
+
+    /// The table an indirect descriptor refers to. It may be longer than the ring (D4).
+    fn indirect(descriptor: &Descriptor) -> Option<Self> {
+        let whole = descriptor.len().is_multiple_of(DESCRIPTOR);
+        let len = u16::try_from(descriptor.len() / DESCRIPTOR).ok();
+        Some(Self {
+            start: descriptor.addr(),
+            len: len.filter(|_| whole)?,
+        })
+    }
+
+    /// Takes the chain that starts at `head` apart and checks all of it.
+    fn take_apart(self, view: &View, head: u16, draft: &mut Draft) -> Result<(), ChainError> {
+        draft.clear();
+        let mut walk = (self, head);
+        let mut indirect = false;
+        // A chain cannot be longer than its table: one that goes on has a loop.
+        let mut left = self.len;
+        loop {
+            let descriptor = walk.0.entry(view, walk.1).filter(|_| left > 0);
+            let descriptor = descriptor.ok_or(ChainError::Endless)?;
+            left -= 1;
+            if descriptor.refers_to_indirect_table() {
+                let inner = Self::indirect(&descriptor).filter(|_| !indirect);
+                let inner = inner.ok_or(ChainError::Endless)?;
+                (walk, indirect, left) = ((inner, 0), true, inner.len);
+                continue;
+            }
+            let (start, len) = (descriptor.addr(), descriptor.len());
+            draft.add(view, start, len, descriptor.is_write_only())?;
+            if !descriptor.has_next() {
+                return Ok(());
+            }
+            walk.1 = descriptor.next();
+        }
+    }
+}
+
 /// The rings of an enabled queue.
 #[derive(Debug)]
 pub(super) struct SplitRing {
     queue: Queue,
+    draft: Draft,
     /// The device found the ring empty at this available index, and the driver was not yet asked for a kick. What
     /// was put back since then does not count as news.
     starved: Option<u16>,
@@ -30,18 +89,11 @@ impl SplitRing {
     /// The rings that `registers` describe, at index 0, if all of them is guest memory.
     pub fn new(max_size: u16, registers: &QueueRegisters, view: &View) -> Result<Self, RingError> {
         let size = u64::from(registers.size);
-        let area = |area, address: u64, align: u64, len: u64| {
-            let usable = address.is_multiple_of(align)
-                && address != 0
-                && view.contains(GuestAddress(address), len as usize);
-            usable
-                .then_some(GuestAddress(address))
-                .ok_or(RingError::Area { area, address })
-        };
         let table = registers.descriptor_area;
-        let descriptors = area("descriptor table", table, 16, 16 * size)?;
-        let available = area("available ring", registers.driver_area, 2, 6 + 2 * size)?;
-        let used = area("used ring", registers.device_area, 4, 6 + 8 * size)?;
+        let descriptors = area(view, "descriptor table", table, 16, 16 * size)?;
+        let (available, used) = (registers.driver_area, registers.device_area);
+        let available = area(view, "available ring", available, 2, 6 + 2 * size)?;
+        let used = area(view, "used ring", used, 4, 6 + 8 * size)?;
         let mut queue = Queue::new(max_size).map_err(RingError::Available)?;
         queue
             .try_set_size(registers.size)
@@ -52,6 +104,7 @@ impl SplitRing {
         queue.set_ready(true);
         Ok(Self {
             queue,
+            draft: Draft::default(),
             starved: None,
         })
     }
@@ -89,38 +142,41 @@ impl SplitRing {
     pub fn next(
         &mut self,
         view: &View,
-        is_ours: impl FnOnce(Head) -> bool,
+        is_ours: impl FnOnce(Ticket) -> bool,
     ) -> Result<Option<Chain>, RingError> {
         let next = self
             .queue
             .iter(&**view)
             .map_err(RingError::Available)?
             .next();
-        let Some(head) = next.map(|found| Head(found.head_index())) else {
+        let Some(head) = next.map(|found| found.head_index()) else {
             self.starved = Some(self.queue.next_avail());
             return Ok(None);
         };
-        if is_ours(head) {
-            return Err(RingError::Again(head.0));
+        if is_ours(Self::ticket(head)) {
+            return Err(RingError::Again(head));
         }
-        let chain = self.chain(view, head)?;
-        self.starved = None;
-        Ok(Some(chain))
+        self.chain(view, head).map(Some)
     }
 
     /// Fetches a chain that the function has not given back, once more.
-    pub fn again(&mut self, view: &View, head: Head) -> Result<Chain, RingError> {
-        let chain = self.chain(view, head)?.fetched_again();
-        self.starved = None;
-        Ok(chain)
+    pub fn again(&mut self, view: &View, ticket: Ticket) -> Result<Chain, RingError> {
+        Ok(self.chain(view, ticket.id)?.fetched_again())
     }
 
-    fn chain(&self, view: &View, head: Head) -> Result<Chain, RingError> {
+    /// What a chain that starts with descriptor `head` is called.
+    pub fn ticket(head: u16) -> Ticket {
+        Ticket { id: head, slots: 1 }
+    }
+
+    fn chain(&mut self, view: &View, head: u16) -> Result<Chain, RingError> {
         let table = Table {
             start: GuestAddress(self.queue.desc_table()),
             len: self.queue.size(),
         };
-        Ok(Chain::parse(view, table, head)?)
+        table.take_apart(view, head, &mut self.draft)?;
+        self.starved = None;
+        Ok(Chain::new(Self::ticket(head), self.draft.finish()))
     }
 
     /// The chain that was fetched last is as if it had not been.
@@ -129,8 +185,8 @@ impl SplitRing {
     }
 
     /// Returns a chain to the driver with `len` bytes written.
-    pub fn push(&mut self, view: &View, head: Head, len: u32) -> Result<(), RingError> {
-        let added = self.queue.add_used(&**view, head.0, len);
+    pub fn push(&mut self, view: &View, ticket: Ticket, len: u32) -> Result<(), RingError> {
+        let added = self.queue.add_used(&**view, ticket.id, len);
         added.map_err(RingError::Used)
     }
 

@@ -129,8 +129,8 @@ fn requests_that_were_recalled_are_executed_once_by_the_other_function() {
     driver.function.close(Reasons::PAUSED);
     let (mut state, transient) = save(&driver);
     // As if the device had fetched two of them and given them up.
-    state.queues[0].next_available = 2;
-    state.queues[0].owned = chains[..2].to_vec();
+    state.queues[0].split_mut().unwrap().next_available = 2;
+    state.queues[0].split_mut().unwrap().owned = chains[..2].to_vec();
     let (_, mut other) = twin(&driver);
     other.function.restore_exact(&state, &transient).unwrap();
     other.function.reopen(Reasons::PAUSED);
@@ -178,7 +178,10 @@ fn a_state_that_cannot_be_is_refused_and_changes_nothing() {
             "another type",
         ),
         (|s| s.0.queues[0].vector = 1024, "MSI-X vector"),
-        (|s| s.0.queues[0].owned = vec![16], "out of range"),
+        (
+            |s| s.0.queues[0].split_mut().unwrap().owned = vec![16],
+            "out of range",
+        ),
         (|s| s.0.queues[0].device_area = 1 << 40, "used ring"),
         (|s| s.0.config.push(0), "configuration"),
     ];

@@ -148,7 +148,7 @@ fn plug(machine: &Machine, backends: &mut Backends) -> Vec<Plugged> {
     let devices = backends.devices().into_iter();
     let plugged = devices.map(|device| {
         let none = Doors::default();
-        let added = machine.add_with_doors("function", device, Place::RootBus, none);
+        let added = machine.add_offering("function", device, Place::RootBus, none);
         added.unwrap()
     });
     let plugged = plugged.collect();

@@ -183,7 +183,7 @@ impl Hardware {
         let members = [1, 2].map(|number| {
             let (device, controls) = device(setup.kind, disk);
             let function =
-                VirtioFunction::with_doors(format!("vf{number}"), device, view(), doors).unwrap();
+                VirtioFunction::offering(format!("vf{number}"), device, view(), doors).unwrap();
             (function, controls)
         });
         let options = Options {

@@ -395,7 +395,7 @@ pub fn plug(
 ) -> (Arc<VirtioFunction>, Option<HostFunction>, Rc<dyn Function>) {
     match kind {
         Kind::Plain => {
-            let plugged = machine.add_with_doors("device", device, Place::RootBus, doors);
+            let plugged = machine.add_offering("device", device, Place::RootBus, doors);
             let plugged = plugged.unwrap();
             machine.power_on().unwrap();
             let pci = machine.function(machine.locate(&plugged));
@@ -404,8 +404,8 @@ pub fn plug(
         }
         Kind::Member => {
             let view = || machine.dma().ram().view().unwrap();
-            let sibling = VirtioFunction::with_doors("vf1", spare(), view(), doors).unwrap();
-            let function = VirtioFunction::with_doors("vf2", device, view(), doors).unwrap();
+            let sibling = VirtioFunction::offering("vf1", spare(), view(), doors).unwrap();
+            let function = VirtioFunction::offering("vf2", device, view(), doors).unwrap();
             let pf = own(machine, spare(), vec![sibling, Arc::clone(&function)]);
             let pci = VirtualFunction::new(&pf, 2).unwrap().unwrap();
             change_command(&pci, command::BUS_MASTER, 0);

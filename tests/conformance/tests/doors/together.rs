@@ -76,7 +76,7 @@ fn position(rig: &Rig) -> Vec<u16> {
     let used = [0, 1].map(|queue| rig.machine.dma().load(ring(queue)));
     let next = rig.function.save().queues.into_iter();
     used.into_iter()
-        .chain(next.map(|q| q.next_available))
+        .chain(next.map(|q| q.split().unwrap().next_available))
         .collect()
 }
 

@@ -423,7 +423,14 @@ fn s3_6_requests_that_were_taken_back_run_when_mode_set_is_called_off() {
     rig.settle();
     std::thread::sleep(Duration::from_millis(60));
     rig.settle();
-    assert_eq!(rig.function(1).save().queues[0].owned.len(), 4);
+    assert_eq!(
+        rig.function(1).save().queues[0]
+            .split()
+            .unwrap()
+            .owned
+            .len(),
+        4
+    );
     rig.guest.transport.reset().unwrap();
     rig.settle();
     assert_eq!(rig.guest.answered(&posted), None);

@@ -14,6 +14,7 @@ mod features;
 mod function_reset;
 mod msix;
 mod notification;
+mod packed;
 mod queue_reset;
 mod reset;
 mod rings;

@@ -48,6 +48,7 @@ struct State {
     give_up: bool,
     held: VecDeque<(u16, Chain)>,
     release: usize,
+    release_newest: usize,
     new_config: Option<Vec<u8>>,
     unsavable: Option<String>,
     activated: Vec<u64>,
@@ -105,6 +106,12 @@ impl Controls {
         self.poke();
     }
 
+    /// Lets `count` held chains come back, newest first.
+    pub fn release_newest(&self, count: usize) {
+        self.shared.lock().release_newest += count;
+        self.poke();
+    }
+
     /// Changes the configuration when the device is pumped next. Keeps its length.
     pub fn change_config(&self, config: Vec<u8>) {
         self.shared.lock().new_config = Some(config);
@@ -134,7 +141,7 @@ impl Controls {
 
 fn echo(io: &mut Io<'_>, queue: u16, chain: &Chain) -> Result<(), RingError> {
     if io.is_resetting() {
-        return io.push(queue, chain.head(), 0);
+        return io.push(queue, chain.ticket(), 0);
     }
     let mut buffer = [0; 4096];
     let (mut offset, mut written) = (0, 0);
@@ -148,7 +155,7 @@ fn echo(io: &mut Io<'_>, queue: u16, chain: &Chain) -> Result<(), RingError> {
             break;
         }
     }
-    io.push(queue, chain.head(), written)
+    io.push(queue, chain.ticket(), written)
 }
 
 impl VirtioDevice for Loopback {
@@ -237,7 +244,10 @@ impl VirtioDevice for Loopback {
         let _ = self.shared.event.read();
         let mut state = self.shared.lock();
         let count = std::mem::take(&mut state.release).min(state.held.len());
-        let released: Vec<_> = state.held.drain(..count).collect();
+        let mut released: Vec<_> = state.held.drain(..count).collect();
+        for _ in 0..std::mem::take(&mut state.release_newest) {
+            released.extend(state.held.pop_back());
+        }
         if let Some(config) = state.new_config.take()
             && config.len() == self.config.len()
         {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use devices::bus::{Bus, BusError, Effect};
 use devices::memory::MemoryError;
-use devices::virtio::{Doors, VirtioDevice, VirtioFunction};
+use devices::virtio::{Offer, VirtioDevice, VirtioFunction};
 use pci::function::{PciFunction, SingleFunction};
 use pci::root::{AddError, AssignError, Doorbell, PciRoot};
 use pci::topology::{Bdf, CONFIG_SPACE_SIZE, DevFn, LayoutError, PciLayout};
@@ -121,19 +121,19 @@ impl Machine {
         device: Box<dyn VirtioDevice>,
         place: Place,
     ) -> Result<Plugged, HostError> {
-        self.add_with_doors(name, device, place, Doors::default())
+        self.add_offering(name, device, place, Offer::default())
     }
 
-    /// Plugs a device in that its driver can stop by `doors`.
-    pub fn add_with_doors(
+    /// Plugs a device in that offers its driver more.
+    pub fn add_offering(
         &self,
         name: &str,
         device: Box<dyn VirtioDevice>,
         place: Place,
-        doors: Doors,
+        offer: impl Into<Offer>,
     ) -> Result<Plugged, HostError> {
         let view = self.0.dma.ram().view()?;
-        let function = VirtioFunction::with_doors(name, device, view, doors)?;
+        let function = VirtioFunction::offering(name, device, view, offer)?;
         let options = match place {
             Place::RootBus => Options::ROOT_BUS,
             Place::BehindPort => Options::BEHIND_PORT,

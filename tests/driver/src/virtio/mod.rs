@@ -6,11 +6,15 @@ mod device_state;
 mod doors;
 pub mod migration;
 pub mod net;
+mod packed;
+mod queue;
 mod ring;
 mod transport;
 
 pub use device_state::{DeviceState, state};
 pub use doors::Door;
+pub use packed::{PackedError, PackedLayout, PackedQueue, event_flag};
+pub use queue::Queue;
 pub use ring::{
     Buffer, Descriptor, Layout, QueueError, SplitQueue, Used, avail_flag, descriptor_flag,
     used_flag,
@@ -45,6 +49,8 @@ pub mod feature {
     pub const EVENT_IDX: u64 = 1 << 29;
     /// Virtio 1.0 or later.
     pub const VERSION_1: u64 = 1 << 32;
+    /// Virtqueues are packed rings.
+    pub const RING_PACKED: u64 = 1 << 34;
     /// The device owns virtual functions.
     pub const SR_IOV: u64 = 1 << 37;
     /// Single queues can be reset.

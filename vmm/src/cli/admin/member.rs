@@ -220,6 +220,7 @@ mod tests {
             features: "0x0".to_owned(),
             stopped_by: Vec::new(),
             doors: Vec::new(),
+            packed: false,
         };
         let member = |id| Shown {
             id,

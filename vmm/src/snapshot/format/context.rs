@@ -20,9 +20,10 @@ use std::fmt;
 
 use devices::context::{
     self, COUNT_LEN, CommonConfig, ContextError, Decoder, FIELD_HEADER_LEN, FieldType, OwnedChains,
-    OwnedPackedChains, PackedChain, PackedRuntime, QueueConfig, QueueStatus, SplitRuntime,
+    OwnedPackedChains, PackedRuntime, QueueConfig, QueueStatus, SplitRuntime,
 };
-use devices::state::{FunctionState, Shape};
+use devices::state::{FunctionState, OwnedBuffer, OwnedChain, OwnedKind, Shape};
+use devices::virtio;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::U16;
@@ -30,7 +31,8 @@ use zerocopy::little_endian::U16;
 use super::error::{At, Invalid};
 use super::hex::{Hex, HexBytes};
 
-/// Longest context that is encoded from JSON, in bytes: four times what a device of 256 queues of 1024 descriptors has.
+/// Longest context that is encoded from JSON, in bytes: twice what a device of 256 packed queues of 256 descriptors has, or four
+/// times what one of 256 split queues of 1024 descriptors has.
 pub const MAX_LEN: usize = 4 << 20;
 /// Largest value of the 6 reserved bytes of a field.
 const MAX_RESERVED: u64 = (1 << 48) - 1;
@@ -198,14 +200,41 @@ pub struct Position {
     pub wrap: bool,
 }
 
-/// A chain of a packed queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// A chain of a packed queue. Its descriptors may have been overwritten, so what they said is here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Chain {
     /// Buffer id.
     pub id: u16,
     /// Descriptors of the ring that it takes.
     pub descriptors: u16,
+    /// What is in them; those without a length may be left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub buffers: Vec<Buffer>,
+}
+
+/// A buffer of a chain, or its indirect table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Buffer {
+    /// Guest physical address.
+    pub address: Hex<u64>,
+    /// Length in bytes.
+    pub length: u32,
+    /// What is there.
+    pub kind: BufferKind,
+}
+
+/// What is at the address of a descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BufferKind {
+    /// A buffer that the device reads.
+    Readable,
+    /// A buffer that the device writes.
+    Writable,
+    /// An indirect table. The chain has nothing else.
+    Table,
 }
 
 /// A field as it is in the context.
@@ -341,20 +370,67 @@ fn same_bytes(named: &Field, raw: &Raw) -> bool {
 }
 
 impl Position {
-    fn of(raw: U16) -> Self {
+    pub(super) fn of(position: virtio::Position) -> Self {
         Self {
-            descriptor: raw.get() & !WRAP,
-            wrap: raw.get() & WRAP != 0,
+            descriptor: position.offset(),
+            wrap: position.wrap(),
         }
     }
 
-    fn plain(self) -> Result<U16, Invalid> {
+    fn of_raw(raw: U16) -> Self {
+        Self::of(virtio::Position::from_raw(raw.get()))
+    }
+
+    /// The position; an error if no ring has so many descriptors.
+    pub(super) fn plain(self) -> Result<virtio::Position, Invalid> {
         if self.descriptor >= WRAP {
             let reason = format!("{} is more than {}", self.descriptor, WRAP - 1);
             return Err(Invalid::new(reason)).field("descriptor");
         }
         let wrap = if self.wrap { WRAP } else { 0 };
-        Ok((self.descriptor | wrap).into())
+        Ok(virtio::Position::from_raw(self.descriptor | wrap))
+    }
+}
+
+impl Chain {
+    pub(super) fn of(chain: &OwnedChain) -> Self {
+        let buffers = chain.buffers.iter().map(|buffer| Buffer {
+            address: Hex(buffer.address),
+            length: buffer.len,
+            kind: match buffer.kind {
+                OwnedKind::Readable => BufferKind::Readable,
+                OwnedKind::Writable => BufferKind::Writable,
+                OwnedKind::Table => BufferKind::Table,
+            },
+        });
+        Self {
+            id: chain.id,
+            descriptors: chain.descriptors,
+            buffers: buffers.collect(),
+        }
+    }
+
+    /// The chain; an error if it has more buffers than descriptors.
+    pub(super) fn plain(&self) -> Result<OwnedChain, Invalid> {
+        if self.buffers.len() > self.descriptors.into() {
+            let (buffers, descriptors) = (self.buffers.len(), self.descriptors);
+            let reason = format!("{buffers} buffers are too many for {descriptors} descriptors");
+            return Err(Invalid::new(reason)).field("buffers");
+        }
+        let buffers = self.buffers.iter().map(|buffer| OwnedBuffer {
+            address: buffer.address.0,
+            len: buffer.length,
+            kind: match buffer.kind {
+                BufferKind::Readable => OwnedKind::Readable,
+                BufferKind::Writable => OwnedKind::Writable,
+                BufferKind::Table => OwnedKind::Table,
+            },
+        });
+        Ok(OwnedChain {
+            id: self.id,
+            descriptors: self.descriptors,
+            buffers: buffers.collect(),
+        })
     }
 }
 
@@ -400,14 +476,11 @@ impl Field {
             context::Field::PackedRuntime(value) => Self::PackedRuntime {
                 queue: value.queue.get(),
                 enabled: value.enabled != 0,
-                available: Position::of(value.next_available),
-                used: Position::of(value.next_used),
+                available: Position::of_raw(value.next_available),
+                used: Position::of_raw(value.next_used),
             },
             context::Field::OwnedPackedChains(value) => {
-                let chains = value.chains.iter().map(|chain| Chain {
-                    id: chain.id.get(),
-                    descriptors: chain.descriptors.get(),
-                });
+                let chains = value.chains.iter().map(Chain::of);
                 Self::OwnedPackedChains {
                     queue: value.queue,
                     chains: chains.collect(),
@@ -474,21 +547,16 @@ impl Field {
                 used,
             } => context::Field::PackedRuntime(PackedRuntime {
                 queue: (*queue).into(),
-                next_available: available.plain().field("available")?,
-                next_used: used.plain().field("used")?,
+                next_available: available.plain().field("available")?.raw().into(),
+                next_used: used.plain().field("used")?.raw().into(),
                 enabled: (*enabled).into(),
                 reserved: 0,
             }),
             Self::OwnedPackedChains { queue, chains } => {
                 check_count(chains.len()).field("chains")?;
-                let chains = chains.iter().map(|chain| PackedChain {
-                    id: chain.id.into(),
-                    descriptors: chain.descriptors.into(),
-                });
-                context::Field::OwnedPackedChains(OwnedPackedChains {
-                    queue: *queue,
-                    chains: chains.collect(),
-                })
+                let chains = super::error::convert_all(chains, Chain::plain).field("chains")?;
+                let queue = *queue;
+                context::Field::OwnedPackedChains(OwnedPackedChains { queue, chains })
             }
             Self::QueueStatus {
                 queue,

@@ -1,12 +1,12 @@
 //! A virtio function: its device context, and what a context leaves out.
 
 use devices::admin::queue::NAME as ADMIN_QUEUE;
-use devices::state::{DeviceState, QueueState, TransientState};
+use devices::state::{DeviceState, PackedState, QueueState, RingState, SplitState, TransientState};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::context::Context;
-use super::error::{At, Invalid, check_ascending};
+use super::context::{Chain, Context, Position};
+use super::error::{At, Invalid, check_ascending, convert_all};
 use super::hex::{Hex, HexBytes};
 use super::version::Version;
 
@@ -55,7 +55,7 @@ pub enum Device {
     },
 }
 
-/// A split virtqueue.
+/// A virtqueue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Queue {
@@ -73,14 +73,32 @@ pub struct Queue {
     pub enabled: bool,
     /// The driver stopped the queue through the device-state capability.
     pub stopped: bool,
-    /// Available-ring entry the device fetches next, modulo 2^16.
-    pub next_available: u16,
+    /// Available-ring entry the device fetches next, modulo 2^16. Of split rings only, as `next_used` and `owned`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_available: Option<u16>,
     /// Used-ring entry the device writes next, modulo 2^16.
-    pub next_used: u16,
-    /// The driver wrote `last_avail_idx`, and nothing was fetched since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_used: Option<u16>,
+    /// The driver wrote where the queue goes on, and nothing was fetched since.
     pub restarts: bool,
     /// Head descriptors of the chains that the device fetched and did not use, in the order in which they were fetched.
-    pub owned: Vec<u16>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owned: Option<Vec<u16>>,
+    /// Where the device is in a packed ring, instead of the three.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packed: Option<PackedRing>,
+}
+
+/// Where the device is in a packed ring.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PackedRing {
+    /// Descriptor the device fetches next.
+    pub available: Position,
+    /// Descriptor the device uses next.
+    pub used: Position,
+    /// Chains that the device fetched and did not use, in the order in which they were fetched.
+    pub chains: Vec<Chain>,
 }
 
 impl Function {
@@ -185,12 +203,10 @@ impl Queue {
             device_area,
             enabled,
             stopped,
-            next_available,
-            next_used,
             restarts,
-            owned,
+            ring,
         } = state;
-        Self {
+        let queue = Self {
             size: *size,
             vector: *vector,
             descriptor_area: Hex(*descriptor_area),
@@ -198,10 +214,27 @@ impl Queue {
             device_area: Hex(*device_area),
             enabled: *enabled,
             stopped: *stopped,
-            next_available: *next_available,
-            next_used: *next_used,
             restarts: *restarts,
-            owned: owned.clone(),
+            next_available: None,
+            next_used: None,
+            owned: None,
+            packed: None,
+        };
+        match ring {
+            RingState::Split(ring) => Self {
+                next_available: Some(ring.next_available),
+                next_used: Some(ring.next_used),
+                owned: Some(ring.owned.clone()),
+                ..queue
+            },
+            RingState::Packed(ring) => Self {
+                packed: Some(PackedRing {
+                    available: Position::of(ring.next_available),
+                    used: Position::of(ring.next_used),
+                    chains: ring.owned.iter().map(Chain::of).collect(),
+                }),
+                ..queue
+            },
         }
     }
 
@@ -209,32 +242,76 @@ impl Queue {
     ///
     /// # Errors
     ///
-    /// Chains that a queue of this size does not have.
+    /// Chains that a queue of this size does not have; both kinds of rings, or none.
     pub fn plain(&self) -> Result<QueueState, Invalid> {
-        let size = self.size;
-        for (index, head) in self.owned.iter().enumerate() {
-            if *head >= size {
-                let reason = format!("there is no descriptor {head} in a queue of size {size}");
-                return Err(Invalid::new(reason)).entry(index).field("owned");
-            }
-        }
-        if self.owned.len() > size.into() {
-            let count = self.owned.len();
-            let reason = format!("{count} chains are too many for a queue of size {size}");
-            return Err(Invalid::new(reason)).field("owned");
-        }
         Ok(QueueState {
-            size,
+            size: self.size,
             vector: self.vector,
             descriptor_area: self.descriptor_area.0,
             driver_area: self.driver_area.0,
             device_area: self.device_area.0,
             enabled: self.enabled,
             stopped: self.stopped,
-            next_available: self.next_available,
-            next_used: self.next_used,
             restarts: self.restarts,
-            owned: self.owned.clone(),
+            ring: match &self.packed {
+                Some(packed) => RingState::Packed(self.packed_ring(packed)?),
+                None => RingState::Split(self.split_rings()?),
+            },
+        })
+    }
+
+    fn split_rings(&self) -> Result<SplitState, Invalid> {
+        let missing = |name| {
+            let reason = "is missing, and there is no `packed` instead";
+            Invalid::at(name, reason)
+        };
+        let owned = self.owned.as_deref().ok_or_else(|| missing("owned"))?;
+        let size = self.size;
+        for (index, head) in owned.iter().enumerate() {
+            if *head >= size {
+                let reason = format!("there is no descriptor {head} in a queue of size {size}");
+                return Err(Invalid::new(reason)).entry(index).field("owned");
+            }
+        }
+        if owned.len() > size.into() {
+            let count = owned.len();
+            let reason = format!("{count} chains are too many for a queue of size {size}");
+            return Err(Invalid::new(reason)).field("owned");
+        }
+        Ok(SplitState {
+            next_available: self
+                .next_available
+                .ok_or_else(|| missing("next_available"))?,
+            next_used: self.next_used.ok_or_else(|| missing("next_used"))?,
+            owned: owned.to_vec(),
+        })
+    }
+
+    fn packed_ring(&self, ring: &PackedRing) -> Result<PackedState, Invalid> {
+        let names = ["next_available", "next_used", "owned"];
+        let split = [
+            self.next_available.is_some(),
+            self.next_used.is_some(),
+            self.owned.is_some(),
+        ];
+        if let Some((name, _)) = names.into_iter().zip(split).find(|(_, is_there)| *is_there) {
+            return Err(Invalid::at(name, "is there although `packed` is"));
+        }
+        let position = |position: Position, name| position.plain().field(name).field("packed");
+        let count: u32 = ring.chains.iter().map(|c| u32::from(c.descriptors)).sum();
+        if count > self.size.into() || ring.chains.len() > self.size.into() {
+            let reason = format!(
+                "{} chains of {count} descriptors are too many for a queue of size {}",
+                ring.chains.len(),
+                self.size
+            );
+            return Err(Invalid::new(reason)).field("chains").field("packed");
+        }
+        let owned = convert_all(&ring.chains, Chain::plain);
+        Ok(PackedState {
+            next_available: position(ring.available, "available")?,
+            next_used: position(ring.used, "used")?,
+            owned: owned.field("chains").field("packed")?,
         })
     }
 }
@@ -258,10 +335,12 @@ pub(super) mod tests {
                     device_area: u64::MAX,
                     enabled: true,
                     stopped: false,
-                    next_available: 7,
-                    next_used: 5,
                     restarts: true,
-                    owned: vec![7, 0],
+                    ring: RingState::Split(SplitState {
+                        next_available: 7,
+                        next_used: 5,
+                        owned: vec![7, 0],
+                    }),
                 },
             )]
             .into(),
@@ -296,11 +375,11 @@ pub(super) mod tests {
                 "transient.unsignalled[1]: 1 follows 1; the list ascends",
             ),
             (
-                |f| f.transient.admin_queue.as_mut().unwrap().owned = vec![7, 8],
+                |f| f.transient.admin_queue.as_mut().unwrap().owned = Some(vec![7, 8]),
                 "transient.admin_queue.owned[1]: there is no descriptor 8 in a queue of size 8",
             ),
             (
-                |f| f.transient.admin_queue.as_mut().unwrap().owned = vec![1; 9],
+                |f| f.transient.admin_queue.as_mut().unwrap().owned = Some(vec![1; 9]),
                 "transient.admin_queue.owned: 9 chains are too many for a queue of size 8",
             ),
         ];

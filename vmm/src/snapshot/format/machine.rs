@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use devices::admin::{Drain, Profile};
 use devices::net::MacAddress;
-use devices::virtio::{Doors, Suspend};
+use devices::virtio::{Doors, Offer, Suspend};
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -121,6 +121,9 @@ pub struct Disk {
     pub bus: Bus,
     /// What its driver can stop it with.
     pub stops: Stops,
+    /// Its drivers may choose packed rings.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub packed: bool,
 }
 
 /// What a network interface is connected to.
@@ -145,6 +148,9 @@ pub struct Net {
     pub bus: Bus,
     /// What its driver can stop it with.
     pub stops: Stops,
+    /// Its drivers may choose packed rings.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub packed: bool,
 }
 
 /// An SR-IOV owner and its members.
@@ -165,6 +171,9 @@ pub struct Pf {
     pub passthrough: bool,
     /// What drivers of the members can stop them with.
     pub stops: Stops,
+    /// Its drivers may choose packed rings.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub packed: bool,
 }
 
 /// What is particular to the device type of an owner.
@@ -376,6 +385,11 @@ impl Stops {
     }
 }
 
+fn offer(stops: &Stops, packed: bool) -> Result<Offer, String> {
+    let doors = stops.to_config()?;
+    Ok(Offer { doors, packed })
+}
+
 impl Bus {
     fn of(slot: Slot) -> Self {
         match slot {
@@ -400,7 +414,8 @@ impl Disk {
             serial: disk.serial.clone(),
             queues: disk.queues,
             bus: Bus::of(disk.bus),
-            stops: Stops::of(disk.doors),
+            stops: Stops::of(disk.offer.doors),
+            packed: disk.offer.packed,
         }
     }
 
@@ -411,7 +426,7 @@ impl Disk {
             serial: self.serial.clone(),
             queues: self.queues,
             bus: self.bus.to_config(),
-            doors: self.stops.to_config()?,
+            offer: offer(&self.stops, self.packed)?,
         };
         disk.validate()?;
         Ok(disk)
@@ -431,7 +446,8 @@ impl Net {
             },
             mac: net.mac.map(|mac| mac.to_string()).unwrap_or_default(),
             bus: Bus::of(net.bus),
-            stops: Stops::of(net.doors),
+            stops: Stops::of(net.offer.doors),
+            packed: net.offer.packed,
         }
     }
 
@@ -443,7 +459,7 @@ impl Net {
             },
             mac: Some(mac(&self.mac)?),
             bus: self.bus.to_config(),
-            doors: self.stops.to_config()?,
+            offer: offer(&self.stops, self.packed)?,
         })
     }
 }
@@ -483,7 +499,8 @@ impl Pf {
             admin: pf.admin.name().to_owned(),
             drain_ms: pf.drain.0.as_millis() as u32,
             passthrough: pf.passthrough,
-            stops: Stops::of(pf.doors),
+            stops: Stops::of(pf.offer.doors),
+            packed: pf.offer.packed,
         }
     }
 
@@ -516,7 +533,7 @@ impl Pf {
             strict_admin: self.strict_admin,
             admin: admin.map_err(|e| format!("admin: {e}"))?,
             drain: Drain(Duration::from_millis(self.drain_ms.into())),
-            doors: self.stops.to_config()?,
+            offer: offer(&self.stops, self.packed)?,
             passthrough: self.passthrough,
         })
     }

@@ -243,7 +243,11 @@ fn exactly<const N: usize>(bytes: &HexBytes) -> Result<[u8; N], Invalid> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use devices::state::{FunctionState, QueueState, RegisterState, Shape};
+    use devices::state::{
+        FunctionState, OwnedBuffer, OwnedChain, OwnedKind, PackedState, QueueState, RegisterState,
+        RingState, Shape, SplitState,
+    };
+    use devices::virtio::Position;
 
     use super::super::context::{Context, Field, Raw};
     use super::super::hex::{Hex, HexBytes};
@@ -257,6 +261,7 @@ pub(crate) mod tests {
             queue_sizes: vec![8],
             config_len: 3,
             queue_status: true,
+            packed: false,
         };
         let state = FunctionState {
             offered: 1 << 100 | 3,
@@ -274,10 +279,12 @@ pub(crate) mod tests {
                 device_area: 0x1_0000_3000,
                 enabled: true,
                 stopped: true,
-                next_available: 9,
-                next_used: 7,
                 restarts: true,
-                owned: vec![3, 1],
+                ring: RingState::Split(SplitState {
+                    next_available: 9,
+                    next_used: 7,
+                    owned: vec![3, 1],
+                }),
             }],
             config: vec![1, 2, 3],
         };
@@ -366,6 +373,16 @@ pub(crate) mod tests {
         let msr = vcpu.msrs[0];
         vcpu.msrs.resize(400, msr);
         // Three queues, every descriptor of which is in flight, and configuration space without a line of zeroes.
+        let buffer = OwnedBuffer {
+            address: u64::MAX,
+            len: u32::MAX,
+            kind: OwnedKind::Writable,
+        };
+        let chain = OwnedChain {
+            id: u16::MAX,
+            descriptors: 1,
+            buffers: vec![buffer],
+        };
         let queue = QueueState {
             size: 256,
             vector: 1,
@@ -374,10 +391,12 @@ pub(crate) mod tests {
             device_area: u64::MAX,
             enabled: true,
             stopped: true,
-            next_available: u16::MAX,
-            next_used: u16::MAX,
             restarts: true,
-            owned: vec![255; 256],
+            ring: RingState::Packed(PackedState {
+                next_available: Position::from_raw(u16::MAX),
+                next_used: Position::from_raw(u16::MAX),
+                owned: vec![chain; 256],
+            }),
         };
         let function = FunctionState {
             offered: u128::MAX,
@@ -390,6 +409,7 @@ pub(crate) mod tests {
             queue_sizes: vec![256; 3],
             config_len: 64,
             queue_status: true,
+            packed: false,
         };
         let context = Context::of_state(&function, &shape);
         let function = Function::of("pf0-vf255", context, &function::tests::sample());

@@ -1,7 +1,7 @@
 //! Contexts from bytes to JSON and back.
 
 use devices::context::{assemble, encode};
-use devices::state::{QueueState, RegisterState};
+use devices::state::{QueueState, RegisterState, RingState, SplitState};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -82,13 +82,42 @@ fn each_type_has_named_members() {
         (
             context::Field::OwnedPackedChains(OwnedPackedChains {
                 queue: 3,
-                chains: vec![PackedChain {
-                    id: 4.into(),
-                    descriptors: 2.into(),
-                }],
+                chains: vec![
+                    OwnedChain {
+                        id: 4,
+                        descriptors: 3,
+                        buffers: vec![
+                            OwnedBuffer {
+                                address: 0x1000,
+                                len: 16,
+                                kind: OwnedKind::Readable,
+                            },
+                            OwnedBuffer {
+                                address: 0x2000,
+                                len: 512,
+                                kind: OwnedKind::Writable,
+                            },
+                        ],
+                    },
+                    OwnedChain {
+                        id: 9,
+                        descriptors: 1,
+                        buffers: vec![OwnedBuffer {
+                            address: 0x3000,
+                            len: 48,
+                            kind: OwnedKind::Table,
+                        }],
+                    },
+                ],
             }),
             json!({
-                "type": "VQ_PACKED_DEV_OWN_DESC", "queue": 3, "chains": [{ "id": 4, "descriptors": 2 }],
+                "type": "VQ_PACKED_DEV_OWN_DESC", "queue": 3, "chains": [
+                    { "id": 4, "descriptors": 3, "buffers": [
+                        { "address": "0x1000", "length": 16, "kind": "readable" },
+                        { "address": "0x2000", "length": 512, "kind": "writable" },
+                    ] },
+                    { "id": 9, "descriptors": 1, "buffers": [{ "address": "0x3000", "length": 48, "kind": "table" }] },
+                ],
             }),
         ),
         (
@@ -248,6 +277,7 @@ fn shape() -> Shape {
         queue_sizes: vec![8, 4],
         config_len: 3,
         queue_status: true,
+        packed: false,
     }
 }
 
@@ -267,10 +297,12 @@ prop_compose! {
             device_area: areas.2,
             enabled: flags.0,
             stopped: flags.1,
-            next_available: next.0,
-            next_used: next.1,
             restarts: flags.2,
-            owned,
+            ring: RingState::Split(SplitState {
+                next_available: next.0,
+                next_used: next.1,
+                owned,
+            }),
         }
     }
 }

@@ -1,16 +1,19 @@
-//! The doors to its gate that a device offers its driver, as the command line and the configuration file write them.
+//! What a device offers its driver that not every device does, as the command line and the configuration file write it: the
+//! doors to its gate, and packed rings.
 //!
-//! Off by default: virtio 1.4 has one of the three, and reserves the feature bits of the others.
+//! Nothing of it by default: of the doors, virtio 1.4 has one and reserves the feature bits of the others, and packed rings
+//! are taken by every driver that knows them.
 
 use std::fmt;
 
-use devices::virtio::{Doors, Suspend};
+use devices::virtio::{Doors, Offer, Suspend};
 
-/// How doors are written.
-pub(super) const FORM: &str = "[,suspend=v5|v1.4][,device-stop[=BIT]][,device-state-cap]";
+/// How it is written.
+pub(super) const FORM: &str = "[,suspend=v5|v1.4][,device-stop[=BIT]][,device-state-cap][,packed]";
 
-/// Takes `key` if it is about doors; false if it is not.
-pub(super) fn take(doors: &mut Doors, key: &str, value: Option<&str>) -> Result<bool, String> {
+/// Takes `key` if it is about this; false if it is not.
+pub(super) fn take(offer: &mut Offer, key: &str, value: Option<&str>) -> Result<bool, String> {
+    let doors = &mut offer.doors;
     match (key, value) {
         ("suspend", Some(value)) => doors.suspend = Some(suspend(value)?),
         ("device-stop", None) => doors.device_stop = Some(Doors::DEVICE_STOP),
@@ -19,37 +22,43 @@ pub(super) fn take(doors: &mut Doors, key: &str, value: Option<&str>) -> Result<
             doors.device_stop = Some(device_stop(bit)?);
         }
         ("device-state-cap", None) => doors.queue_status = true,
+        ("packed", None) => offer.packed = true,
         _ => return Ok(false),
     }
     Ok(true)
 }
 
-/// The three keys of a configuration file.
+/// The keys of a configuration file.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Given {
     pub suspend: Option<String>,
     pub device_stop: Option<u32>,
     pub device_state_cap: bool,
+    pub packed: bool,
 }
 
-impl TryFrom<Given> for Doors {
+impl TryFrom<Given> for Offer {
     type Error = String;
 
     fn try_from(given: Given) -> Result<Self, String> {
         Ok(Self {
-            suspend: given.suspend.as_deref().map(suspend).transpose()?,
-            device_stop: given.device_stop.map(device_stop).transpose()?,
-            queue_status: given.device_state_cap,
+            doors: Doors {
+                suspend: given.suspend.as_deref().map(suspend).transpose()?,
+                device_stop: given.device_stop.map(device_stop).transpose()?,
+                queue_status: given.device_state_cap,
+            },
+            packed: given.packed,
         })
     }
 }
 
-impl From<Doors> for Given {
-    fn from(doors: Doors) -> Self {
+impl From<Offer> for Given {
+    fn from(Offer { doors, packed }: Offer) -> Self {
         Self {
             suspend: doors.suspend.map(|suspend| suspend.name().to_owned()),
             device_stop: doors.device_stop.map(u32::from),
             device_state_cap: doors.queue_status,
+            packed,
         }
     }
 }
@@ -88,7 +97,7 @@ fn device_stop_rule(given: &str) -> String {
     )
 }
 
-/// The names of what is offered, as they are written.
+/// The names of the doors, as they are written.
 pub fn names(doors: Doors) -> Vec<String> {
     let suspend = doors.suspend.map(|s| format!("suspend={}", s.name()));
     let stop = doors.device_stop.map(|bit| format!("device-stop={bit}"));
@@ -96,11 +105,11 @@ pub fn names(doors: Doors) -> Vec<String> {
     [suspend, stop, state].into_iter().flatten().collect()
 }
 
-/// Writes `doors` behind other options.
-pub(super) fn write(f: &mut fmt::Formatter<'_>, doors: Doors) -> fmt::Result {
-    names(doors)
-        .iter()
-        .try_for_each(|name| write!(f, ",{name}"))
+/// Writes `offer` behind other options.
+pub(super) fn write(f: &mut fmt::Formatter<'_>, offer: Offer) -> fmt::Result {
+    let packed = offer.packed.then(|| "packed".to_owned());
+    let mut names = names(offer.doors).into_iter().chain(packed);
+    names.try_for_each(|name| write!(f, ",{name}"))
 }
 
 #[cfg(test)]
@@ -108,21 +117,23 @@ mod tests {
     use crate::config::{Disk, Net, Pf};
 
     #[test]
-    fn doors_are_written_and_read_alike_everywhere() {
-        for doors in [
+    fn offers_are_written_and_read_alike_everywhere() {
+        for offer in [
             "",
             ",suspend=v5",
             ",suspend=v1.4,device-stop=44",
             ",device-stop=49,device-state-cap",
             ",suspend=v5,device-stop=45,device-state-cap",
+            ",packed",
+            ",device-stop=44,packed",
         ] {
-            let disk: Disk = format!("path=a{doors}").parse().unwrap();
-            let net: Net = format!("switch=s{doors}").parse().unwrap();
-            let pf: Pf = format!("net,vfs=2{doors}").parse().unwrap();
-            assert_eq!(disk.to_string(), format!("path=a{doors}"));
-            assert_eq!(net.to_string(), format!("switch=s{doors}"));
-            assert_eq!(pf.to_string(), format!("net,vfs=2{doors}"));
-            assert_eq!((disk.doors, net.doors), (pf.doors, pf.doors));
+            let disk: Disk = format!("path=a{offer}").parse().unwrap();
+            let net: Net = format!("switch=s{offer}").parse().unwrap();
+            let pf: Pf = format!("net,vfs=2{offer}").parse().unwrap();
+            assert_eq!(disk.to_string(), format!("path=a{offer}"));
+            assert_eq!(net.to_string(), format!("switch=s{offer}"));
+            assert_eq!(pf.to_string(), format!("net,vfs=2{offer}"));
+            assert_eq!((disk.offer, net.offer), (pf.offer, pf.offer));
             let json = serde_json::to_string(&disk).unwrap();
             assert_eq!(serde_json::from_str::<Disk>(&json).unwrap(), disk, "{json}");
             let json = serde_json::to_string(&net).unwrap();
@@ -134,8 +145,9 @@ mod tests {
 
     #[test]
     fn the_file_says_the_same_as_the_command_line() {
-        let json = r#""suspend": "v1.4", "device_stop": 46, "device_state_cap": true"#;
-        let text = "suspend=v1.4,device-stop=46,device-state-cap";
+        let json =
+            r#""suspend": "v1.4", "device_stop": 46, "device_state_cap": true, "packed": true"#;
+        let text = "suspend=v1.4,device-stop=46,device-state-cap,packed";
         let disk: Disk = serde_json::from_str(&format!(r#"{{"path": "a", {json}}}"#)).unwrap();
         assert_eq!(disk, format!("path=a,{text}").parse().unwrap());
         let net: Net = serde_json::from_str(&format!(r#"{{"switch": "s", {json}}}"#)).unwrap();
@@ -148,7 +160,7 @@ mod tests {
     #[test]
     fn without_a_number_device_stop_has_the_first_that_is_free() {
         let disk: Disk = "path=a,device-stop".parse().unwrap();
-        assert_eq!(disk.doors.device_stop, Some(44));
+        assert_eq!(disk.offer.doors.device_stop, Some(44));
     }
 
     #[test]
@@ -163,6 +175,7 @@ mod tests {
             ("device-stop=-1", "device-stop=-1 is not possible"),
             ("device-stop=300", "device-stop=300 is not possible"),
             ("device-state-cap=1", "not understood"),
+            ("packed=off", "'packed=off' is not understood"),
         ] {
             let disk = format!("path=a,{text}").parse::<Disk>().unwrap_err();
             assert!(disk.contains(part), "{text}: {disk}");

@@ -1,0 +1,259 @@
+//! The two kinds of rings behind one face.
+
+use super::packed::{Descriptors, PackedRing, Position};
+use super::split::SplitRing;
+use super::{QueueRegisters, RingError};
+use crate::memory::View;
+use crate::state::{PackedState, RingState, SplitState};
+use crate::virtio::chain::{Chain, Ticket};
+
+/// Which kind of ring a driver uses: it accepted VIRTIO_F_RING_PACKED or not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Format {
+    /// Split.
+    #[default]
+    Split,
+    /// Packed.
+    Packed,
+}
+
+impl Format {
+    /// True if a ring of this kind can have `size` entries.
+    pub fn allows(self, size: u16) -> bool {
+        match self {
+            Self::Split => size.is_power_of_two(),
+            Self::Packed => (1..=32768).contains(&size),
+        }
+    }
+
+    /// Where a ring starts if its driver does not say it.
+    pub(super) fn start(self) -> Start {
+        match self {
+            Self::Split => Start::default(),
+            Self::Packed => Start::at(Position::START.raw()),
+        }
+    }
+}
+
+/// Where a ring is to go on, in the encoding of its format: indices modulo 2^16, or offsets and wrap counters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Start {
+    /// What is fetched next.
+    pub available: u16,
+    /// What is used next. That of a split ring is in its used ring instead (G0-l).
+    pub used: u16,
+}
+
+impl Start {
+    /// At a place at which nothing is in flight.
+    pub fn at(place: u16) -> Self {
+        Self {
+            available: place,
+            used: place,
+        }
+    }
+}
+
+/// A chain that the function has, and what it takes to fetch it again.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub ticket: Ticket,
+    /// `None` for a chain of a split ring, whose descriptors nobody overwrites.
+    descriptors: Option<Descriptors>,
+}
+
+/// The rings of an enabled queue.
+#[derive(Debug)]
+pub(super) enum Ring {
+    Split(SplitRing),
+    Packed(PackedRing),
+}
+
+impl Ring {
+    /// The rings that `registers` describe, at their start, if all of them is guest memory.
+    pub fn new(
+        format: Format,
+        max_size: u16,
+        registers: &QueueRegisters,
+        view: &View,
+    ) -> Result<Self, RingError> {
+        Ok(match format {
+            Format::Split => Self::Split(SplitRing::new(max_size, registers, view)?),
+            Format::Packed => Self::Packed(PackedRing::new(registers, view)?),
+        })
+    }
+
+    /// Goes on where `saved` says, and the chains that the function has.
+    pub fn restore(&mut self, saved: &RingState, view: &View) -> Result<Vec<Held>, RingError> {
+        match (self, saved) {
+            (Self::Split(ring), RingState::Split(saved)) => {
+                ring.go_to(saved.next_available, saved.next_used);
+                let held = saved.owned.iter().map(|head| Held {
+                    ticket: SplitRing::ticket(*head),
+                    descriptors: None,
+                });
+                Ok(held.collect())
+            }
+            (Self::Packed(ring), RingState::Packed(saved)) => {
+                ring.go_to(saved.next_available, saved.next_used)?;
+                let held = saved.owned.iter().map(|chain| {
+                    Ok(Held {
+                        ticket: Ticket {
+                            id: chain.id,
+                            slots: chain.descriptors,
+                        },
+                        descriptors: Some(Descriptors::restored(chain, view)?),
+                    })
+                });
+                held.collect()
+            }
+            _ => Err(RingError::Format),
+        }
+    }
+
+    /// Where the ring is, with `held`, the chains that the function has.
+    pub fn save<'a>(&self, held: impl Iterator<Item = &'a Held>) -> RingState {
+        match self {
+            Self::Split(ring) => RingState::Split(SplitState {
+                next_available: ring.next_available(),
+                next_used: ring.next_used(),
+                owned: held.map(|held| held.ticket.id).collect(),
+            }),
+            Self::Packed(ring) => RingState::Packed(PackedState {
+                next_available: ring.next_available(),
+                next_used: ring.next_used(),
+                owned: held
+                    .filter_map(|held| Some(held.descriptors.as_ref()?.save(held.ticket)))
+                    .collect(),
+            }),
+        }
+    }
+
+    /// Where the ring is, in the encoding of its format.
+    pub fn place(&self) -> Start {
+        match self {
+            Self::Split(ring) => Start {
+                available: ring.next_available(),
+                used: ring.next_used(),
+            },
+            Self::Packed(ring) => Start {
+                available: ring.next_available().raw(),
+                used: ring.next_used().raw(),
+            },
+        }
+    }
+
+    /// Goes on where the driver says.
+    pub fn start_at(&mut self, view: &View, start: Start) -> Result<(), RingError> {
+        match self {
+            Self::Split(ring) => ring.go_to_available(view, start.available),
+            Self::Packed(ring) => {
+                let [available, used] = [start.available, start.used].map(Position::from_raw);
+                ring.go_to(available, used)
+            }
+        }
+    }
+
+    /// Whether what the driver is notified of depends on events.
+    pub fn set_event_index(&mut self, enabled: bool) {
+        match self {
+            Self::Split(ring) => ring.set_event_index(enabled),
+            Self::Packed(ring) => ring.set_event_index(enabled),
+        }
+    }
+
+    /// Fetches the next available chain, unless it is one of `held`.
+    pub fn next<'a>(
+        &mut self,
+        view: &View,
+        mut held: impl Iterator<Item = &'a Held>,
+    ) -> Result<Option<(Chain, Held)>, RingError> {
+        Ok(match self {
+            Self::Split(ring) => {
+                let chain = ring.next(view, |ticket| held.any(|held| held.ticket == ticket))?;
+                chain.map(|chain| {
+                    let ticket = chain.ticket();
+                    let descriptors = None;
+                    (
+                        chain,
+                        Held {
+                            ticket,
+                            descriptors,
+                        },
+                    )
+                })
+            }
+            Self::Packed(ring) => {
+                let found = ring.next(view, |id| held.any(|held| held.ticket.id == id))?;
+                found.map(|(chain, descriptors)| {
+                    let ticket = chain.ticket();
+                    let descriptors = Some(descriptors);
+                    (
+                        chain,
+                        Held {
+                            ticket,
+                            descriptors,
+                        },
+                    )
+                })
+            }
+        })
+    }
+
+    /// Fetches a chain that the function has, once more.
+    pub fn again(&mut self, view: &View, held: &Held) -> Result<Chain, RingError> {
+        match (self, &held.descriptors) {
+            (Self::Split(ring), None) => ring.again(view, held.ticket),
+            (Self::Packed(ring), Some(descriptors)) => ring.again(view, held.ticket, descriptors),
+            _ => Err(RingError::Format),
+        }
+    }
+
+    /// The chain that was fetched last is as if it had not been.
+    pub fn put_back(&mut self, ticket: Ticket) {
+        match self {
+            Self::Split(ring) => ring.put_back(),
+            Self::Packed(ring) => ring.put_back(ticket),
+        }
+    }
+
+    /// Returns a chain to the driver with `len` bytes written.
+    pub fn push(&mut self, view: &View, ticket: Ticket, len: u32) -> Result<(), RingError> {
+        match self {
+            Self::Split(ring) => ring.push(view, ticket, len),
+            Self::Packed(ring) => ring.push(view, ticket, len),
+        }
+    }
+
+    /// Tells the driver not to kick.
+    pub fn disable_kicks(&mut self, view: &View) -> Result<(), RingError> {
+        match self {
+            Self::Split(ring) => ring.disable_kicks(view),
+            Self::Packed(ring) => ring.disable_kicks(view),
+        }
+    }
+
+    /// True if the device found the ring empty since kicks were last asked for, or declined.
+    pub fn is_starved(&self) -> bool {
+        match self {
+            Self::Split(ring) => ring.is_starved(),
+            Self::Packed(ring) => ring.is_starved(),
+        }
+    }
+
+    /// Asks for a kick when the next chain is made available. True if one already is.
+    pub fn enable_kicks(&mut self, view: &View) -> Result<bool, RingError> {
+        match self {
+            Self::Split(ring) => ring.enable_kicks(view),
+            Self::Packed(ring) => ring.enable_kicks(view),
+        }
+    }
+
+    /// Whether the driver wants to hear of what was used since it was last asked this.
+    pub fn wants_signal(&mut self, view: &View) -> Result<bool, RingError> {
+        match self {
+            Self::Split(ring) => ring.wants_signal(view),
+            Self::Packed(ring) => ring.wants_signal(view),
+        }
+    }
+}
