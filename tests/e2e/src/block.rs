@@ -19,6 +19,7 @@ pub fn trials() -> Vec<Trial> {
             "block::data_survives_a_reboot_and_equals_the_file",
             data_survives,
         ),
+        trial("block::packed_virtqueues_carry_the_same_data", packed),
         trial("block::a_read_only_disk_refuses_writes", read_only),
         trial("block::serial_size_and_queues_reach_the_guest", identity),
         trial(
@@ -71,6 +72,35 @@ fn data_survives() -> Result<()> {
         .run_ok()?
         .value("block-verify", "crc32")?;
     ensure!(written == read, "wrote {written}, read {read}");
+    Ok(())
+}
+
+/// Written by one kind of virtqueues, read by the other, on either kernel.
+fn packed() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = disk(&dir, 64)?;
+    let (split, packed) = (
+        option(&path, ",queues=2"),
+        option(&path, ",queues=2,packed"),
+    );
+    let written = Vm::new("packed:devices=1,block-write:seed=9:mib=32,dmesg-clean")
+        .args(["--cpus", "2", "--disk", &packed])
+        .run_ok()?
+        .value("block-write", "crc32")?;
+    ensure!(
+        written == format!("{:08x}", checksum(&path, 32)?),
+        "the file differs from what the guest wrote"
+    );
+    let (old, new) = (("vmlinuz-6.1", "6.1"), ("vmlinuz-6.12", "6.12"));
+    for ((kernel, version), disk, devices) in [(old, &packed, 1), (new, &split, 0)] {
+        let scenario = format!("packed:devices={devices},block-verify:seed=9:mib=32");
+        let read = Vm::new(&scenario)
+            .kernel(kernel, version)
+            .args(["--disk", disk])
+            .run_ok()?
+            .value("block-verify", "crc32")?;
+        ensure!(written == read, "wrote {written}, read {read}");
+    }
     Ok(())
 }
 

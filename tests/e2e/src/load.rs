@@ -57,6 +57,21 @@ impl Load {
         Ok(load)
     }
 
+    /// The same, where all but the owner of disks and its members offer packed virtqueues, and their drivers take them.
+    pub fn with_packed_rings(cpus: u32) -> Result<Self> {
+        let mut load = Self::with_everything(cpus)?;
+        for option in &mut load.options {
+            if option.starts_with("path=") || option.starts_with("switch=") {
+                option.push_str(",packed");
+            }
+            if option.starts_with("net,") {
+                option.push_str(",packed");
+            }
+        }
+        // The disk, two interfaces, the owner of interfaces.
+        Ok(load.and_then(&format!("packed:devices={}", 4 + MEMBERS)))
+    }
+
     /// An owner of disks with two members, offering these doors.
     pub fn of_disks(cpus: u32, doors: &str) -> Result<Self> {
         Self::of_many_disks(cpus, MEMBERS, doors)

@@ -13,6 +13,7 @@ use crate::vm::{Outcome, Vm, output};
 pub fn trials() -> Vec<Trial> {
     vec![
         trial("net::two_functions_on_a_switch_move_10_mib", switch),
+        trial("net::packed_virtqueues_reach_split_ones", packed),
         trial("net::a_tap_reaches_the_machine_network", tap),
     ]
 }
@@ -26,6 +27,24 @@ fn switch() -> Result<()> {
         "{}",
         outcome.stdout
     );
+    Ok(())
+}
+
+/// One of the two interfaces has packed virtqueues.
+fn packed() -> Result<()> {
+    for (kernel, version) in [("vmlinuz-6.1", "6.1"), ("vmlinuz-6.12", "6.12")] {
+        let nets = ["--net", "switch=lan,packed", "--net", "switch=lan"];
+        let outcome = Vm::new("packed:devices=1,net-ping:a=eth0:b=eth1:mib=10,dmesg-clean")
+            .kernel(kernel, version)
+            .args(["--cpus", "2"])
+            .args(nets)
+            .run_ok()?;
+        ensure!(
+            outcome.number("net-ping", "bytes")? >= 10 << 20,
+            "{}",
+            outcome.stdout
+        );
+    }
     Ok(())
 }
 

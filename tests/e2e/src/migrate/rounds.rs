@@ -36,27 +36,30 @@ const LOST: u32 = 64;
 pub fn trials() -> Vec<Trial> {
     vec![
         trial("migrate::rounds_handed_over_under_load", || {
-            under_load(by(&[]), |load| load)
+            under_load(by(&[]), Load::with_everything(2)?)
         }),
         trial("migrate::rounds_copied_under_load", || {
-            under_load(by(&COPY), |load| load)
+            under_load(by(&COPY), Load::with_everything(2)?)
         }),
-        trial("migrate::rounds_in_either_way_in_turns", || {
-            let in_turns = |guest: Guest, directory: &Path, number: u32| {
-                let options: &[&str] = if number.is_multiple_of(2) { &COPY } else { &[] };
-                move_to(guest, directory, number, options)
-            };
-            under_load(in_turns, |load| load)
-        }),
+        trial(
+            "migrate::rounds_in_either_way_in_turns_with_packed_virtqueues",
+            || {
+                let in_turns = |guest: Guest, directory: &Path, number: u32| {
+                    let options: &[&str] = if number.is_multiple_of(2) { &COPY } else { &[] };
+                    move_to(guest, directory, number, options)
+                };
+                under_load(in_turns, Load::with_packed_rings(2)?)
+            },
+        ),
         trial("migrate::rounds_copied_under_load_with_linux_6_1", || {
-            under_load(by(&COPY), Load::linux_6_1)
+            under_load(by(&COPY), Load::with_everything(2)?.linux_6_1())
         }),
         trial("migrate::rounds_copied_over_tls", || {
             let authority = Authority::new()?;
             let over_tls = |guest: Guest, directory: &Path, number: u32| {
                 authority.move_to(guest, directory, number, &COPY[1..])
             };
-            under_load(over_tls, |load| load)
+            under_load(over_tls, Load::with_everything(2)?)
         }),
         trial("migrate::rounds_copied_over_four_connections", || {
             let authority = Authority::new()?;
@@ -68,7 +71,7 @@ pub fn trials() -> Vec<Trial> {
                     move_to(guest, directory, number, &OVER_FOUR)
                 }
             };
-            under_load(over_four, |load| load)
+            under_load(over_four, Load::with_everything(2)?)
         }),
         trial("migrate::rounds_while_booting", || while_booting(&[])),
         trial("migrate::rounds_copied_while_booting", || {
@@ -82,13 +85,9 @@ fn by(options: &'static [&'static str]) -> impl Fn(Guest, &Path, u32) -> Result<
     move |guest, directory, number| move_to(guest, directory, number, options)
 }
 
-fn under_load(
-    carry: impl Fn(Guest, &Path, u32) -> Result<Moved>,
-    adjust: impl FnOnce(Load) -> Load,
-) -> Result<()> {
+fn under_load(carry: impl Fn(Guest, &Path, u32) -> Result<Moved>, load: Load) -> Result<()> {
     let rounds = rounds(ROUNDS)?;
-    let load = Load::with_everything(2)?.parameter(&format!("lost={}", rounds * LOST));
-    let load = adjust(load);
+    let load = load.parameter(&format!("lost={}", rounds * LOST));
     let mut chance = Chance::new();
     let mut guest = load.run()?;
     guest.ticks(2)?;

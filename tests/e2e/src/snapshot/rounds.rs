@@ -21,10 +21,13 @@ const BOOT: Duration = Duration::from_millis(12000);
 
 pub fn trials() -> Vec<Trial> {
     vec![
-        trial("snapshot::rounds_under_load", || rounds(|load| load)),
-        trial("snapshot::rounds_under_load_with_linux_6_1", || {
-            rounds(Load::linux_6_1)
+        trial("snapshot::rounds_under_load", || {
+            rounds(Load::with_everything(2)?)
         }),
+        trial(
+            "snapshot::rounds_under_load_with_linux_6_1_and_packed_virtqueues",
+            || rounds(Load::with_packed_rings(2)?.linux_6_1()),
+        ),
         trial("snapshot::rounds_while_booting", || booting(|load| load)),
         trial("snapshot::rounds_while_linux_6_1_boots", || {
             booting(Load::linux_6_1)
@@ -33,10 +36,9 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// Each generation is made from the one before.
-fn rounds(adjust: impl FnOnce(Load) -> Load) -> Result<()> {
+fn rounds(load: Load) -> Result<()> {
     let rounds = crate::chance::rounds(ROUNDS)?;
-    let load = Load::with_everything(2)?.parameter(&format!("lost={}", rounds * LOST));
-    let load = adjust(load);
+    let load = load.parameter(&format!("lost={}", rounds * LOST));
     let mut chance = Chance::new();
     let mut guest = load.run()?;
     guest.ticks(2)?;

@@ -11,6 +11,7 @@ mod fork;
 mod memory;
 mod net;
 mod pci;
+mod rings;
 mod sriov;
 mod steady;
 
@@ -53,7 +54,7 @@ impl fmt::Display for Found {
 type Run = fn(&Request) -> Result<Found>;
 
 /// Name, parameters, what runs. The README says what each does.
-const SCENARIOS: [(&str, &[&str], Run); 39] = [
+const SCENARIOS: [(&str, &[&str], Run); 40] = [
     ("boot", &[], boot::run),
     ("pci", &[], pci::run),
     ("poweroff", &[], |_| power::end(RebootCommand::PowerOff)),
@@ -74,6 +75,7 @@ const SCENARIOS: [(&str, &[&str], Run); 39] = [
         net::tap,
     ),
     ("net-rate", &["a", "b", "mib", "rounds"], net::rate),
+    ("packed", &["devices"], rings::packed),
     ("entropy", &[], entropy::run),
     ("console-echo", &[], console::echo),
     ("hvc-echo", &["dev"], console::hvc_echo),
