@@ -7,6 +7,7 @@ mod context;
 mod host;
 mod http;
 mod migrate;
+mod queue;
 mod size;
 mod snapshot;
 mod spread;
@@ -36,6 +37,8 @@ enum What {
     /// Runs inside the machine
     #[command(hide = true)]
     MigrateInside(migrate::Inside),
+    /// Virtqueues, split and packed: buffers a second that a device fetches and gives back
+    Queue(queue::Queue),
     /// What it takes to save a guest, to save what changed since, and to restore it
     Snapshot(snapshot::Snapshot),
     /// Runs inside the machine
@@ -56,6 +59,7 @@ impl Bench {
             What::Context(context) => context.run(),
             What::Migrate(migrate) => migrate.run(),
             What::MigrateInside(inside) => inside.run(),
+            What::Queue(queue) => queue.run(),
             What::Snapshot(snapshot) => snapshot.run(),
             What::SnapshotInside(inside) => inside.run(),
             What::Vfs(vfs) => vfs.run(),

@@ -51,15 +51,46 @@ pub struct Chain {
 /// The buffers of a chain. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Buffers {
-    all: Arc<[Buffer]>,
+    all: List,
     /// Number of device-readable buffers at the start of `all`.
     readable: usize,
+}
+
+/// Buffers that need no allocation: those of a frame, or of a request with its header and its status.
+const FEW: usize = 3;
+
+/// A list of buffers. Equal ones have the same form.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum List {
+    /// The first so many of these; the others are zero.
+    Few([Buffer; FEW], usize),
+    Many(Arc<[Buffer]>),
+}
+
+impl List {
+    fn new(buffers: &[Buffer]) -> Self {
+        let mut few = [(GuestAddress(0), 0); FEW];
+        match few.get_mut(..buffers.len()) {
+            Some(first) => {
+                first.copy_from_slice(buffers);
+                Self::Few(few, buffers.len())
+            }
+            None => Self::Many(buffers.into()),
+        }
+    }
+
+    fn as_slice(&self) -> &[Buffer] {
+        match self {
+            Self::Few(few, len) => few.get(..*len).unwrap_or_default(),
+            Self::Many(many) => many,
+        }
+    }
 }
 
 impl Buffers {
     /// Address and length of each, and whether the device may write to it.
     pub fn iter(&self) -> impl Iterator<Item = (GuestAddress, u32, bool)> + '_ {
-        let all = self.all.iter().enumerate();
+        let all = self.all.as_slice().iter().enumerate();
         all.map(|(index, (start, len))| (*start, *len, index >= self.readable))
     }
 }
@@ -113,7 +144,7 @@ impl Draft {
     /// All that were added.
     pub fn finish(&self) -> Buffers {
         Buffers {
-            all: self.buffers.as_slice().into(),
+            all: List::new(&self.buffers),
             readable: self.readable,
         }
     }
@@ -147,7 +178,7 @@ impl Chain {
 
     /// Number of guest buffers it is made of: what it costs to hold on to it.
     pub fn buffer_count(&self) -> usize {
-        self.buffers.all.len()
+        self.buffers.all.as_slice().len()
     }
 
     /// Bytes the device may read.
@@ -162,12 +193,12 @@ impl Chain {
 
     fn readable(&self) -> &[Buffer] {
         let Buffers { all, readable } = &self.buffers;
-        all.get(..*readable).unwrap_or_default()
+        all.as_slice().get(..*readable).unwrap_or_default()
     }
 
     fn writable(&self) -> &[Buffer] {
         let Buffers { all, readable } = &self.buffers;
-        all.get(*readable..).unwrap_or_default()
+        all.as_slice().get(*readable..).unwrap_or_default()
     }
 
     /// Copies device-readable bytes from `offset` on into `out`; returns how many there were.

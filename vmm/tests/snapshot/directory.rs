@@ -181,7 +181,10 @@ fn a_state_that_is_too_long_is_not_read() {
     let file = fs::File::options().append(true).open(&state).unwrap();
     file.set_len((160 << 20) + 1).unwrap();
     let error = refusal(&snapshot);
-    assert!(error.contains("more than 167772160 are not read"), "{error}");
+    assert!(
+        error.contains("more than 167772160 are not read"),
+        "{error}"
+    );
     // A hole reads as zeroes, which are no JSON.
     file.set_len(160 << 20).unwrap();
     let error = refusal(&snapshot);
@@ -195,7 +198,10 @@ fn a_state_that_is_too_long_is_not_read() {
     padded.push(b' ');
     fs::write(&state, padded).unwrap();
     let error = refusal(&snapshot);
-    assert!(error.contains("more than 167772160 are not read"), "{error}");
+    assert!(
+        error.contains("more than 167772160 are not read"),
+        "{error}"
+    );
 }
 
 /// Paths are followed that were named here, and no others.
