@@ -9,7 +9,7 @@ use super::value::{
 use crate::state::{
     FunctionState, OwnedChain, PackedState, QueueState, RegisterState, RingState, Shape, SplitState,
 };
-use crate::virtio::Position;
+use crate::virtio::{Position, feature};
 
 /// The fields that came so far, each checked against the device and against the others.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -249,8 +249,7 @@ impl Draft {
         };
         Ok(FunctionState {
             offered,
-            // The draft of the migration commands has no field for what the driver accepted (G3-d).
-            accepted: self.accepted.unwrap_or(offered),
+            accepted: self.accepted.unwrap_or_else(|| self.presumed(offered)),
             registers: RegisterState {
                 device_feature_select: registers.device_feature_select.get(),
                 driver_feature_select: registers.driver_feature_select.get(),
@@ -268,6 +267,16 @@ impl Draft {
 }
 
 impl Draft {
+    /// What the driver accepted if no field says it, as in the draft of the migration commands (G3-d): all that is offered, but
+    /// packed rings only if it has some.
+    fn presumed(&self, offered: u128) -> u128 {
+        let is_packed = |queue: &QueueDraft| matches!(queue.ring, Some(RingDraft::Packed { .. }));
+        match self.queues.iter().any(is_packed) {
+            true => offered,
+            false => offered & !u128::from(feature::RING_PACKED),
+        }
+    }
+
     /// The queue that a VQ_STATUS calls selected. If all that came say they are not, then one that does not exist is; and 0
     /// without any.
     fn state_queue_select(&self) -> u16 {

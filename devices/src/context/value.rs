@@ -188,8 +188,8 @@ pub struct PackedRuntime {
 /// |---|---|
 /// | 0 | le16 queue index |
 /// | 2 | u8 queue_status: 0 stopped, 1 running, or not enabled |
-/// | 3 | u8 flags: bit 0, the driver wrote last_avail_idx and nothing was fetched since; bit 1, queue_select of the capability selects this queue |
-/// | 4 | le16 next entry of the used ring |
+/// | 3 | u8 flags: bit 0, the driver wrote where the queue goes on and nothing was fetched since; bit 1, queue_select of the capability selects this queue |
+/// | 4 | le16 next entry of the used ring; 0 of a packed queue, whose position is in VQ_PACKED_RUNTIME |
 /// | 6 | 2 reserved bytes |
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
@@ -202,7 +202,7 @@ pub struct QueueStatus {
     pub running: u8,
     /// [`RESTARTS`](Self::RESTARTS) and [`SELECTED`](Self::SELECTED).
     pub flags: u8,
-    /// The used-ring entry that is written next.
+    /// The used-ring entry that is written next; 0 of a packed queue.
     pub next_used: U16,
     /// Reserved: written as 0, ignored when read.
     pub reserved: U16,

@@ -195,15 +195,24 @@ impl<'a> Io<'a> {
     /// Returns a chain of `queue` to the driver, with `len` bytes written to it. While [`Self::is_resetting`] it only
     /// ceases to be in flight.
     pub fn push(&mut self, queue: u16, ticket: Ticket, len: u32) -> Result<(), RingError> {
+        self.push_all(queue, std::iter::once((ticket, len)))
+    }
+
+    /// Returns several at once: the driver sees all of them or none.
+    pub fn push_all(
+        &mut self,
+        queue: u16,
+        used: impl Iterator<Item = (Ticket, u32)>,
+    ) -> Result<(), RingError> {
         let resetting = self.is_resetting();
         let Some(ring) = self.queues.get_mut(usize::from(queue)) else {
             return Ok(());
         };
         if resetting {
-            ring.forget(ticket);
+            used.for_each(|(ticket, _)| ring.forget(ticket));
             return Ok(());
         }
-        ring.push(self.view, ticket, len)
+        ring.push(self.view, used)
     }
 
     /// A chain of `queue` ceases to be in flight, because its queue or the device is being reset. The driver hears nothing of

@@ -65,15 +65,15 @@ pub enum RingError {
 /// What a driver reads and writes of one queue in the common configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueRegisters {
-    /// Entries; a power of two once the queue is enabled.
+    /// Entries; a power of two of split rings that are enabled.
     pub size: u16,
     /// MSI-X vector, or [`NO_VECTOR`].
     pub vector: u16,
-    /// Guest physical address of the descriptor table.
+    /// Guest physical address of the descriptor table, or of the packed ring.
     pub descriptor_area: u64,
-    /// Guest physical address of the available ring.
+    /// Guest physical address of the available ring, or of the driver's event suppression.
     pub driver_area: u64,
-    /// Guest physical address of the used ring.
+    /// Guest physical address of the used ring, or of the device's event suppression.
     pub device_area: u64,
 }
 
@@ -144,10 +144,7 @@ impl Enabled {
 
     /// A chain is no longer in flight. `None` if it was not: the device returns what it does not have.
     fn leave(&mut self, ticket: Ticket) -> Option<Held> {
-        // Devices that work in order, as most do, return the first.
-        let found = self.in_flight.iter().position(|h| h.ticket == ticket);
-        debug_assert!(found.is_some(), "a chain left that was never fetched");
-        found.and_then(|at| self.in_flight.remove(at))
+        leave(&mut self.in_flight, ticket)
     }
 }
 
@@ -165,6 +162,8 @@ impl Virtqueue {
     /// The driver accepted features that say which rings it has. Of a queue that is not enabled.
     pub(super) fn set_format(&mut self, format: Format) {
         self.format = format;
+        // It said where to start before it said in what.
+        self.start = self.start.map(|start| Start::at(start.available));
     }
 
     /// True if the driver may choose this size.
@@ -482,15 +481,18 @@ impl Virtqueue {
         }
     }
 
-    /// Returns a chain to the driver with `len` bytes written.
-    pub(super) fn push(&mut self, view: &View, ticket: Ticket, len: u32) -> Result<(), RingError> {
+    /// Returns chains to the driver, with so many bytes written. It sees all of them or none.
+    pub(super) fn push(
+        &mut self,
+        view: &View,
+        used: impl Iterator<Item = (Ticket, u32)>,
+    ) -> Result<(), RingError> {
         let Some(queue) = &mut self.enabled else {
             return Ok(());
         };
-        if queue.leave(ticket).is_none() {
-            return Ok(());
-        }
-        queue.ring.push(view, ticket, len)?;
+        let in_flight = &mut queue.in_flight;
+        let used = used.filter(|(ticket, _)| leave(in_flight, *ticket).is_some());
+        queue.ring.push(view, used)?;
         if queue.signal == Signal::Nothing {
             queue.signal = Signal::Used;
         }
@@ -527,9 +529,21 @@ impl Virtqueue {
         match std::mem::replace(&mut queue.signal, Signal::Nothing) {
             Signal::Nothing => Ok(false),
             Signal::Used => queue.ring.wants_signal(view),
-            Signal::Owed => Ok(true),
+            Signal::Owed => {
+                // It hears of everything now.
+                queue.ring.wants_signal(view)?;
+                Ok(true)
+            }
         }
     }
+}
+
+/// A chain is no longer one of `in_flight`.
+fn leave(in_flight: &mut VecDeque<Held>, ticket: Ticket) -> Option<Held> {
+    // Devices that work in order, as most do, return the first.
+    let found = in_flight.iter().position(|held| held.ticket == ticket);
+    debug_assert!(found.is_some(), "a chain left that was never fetched");
+    found.and_then(|at| in_flight.remove(at))
 }
 
 impl RingState {

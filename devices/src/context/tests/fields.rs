@@ -127,3 +127,27 @@ fn g3_i_a_field_says_in_a_line_what_it_holds() {
     ];
     assert_eq!(lines, expected);
 }
+
+/// Requirements: G3-d, G3-i
+#[test]
+fn g3_d_a_context_without_accepted_features_says_by_its_rings_whether_they_are_packed() {
+    let packed = 1u128 << 34;
+    let shape = Shape {
+        packed: true,
+        ..shape()
+    };
+    let mut state = state();
+    state.offered |= packed;
+    let mut decoded = |state: &FunctionState| {
+        let mut fields = state_fields(state, &shape);
+        fields.retain(|field| !matches!(field, Field::DriverFeatures(_)));
+        let mut decoder = Decoder::new(&shape);
+        decoder.push(&assemble(&fields)).unwrap();
+        decoder.take_latest().unwrap().accepted
+    };
+    assert_eq!(decoded(&state), state.offered & !packed);
+    for queue in &mut state.queues {
+        queue.ring = RingState::Packed(PackedState::default());
+    }
+    assert_eq!(decoded(&state), state.offered);
+}

@@ -358,23 +358,51 @@ impl PackedRing {
         self.available = self.available.back(ticket.slots, self.size);
     }
 
-    /// Returns a chain to the driver with `len` bytes written.
-    pub fn push(&mut self, view: &View, ticket: Ticket, len: u32) -> Result<(), RingError> {
-        let wrap = if self.used.wrap() { AVAIL | USED } else { 0 };
+    /// Returns chains to the driver, with so many bytes written. It sees all of them or none.
+    pub fn push(
+        &mut self,
+        view: &View,
+        mut used: impl Iterator<Item = (Ticket, u32)>,
+    ) -> Result<(), RingError> {
+        let Some(first) = used.next() else {
+            return Ok(());
+        };
+        let start = self.used;
+        let mut end = start.ahead(first.0.slots, self.size);
+        let mut slots = u32::from(first.0.slots);
+        for (ticket, len) in used {
+            self.write_used(view, end, ticket, len)?;
+            end = end.ahead(ticket.slots, self.size);
+            slots += u32::from(ticket.slots);
+        }
+        // A driver looks at one after the other.
+        self.write_used(view, start, first.0, first.1)?;
+        self.used = end;
+        self.unsignalled = self.unsignalled.saturating_add(slots);
+        Ok(())
+    }
+
+    fn write_used(
+        &self,
+        view: &View,
+        at: Position,
+        ticket: Ticket,
+        len: u32,
+    ) -> Result<(), RingError> {
+        let wrap = if at.wrap() { AVAIL | USED } else { 0 };
         let flags = wrap | if len > 0 { WRITTEN } else { 0 };
         let tail = u64::from(len) | u64::from(ticket.id) << 32 | u64::from(flags) << 48;
-        let at = GuestAddress(self.at(self.used).0.wrapping_add(TAIL));
+        let at = GuestAddress(self.at(at).0.wrapping_add(TAIL));
         // All at once: the driver sees length and id with the flags or not at all.
         view.store(tail.to_le(), at, Ordering::Release)?;
-        self.used = self.used.ahead(ticket.slots, self.size);
-        self.unsignalled = self.unsignalled.saturating_add(ticket.slots.into());
         Ok(())
     }
 
     /// Tells the driver not to kick.
     pub fn disable_kicks(&mut self, view: &View) -> Result<(), RingError> {
         self.starved = None;
-        // Otherwise it does not kick before it passes a position again that it passed.
+        // With events, a driver that passed the position does not kick before it passes it again. Before the first of them it
+        // may kick in vain.
         if !self.event_index {
             self.set_events(view, 0, EVENTS_DISABLE)?;
         }

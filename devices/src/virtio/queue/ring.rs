@@ -148,8 +148,12 @@ impl Ring {
         match self {
             Self::Split(ring) => ring.go_to_available(view, start.available),
             Self::Packed(ring) => {
-                let [available, used] = [start.available, start.used].map(Position::from_raw);
-                ring.go_to(available, used)
+                // Nothing is in flight where a driver says it, so that there is nothing between the two.
+                if start.available != start.used {
+                    return Err(RingError::Position(start.used));
+                }
+                let place = Position::from_raw(start.available);
+                ring.go_to(place, place)
             }
         }
     }
@@ -217,11 +221,15 @@ impl Ring {
         }
     }
 
-    /// Returns a chain to the driver with `len` bytes written.
-    pub fn push(&mut self, view: &View, ticket: Ticket, len: u32) -> Result<(), RingError> {
+    /// Returns chains to the driver, with so many bytes written. It sees all of them or none.
+    pub fn push(
+        &mut self,
+        view: &View,
+        used: impl Iterator<Item = (Ticket, u32)>,
+    ) -> Result<(), RingError> {
         match self {
-            Self::Split(ring) => ring.push(view, ticket, len),
-            Self::Packed(ring) => ring.push(view, ticket, len),
+            Self::Split(ring) => ring.push(view, used),
+            Self::Packed(ring) => ring.push(view, used),
         }
     }
 

@@ -1,9 +1,9 @@
 //! A split virtqueue's rings (virtio 1.4, "Split Virtqueues"): where the function is in them, and who wants to be notified.
 //!
-//! Their mechanics (available and used ring, event index) are the `virtio-queue` crate's; this module adds
-//! `VIRTQ_AVAIL_F_NO_INTERRUPT`, checked chains, and errors instead of silence.
+//! The available ring, and which kicks the device wants, are the `virtio-queue` crate's. This module adds checked chains, used
+//! ones that appear all at once, `VIRTQ_AVAIL_F_NO_INTERRUPT`, and errors instead of silence.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -15,8 +15,14 @@ use crate::virtio::chain::{Chain, ChainError, Draft, Ticket};
 
 /// Bit 0 of the available ring's flags: the driver wants no interrupt (only without EVENT_IDX).
 const AVAIL_NO_INTERRUPT: u16 = 1;
+/// Byte offset of the entries of the available ring, and bytes of one. `used_event` follows the last.
+const AVAIL_ENTRIES: u64 = 4;
+const AVAIL_ENTRY: u64 = 2;
 /// Byte offset of `idx` in the used ring.
 const USED_INDEX: u64 = 2;
+/// Byte offset of the elements of the used ring, and bytes of one.
+const USED_ELEMENTS: u64 = 4;
+const USED_ELEMENT: u64 = 8;
 
 /// Bytes of a descriptor.
 const DESCRIPTOR: u32 = 16;
@@ -80,6 +86,8 @@ impl Table {
 pub(super) struct SplitRing {
     queue: Queue,
     draft: Draft,
+    /// Chains used since the driver was last notified, or chose not to be.
+    unsignalled: u16,
     /// The device found the ring empty at this available index, and the driver was not yet asked for a kick. What
     /// was put back since then does not count as news.
     starved: Option<u16>,
@@ -105,6 +113,7 @@ impl SplitRing {
         Ok(Self {
             queue,
             draft: Draft::default(),
+            unsignalled: 0,
             starved: None,
         })
     }
@@ -184,10 +193,28 @@ impl SplitRing {
         self.queue.go_to_previous_position();
     }
 
-    /// Returns a chain to the driver with `len` bytes written.
-    pub fn push(&mut self, view: &View, ticket: Ticket, len: u32) -> Result<(), RingError> {
-        let added = self.queue.add_used(&**view, ticket.id, len);
-        added.map_err(RingError::Used)
+    /// Returns chains to the driver, with so many bytes written. It sees all of them or none.
+    pub fn push(
+        &mut self,
+        view: &View,
+        used: impl Iterator<Item = (Ticket, u32)>,
+    ) -> Result<(), RingError> {
+        let ring = self.queue.used_ring();
+        let size = self.queue.size();
+        let mut next = self.queue.next_used();
+        for (ticket, len) in used {
+            // The size is a power of two, so that this is right beyond 65535, too.
+            let slot = u64::from(next & (size - 1));
+            let at = GuestAddress(ring.wrapping_add(USED_ELEMENTS + USED_ELEMENT * slot));
+            let element = u64::from(ticket.id) | u64::from(len) << 32;
+            view.write_obj(element.to_le(), at)?;
+            next = next.wrapping_add(1);
+            self.unsignalled = self.unsignalled.saturating_add(1);
+        }
+        let index = GuestAddress(ring.wrapping_add(USED_INDEX));
+        view.store(next.to_le(), index, Ordering::Release)?;
+        self.queue.set_next_used(next);
+        Ok(())
     }
 
     /// Tells the driver not to kick.
@@ -215,14 +242,21 @@ impl SplitRing {
 
     /// Whether the driver wants to hear of what was used since it was last asked this.
     pub fn wants_signal(&mut self, view: &View) -> Result<bool, RingError> {
-        let wanted = self.queue.needs_notification(&**view);
-        let wanted = wanted.map_err(RingError::Available)?;
-        if self.queue.event_idx_enabled() {
-            return Ok(wanted);
+        let used = std::mem::take(&mut self.unsignalled);
+        // The used index is written before this is read; the driver does it the other way round.
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
+        if !self.queue.event_idx_enabled() {
+            let flags: u16 = view
+                .load(GuestAddress(available), Ordering::Relaxed)
+                .map(u16::from_le)?;
+            return Ok(flags & AVAIL_NO_INTERRUPT == 0);
         }
-        let flags: u16 = view
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map(u16::from_le)?;
-        Ok(flags & AVAIL_NO_INTERRUPT == 0)
+        let at = AVAIL_ENTRIES + AVAIL_ENTRY * u64::from(self.queue.size());
+        let event = GuestAddress(available.wrapping_add(at));
+        let event: u16 = view.load(event, Ordering::Relaxed).map(u16::from_le)?;
+        // Wanted if the entry is among those that were used.
+        let since = self.queue.next_used().wrapping_sub(event);
+        Ok(used > 0 && since.wrapping_sub(1) < used)
     }
 }

@@ -422,6 +422,45 @@ fn g0_i_a_packed_queue_is_stopped_and_goes_on_elsewhere() {
     assert!(live.needs_reset());
 }
 
+/// Requirements: S0-10, G0-i
+#[test]
+fn g0_i_positions_between_which_nothing_is_in_flight_break_the_ring() {
+    let rig = rig(8);
+    let live = Live::new(&rig, PACKED, 4);
+    let (available, used) = (Register::<u16>::at(8), Register::<u16>::at(10));
+    let state = live.transport.device_state().unwrap();
+    state.stop(0).unwrap();
+    state.set(available, 0x8003u16);
+    state.set(used, 0x8002u16);
+    let check = |saved: FunctionState| {
+        let checked = rig.plugged.function.check(&saved);
+        checked.expect("what a driver wrote can be saved");
+    };
+    check(live.save());
+    state.start(0);
+    check(live.save());
+    live.transport.notify(0);
+    assert!(live.needs_reset());
+    check(live.save());
+}
+
+/// Requirements: G0-g, G0-i
+#[test]
+fn g0_i_a_place_that_was_set_before_the_features_is_one_in_the_packed_ring() {
+    let rig = rig(8);
+    let transport = rig.transport();
+    transport.reset().unwrap();
+    let state = transport.device_state().unwrap();
+    state.set_index(0, 0x8002);
+    transport.add_status(status::ACKNOWLEDGE | status::DRIVER);
+    transport.accept(PACKED);
+    transport.add_status(status::FEATURES_OK);
+    assert_ne!(transport.status() & status::FEATURES_OK, 0);
+    let state = transport.device_state().unwrap();
+    let (available, used) = (Register::<u16>::at(8), Register::<u16>::at(10));
+    assert_eq!((state.get(available), state.get(used)), (0x8002, 0x8002));
+}
+
 /// Requirements: ring
 #[test]
 fn ring_packed_chains_that_break_the_rules_break_the_device() {

@@ -124,11 +124,11 @@ pub enum Field {
         queue: u16,
         /// `queue_status`: false if the driver stopped the queue.
         running: bool,
-        /// The driver wrote `last_avail_idx`, and nothing was fetched since.
+        /// The driver wrote where the queue goes on, and nothing was fetched since.
         restarts: bool,
         /// `queue_select` of the capability selects this queue.
         selected: bool,
-        /// Used-ring entry the device writes next, modulo 2^16.
+        /// Used-ring entry the device writes next, modulo 2^16; 0 of a packed queue.
         next_used: u16,
     },
     /// Device configuration.

@@ -298,7 +298,7 @@ impl Queue {
             return Err(Invalid::at(name, "is there although `packed` is"));
         }
         let position = |position: Position, name| position.plain().field(name).field("packed");
-        let count: u32 = ring.chains.iter().map(|c| u32::from(c.descriptors)).sum();
+        let count: u64 = ring.chains.iter().map(|c| u64::from(c.descriptors)).sum();
         if count > self.size.into() || ring.chains.len() > self.size.into() {
             let reason = format!(
                 "{} chains of {count} descriptors are too many for a queue of size {}",
