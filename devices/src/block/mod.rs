@@ -140,7 +140,9 @@ pub enum BlockError {
     #[error("disk {0} is empty; give it a size with `truncate -s 1G {0}`")]
     Empty(PathBuf),
     /// Another process has it, and one of the two wants to write.
-    #[error("disk {0} is in use by another VM; stop that one, or open it `readonly` in both")]
+    #[error(
+        "disk {0} is in use by another VM; stop that one, give this one a copy, or open it `readonly` in both"
+    )]
     InUse(PathBuf),
     /// A descriptor of another process that is not open as it has to be.
     #[error("disk {path}, as another process gave it, {what}")]

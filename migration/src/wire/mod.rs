@@ -49,7 +49,9 @@ pub enum WireError {
         found: u64,
     },
     /// A frame of an unknown kind: most likely not a migration stream.
-    #[error("what came is no frame of a migration (kind {0:#x})")]
+    #[error(
+        "what came is no frame of a migration (kind {0:#x}): at the other end is no `tern migrate` or `tern receive`"
+    )]
     Kind(u32),
     /// A frame whose length exceeds the limit of its kind.
     #[error("a {kind:?} frame of {len} bytes is longer than the {max} there can be")]

@@ -70,12 +70,12 @@ fn busy(what: &str, path: &Path, process: Option<u32>) -> String {
             "{who} is serving it; end that guest (`tern shutdown --api-socket {path}`)"
         );
     }
-    // One that waits for a guest has no control API yet, and may never have one.
-    let kill = process.map(|id| format!("`kill {id}`, or "));
+    // It may run a guest, or wait for one and have no control API yet, or be no tern at all.
+    let kill = process.map(|id| format!(" or `kill {id}`"));
     let kill = kill.unwrap_or_default();
     format!(
-        "{who} listens there; end it ({kill}Ctrl-C where it was started; a guest that it does not run yet stays at its \
-         source)"
+        "{who} listens there; if it is a `tern receive` that nobody needs, end it (Ctrl-C where it was started{kill}; a guest \
+         that it does not run yet stays at its source),"
     )
 }
 
@@ -301,9 +301,11 @@ mod tests {
         // There is no control API that could be asked.
         let guest = Socket::bind_as("unix:", &path).unwrap_err().to_string();
         assert!(
-            guest.contains(&format!("`kill {id}`, or Ctrl-C")),
+            guest.contains(&format!("Ctrl-C where it was started or `kill {id}`")),
             "{guest}"
         );
+        // It may run somebody's guest.
+        assert!(guest.contains("if it is a `tern receive`"), "{guest}");
         assert!(!guest.contains("--api-socket"), "{guest}");
     }
 

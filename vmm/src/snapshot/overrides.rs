@@ -150,6 +150,23 @@ pub enum OverrideError {
          snapshot over (chown, chmod go-w)"
     )]
     Untrusted(String),
+    /// Files that are not where they were.
+    #[error("{0}; put it back, or say where it is now with --disk NAME=PATH")]
+    Missing(String),
+    /// A file that is given for a disk of another size.
+    #[error(
+        "--disk {name}: {path} has {now} bytes, and the disk had {then} when the guest was saved; its driver knows that size"
+    )]
+    Size {
+        /// Name of the disk.
+        name: String,
+        /// What is given for it.
+        path: String,
+        /// Its size.
+        now: u64,
+        /// That of the disk.
+        then: u64,
+    },
     /// Files that are not what they were.
     #[error(
         "{0}; a guest that finds its disk changed destroys it: give a copy made when the snapshot was taken with \
@@ -258,8 +275,19 @@ impl Overrides {
     /// they are. To be asked after [`Self::apply`].
     pub fn check_files(&self, machine: &Machine) -> Result<(), OverrideError> {
         let files = machine.files().into_iter();
-        let files = files.filter(|(name, _, _)| !self.names_file(name));
+        let files: Vec<_> = files
+            .filter(|(name, _, _)| !self.names_file(name))
+            .collect();
+        let missing: Vec<_> = files
+            .iter()
+            .filter(|(_, file, _)| file.path.metadata().is_err_and(is_not_found))
+            .map(|(name, file, _)| format!("{name}: {} is not there", file.path.display()))
+            .collect();
+        if !missing.is_empty() {
+            return Err(OverrideError::Missing(missing.join("; ")));
+        }
         let changed: Vec<_> = files
+            .into_iter()
             .filter_map(|(name, file, readonly)| {
                 let what = changed(&file, readonly)?;
                 Some(format!("{name}: {} {what}", file.path.display()))
@@ -281,6 +309,26 @@ fn absolute(target: &Target) -> Target {
     }
 }
 
+fn is_not_found(error: std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::NotFound
+}
+
+/// An error if `path` is not of the size that `file` had, as far as both are known.
+fn check_size(name: &str, file: &File, path: &std::path::Path) -> Result<(), OverrideError> {
+    const SECTOR: u64 = 512;
+    match (file.identity, Identity::of(path)) {
+        (Some(then), Some(now)) if now.size / SECTOR != then.size / SECTOR => {
+            Err(OverrideError::Size {
+                name: name.to_owned(),
+                path: path.display().to_string(),
+                now: now.size,
+                then: then.size,
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// In what way `file` is not what it was when the guest was saved.
 fn changed(file: &File, readonly: bool) -> Option<String> {
     let now = Identity::of(&file.path);
@@ -293,7 +341,6 @@ fn changed(file: &File, readonly: bool) -> Option<String> {
         (None, _) if !readonly => {
             Some("is a block device, which does not say whether it was written to since".to_owned())
         }
-        // One that is missing is refused when it is opened.
         _ => None,
     }
 }
@@ -305,6 +352,7 @@ impl DiskOverride {
         let named = |index: usize, kind: &str| self.name == format!("{kind}{index}");
         for (index, disk) in machine.disks.iter_mut().enumerate() {
             if named(index, "disk") {
+                check_size(&self.name, &disk.file, &path)?;
                 disk.file = File {
                     path,
                     identity: None,
@@ -323,6 +371,7 @@ impl DiskOverride {
                 continue;
             };
             if let Some(file) = file.as_mut().filter(|_| named(index, "pf")) {
+                check_size(&self.name, file, &path)?;
                 *file = File {
                     path,
                     identity: None,
@@ -575,6 +624,22 @@ mod tests {
             error.contains("disk0") && error.contains("had 6"),
             "{error}"
         );
+        let other = dir.path().join("other");
+        std::fs::rename(&path, &other).unwrap();
+        let error = none.check_files(&machine).unwrap_err().to_string();
+        assert!(
+            error.contains("disk0") && error.contains("is not there; put it back"),
+            "{error}"
+        );
+        std::fs::write(&path, vec![0; 4096]).unwrap();
+        let larger = overrides(&[&format!("disk0={}", path.display())], &[]);
+        let errors = larger.apply(&mut machine).unwrap_err();
+        let error = errors[0].to_string();
+        assert!(
+            error.contains("has 4096 bytes, and the disk had 6"),
+            "{error}"
+        );
+        std::fs::rename(&other, &path).unwrap();
         let named = overrides(&[&format!("disk0={}", path.display())], &[]);
         named.apply(&mut machine).unwrap();
         assert_eq!(named.check_files(&machine), Ok(()));

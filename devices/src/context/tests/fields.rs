@@ -138,7 +138,7 @@ fn g3_d_a_context_without_accepted_features_says_by_its_rings_whether_they_are_p
     };
     let mut state = state();
     state.offered |= packed;
-    let mut decoded = |state: &FunctionState| {
+    let decoded = |state: &FunctionState| {
         let mut fields = state_fields(state, &shape);
         fields.retain(|field| !matches!(field, Field::DriverFeatures(_)));
         let mut decoder = Decoder::new(&shape);
