@@ -6,7 +6,7 @@ use devices::net::Switch;
 use devices::virtio::{QueueRegisters, VirtioFunction};
 use driver::access::{Dma, DmaExt};
 use driver::host::HostDma;
-use driver::virtio::{Buffer, SplitQueue, status};
+use driver::virtio::{Buffer, Queue, status};
 
 use crate::fixture::{Rig, net};
 use crate::input::Input;
@@ -21,20 +21,22 @@ type Room = Vec<(u64, u32)>;
 
 struct End {
     rig: Rig,
-    receive: SplitQueue<HostDma>,
-    transmit: SplitQueue<HostDma>,
+    receive: Queue<HostDma>,
+    transmit: Queue<HostDma>,
     rooms: HashMap<u16, Room>,
 }
 
 impl End {
-    /// A device that is live, with offered features except those in `without`.
+    /// A device that is live, with offered features except those in `without`, and packed virtqueues except with bit 24 of it.
     fn new(switch: &Switch, last: u8, dma: &HostDma, without: u64) -> Self {
         let rig = Rig::new(Box::new(net(switch, last)), dma);
-        let features = offered(&rig.function) & !(without & 0x00ff_ffff);
+        let mut features = offered(&rig.function) & !(without & 0x00ff_ffff);
+        if without & 1 << 24 != 0 {
+            features &= !driver::virtio::feature::RING_PACKED;
+        }
         assert!(negotiate(&rig.function, features), "offered features");
         let queue = |index| {
-            let event_index = features & driver::virtio::feature::EVENT_IDX != 0;
-            let queue = SplitQueue::new(dma.clone(), 64, event_index).expect("memory");
+            let queue = Queue::new(dma.clone(), 64, features).expect("memory");
             enable(&rig.function, index, &queue);
             queue
         };
@@ -59,8 +61,8 @@ impl End {
     }
 }
 
-fn enable(function: &VirtioFunction, index: u16, queue: &SplitQueue<HostDma>) {
-    let layout = *queue.layout();
+fn enable(function: &VirtioFunction, index: u16, queue: &Queue<HostDma>) {
+    let layout = queue.layout();
     function.update_queue(index, |registers| {
         *registers = QueueRegisters {
             size: layout.size,

@@ -30,7 +30,8 @@ Examples:
 Objects in lists are compared with those of the same name, place, index, or type and queue. Of memory, digests are compared.
 
 Exit status:
-  0   the snapshot is well formed; of two, nothing differs
+  0   the snapshot can be read; of two, nothing differs. A restore checks more: that each device is there and can have its
+      state, and that the base of an incremental snapshot is
   1   a snapshot cannot be read, or is malformed: the message names the field or the file
   2   the command line is wrong
   10  two snapshots differ";

@@ -45,8 +45,8 @@ connections at once, which several CPUs of either host fill and read; take more 
 TLS, if both hosts have CPUs to spare.
 
 Exit status: 0 the guest runs at the destination, and its `tern run` here ends with 8; 1 the guest goes on here, and why is
-said; 9 the guest was given away and whether it runs there is not known: see `tern resolve --help`. A request that is broken
-off (Ctrl-C) is called off, as with --cancel.";
+said; 2 the command line is wrong; 9 the guest was given away and whether it runs there is not known: see `tern resolve
+--help`. A request that is broken off (Ctrl-C) is called off, as with --cancel.";
 
 /// Move a running guest to another process.
 #[derive(Debug, Args)]
@@ -287,7 +287,8 @@ and could not be asked. This process keeps it, standing still, and goes on askin
 more, somebody has to look. A guest that ran there, however briefly, has changed its disks, and its memory if that was handed
 over: going on with it here destroys them, as running it twice does.
 
-Exit status: 0 the doubt is over; 1 there was none, or the guest does not go on since another process has its disks.";
+Exit status: 0 the doubt is over; 1 there was none, or the guest does not go on since another process has its disks; 2 the
+command line is wrong.";
 
 /// End a doubt after a migration whose connection was lost.
 #[derive(Debug, Args)]

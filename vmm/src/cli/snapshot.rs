@@ -23,8 +23,8 @@ that goes on changes them, and then the snapshot is restored with copies made at
 
 A snapshot that others have as their base must stay: one that replaces it does not take its place for them.
 
-Exit status: 0 the snapshot is complete and on the disk; 1 it is not there, and the guest does what it did before. A request
-that is broken off (Ctrl-C) is given up.";
+Exit status: 0 the snapshot is complete and on the disk; 1 it is not there, and the guest does what it did before; 2 the
+command line is wrong. A request that is broken off (Ctrl-C) is given up.";
 
 /// Save a running guest into a directory.
 #[derive(Debug, Args)]
