@@ -2,7 +2,7 @@
 
 pub mod check;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use super::format::machine::{File, Identity, Machine, Peer, PfKind};
@@ -271,6 +271,15 @@ impl Overrides {
         self.disks.iter().any(is)
     }
 
+    /// Refuses files of another size than those they are given for had when the guest was saved. To be asked before
+    /// [`Self::apply`].
+    pub fn check_sizes(&self, machine: &Machine) -> Result<(), OverrideError> {
+        machine.files().into_iter().try_for_each(|(name, file, _)| {
+            let given = self.disks.iter().find(|disk| disk.name == name);
+            given.map_or(Ok(()), |disk| check_size(&name, &file, &disk.path))
+        })
+    }
+
     /// Refuses files that are not what they were when the guest was saved. Those that were named by an option are taken as
     /// they are. To be asked after [`Self::apply`].
     pub fn check_files(&self, machine: &Machine) -> Result<(), OverrideError> {
@@ -313,8 +322,8 @@ fn is_not_found(error: std::io::Error) -> bool {
     error.kind() == std::io::ErrorKind::NotFound
 }
 
-/// An error if `path` is not of the size that `file` had, as far as both are known.
-fn check_size(name: &str, file: &File, path: &std::path::Path) -> Result<(), OverrideError> {
+/// An error if `path`, which is given for disk `name`, is not of the size that `file` had, as far as both are known.
+fn check_size(name: &str, file: &File, path: &Path) -> Result<(), OverrideError> {
     const SECTOR: u64 = 512;
     match (file.identity, Identity::of(path)) {
         (Some(then), Some(now)) if now.size / SECTOR != then.size / SECTOR => {
@@ -352,7 +361,6 @@ impl DiskOverride {
         let named = |index: usize, kind: &str| self.name == format!("{kind}{index}");
         for (index, disk) in machine.disks.iter_mut().enumerate() {
             if named(index, "disk") {
-                check_size(&self.name, &disk.file, &path)?;
                 disk.file = File {
                     path,
                     identity: None,
@@ -371,7 +379,6 @@ impl DiskOverride {
                 continue;
             };
             if let Some(file) = file.as_mut().filter(|_| named(index, "pf")) {
-                check_size(&self.name, file, &path)?;
                 *file = File {
                     path,
                     identity: None,
@@ -633,8 +640,7 @@ mod tests {
         );
         std::fs::write(&path, vec![0; 4096]).unwrap();
         let larger = overrides(&[&format!("disk0={}", path.display())], &[]);
-        let errors = larger.apply(&mut machine).unwrap_err();
-        let error = errors[0].to_string();
+        let error = larger.check_sizes(&machine).unwrap_err().to_string();
         assert!(
             error.contains("has 4096 bytes, and the disk had 6"),
             "{error}"

@@ -201,6 +201,7 @@ impl Source {
             overrides.check_trust(&state.machine)?;
             bases = Bases::None;
         }
+        overrides.check_sizes(&state.machine)?;
         overrides
             .apply(&mut state.machine)
             .map_err(RestoreError::Overrides)?;
