@@ -17,6 +17,7 @@ pub mod records;
 
 pub use backing::Backing;
 pub use dirty::DirtyPages;
+use lent::GuestSlice;
 pub use lent::{GuestRead, GuestWrite};
 pub use mapping::LARGE_PAGE;
 pub use records::Records;
@@ -25,13 +26,14 @@ use std::io;
 use std::ops::{Deref, Range};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use mapping::Mapping;
 use rustix::fs::{FallocateFlags, fallocate};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice, WithBitmapSlice};
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, mmap::MmapRegionBuilder,
+    AtomicAccess, ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError,
+    GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, VolatileMemory, mmap::MmapRegionBuilder,
 };
 
 /// Bytes in one page of the dirty bitmaps; also the granularity of KVM's dirty log.
@@ -421,8 +423,75 @@ impl View {
     }
 
     /// True if every byte of `start..start + len` is RAM. `len` 0 asks about nothing and is true.
+    #[inline]
     pub fn contains(&self, start: GuestAddress, len: usize) -> bool {
-        len == 0 || GuestMemoryBackend::check_range(&self.memory, start, len)
+        len == 0
+            || self.slice(start, len).is_some()
+            || GuestMemoryBackend::check_range(&self.memory, start, len)
+    }
+
+    // What follows is what the memory itself offers, and shorter: rings are read and written a few bytes at a time, and all
+    // of these are in one range of RAM, so that nothing has to be put together from several.
+
+    /// `start..start + len`, if that is in one range of RAM.
+    #[inline]
+    fn slice(&self, start: GuestAddress, len: usize) -> Option<GuestSlice<'_>> {
+        let (region, at) = self.memory.to_region_addr(start)?;
+        region.get_slice(at, len).ok()
+    }
+
+    /// Reads a plain value.
+    #[inline]
+    pub fn read_obj<T: ByteValued>(&self, at: GuestAddress) -> Result<T, GuestMemoryError> {
+        let slice = self.slice(at, size_of::<T>());
+        match slice.as_ref().map(|slice| slice.get_ref(0)) {
+            Some(Ok(value)) => Ok(value.load()),
+            _ => self.memory.read_obj(at),
+        }
+    }
+
+    /// Writes a plain value.
+    #[inline]
+    pub fn write_obj<T: ByteValued>(
+        &self,
+        value: T,
+        at: GuestAddress,
+    ) -> Result<(), GuestMemoryError> {
+        let slice = self.slice(at, size_of::<T>());
+        match slice.as_ref().map(|slice| slice.get_ref(0)) {
+            Some(Ok(place)) => {
+                place.store(value);
+                Ok(())
+            }
+            _ => self.memory.write_obj(value, at),
+        }
+    }
+
+    /// Reads an integer at once.
+    #[inline]
+    pub fn load<T: AtomicAccess>(
+        &self,
+        at: GuestAddress,
+        order: Ordering,
+    ) -> Result<T, GuestMemoryError> {
+        match self.slice(at, size_of::<T>()) {
+            Some(slice) => Ok(slice.load(0, order)?),
+            None => self.memory.load(at, order),
+        }
+    }
+
+    /// Writes an integer at once.
+    #[inline]
+    pub fn store<T: AtomicAccess>(
+        &self,
+        value: T,
+        at: GuestAddress,
+        order: Ordering,
+    ) -> Result<(), GuestMemoryError> {
+        match self.slice(at, size_of::<T>()) {
+            Some(slice) => Ok(slice.store(value, 0, order)?),
+            None => self.memory.store(value, at, order),
+        }
     }
 
     /// The highest guest address that is RAM.

@@ -417,10 +417,10 @@ fn no_mark_is_lost_to_one_that_is_being_taken() {
                     view.write_obj(n as u64 + 1, GuestAddress((page * PAGE_SIZE) as u64))
                         .unwrap();
                 }
-                running.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                running.fetch_sub(1, Ordering::SeqCst);
             });
         }
-        while running.load(std::sync::atomic::Ordering::SeqCst) != 0 {
+        while running.load(Ordering::SeqCst) != 0 {
             bring_up_to_date();
         }
     });

@@ -2,7 +2,7 @@
 
 use devices::memory::View;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use vm_memory::{GuestAddress, GuestMemoryError};
 
 use super::Entry;
 use crate::layout::{GDT, PAGE_TABLES};

@@ -123,7 +123,6 @@ impl Search {
 #[cfg(test)]
 mod tests {
     use devices::memory::{Backing, PAGE_SIZE, RamRange};
-    use vm_memory::Bytes;
 
     use super::*;
 
