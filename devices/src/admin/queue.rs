@@ -104,8 +104,7 @@ impl VirtioFunction {
         view: View,
         owner: Arc<Owner>,
     ) -> io::Result<Arc<Self>> {
-        let service = Box::new(AdminService::new(owner));
-        Self::with_services(name, device, view, vec![service], feature::SR_IOV)
+        Self::serving(name, device, view, owner, feature::SR_IOV)
     }
 
     /// The same with virtqueues that may be packed, the administration virtqueue among them.
@@ -115,8 +114,18 @@ impl VirtioFunction {
         view: View,
         owner: Arc<Owner>,
     ) -> io::Result<Arc<Self>> {
-        let service = Box::new(AdminService::new(owner));
         let features = feature::SR_IOV | feature::RING_PACKED;
+        Self::serving(name, device, view, owner, features)
+    }
+
+    fn serving(
+        name: impl Into<String>,
+        device: Box<dyn VirtioDevice>,
+        view: View,
+        owner: Arc<Owner>,
+        features: u64,
+    ) -> io::Result<Arc<Self>> {
+        let service = Box::new(AdminService::new(owner));
         Self::with_services(name, device, view, vec![service], features)
     }
 

@@ -1,6 +1,7 @@
 //! One virtio function: the gate, and the device behind it, in its turns on the I/O thread. What drivers, hypervisors and
 //! saved forms see of it is in the submodules.
 
+mod construct;
 mod doors;
 mod exact;
 mod member;
@@ -10,14 +11,15 @@ mod saved;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{ConfigChange, Io, Progress, Source, VirtioDevice};
 use super::queue::{Format, NO_VECTOR, QueueRegisters, RingError, Virtqueue};
-use super::service::{Service, ServiceQueue};
+use super::service::ServiceQueue;
 use super::{DeviceType, Status, Warnings, feature};
 use crate::gate::{Gate, Patience, Reasons};
 use crate::memory::View;
+pub use construct::Offer;
 pub use doors::{Doors, Suspend};
 pub use member::{Epoch, Rest, Wake};
 pub use registers::Selectors;
@@ -53,24 +55,6 @@ pub trait Interrupt: Send + Sync {
 
     /// Drops the messages that masks hold back: the device was reset, and what they were about is gone (E1).
     fn forget_pending(&self);
-}
-
-/// What a function offers its driver that not every function does. Nothing by default.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Offer {
-    /// Doors to its gate.
-    pub doors: Doors,
-    /// Packed rings (VIRTIO_F_RING_PACKED).
-    pub packed: bool,
-}
-
-impl From<Doors> for Offer {
-    fn from(doors: Doors) -> Self {
-        Self {
-            doors,
-            packed: false,
-        }
-    }
 }
 
 /// What a driver sees of one queue.
@@ -141,114 +125,6 @@ struct Core {
 }
 
 impl VirtioFunction {
-    /// Puts `device` behind a function. `name` is used in messages. Bus mastering starts out enabled: a transport
-    /// that has such a control closes the gate for it.
-    pub fn new(
-        name: impl Into<String>,
-        device: Box<dyn VirtioDevice>,
-        view: View,
-    ) -> std::io::Result<Arc<Self>> {
-        Self::offering(name, device, view, Offer::default())
-    }
-
-    /// The same for a function that offers more than every function does.
-    pub fn offering(
-        name: impl Into<String>,
-        device: Box<dyn VirtioDevice>,
-        view: View,
-        offer: impl Into<Offer>,
-    ) -> std::io::Result<Arc<Self>> {
-        let Offer { doors, packed } = offer.into();
-        let features = if packed { feature::RING_PACKED } else { 0 };
-        Self::build(name.into(), device, view, doors, Vec::new(), features)
-    }
-
-    /// The same with virtqueues after those of the device, which `services` serve, one each. `features` are those of its
-    /// transport that not every function has. It has no doors: a function that is suspended serves nobody.
-    pub fn with_services(
-        name: impl Into<String>,
-        device: Box<dyn VirtioDevice>,
-        view: View,
-        services: Vec<Box<dyn Service>>,
-        features: u64,
-    ) -> std::io::Result<Arc<Self>> {
-        Self::build(
-            name.into(),
-            device,
-            view,
-            Doors::default(),
-            services,
-            features,
-        )
-    }
-
-    fn build(
-        name: String,
-        device: Box<dyn VirtioDevice>,
-        view: View,
-        doors: Doors,
-        services: Vec<Box<dyn Service>>,
-        transport_features: u64,
-    ) -> std::io::Result<Arc<Self>> {
-        let mut sizes = device.queue_sizes();
-        let device_queues = sizes.len() as u16;
-        sizes.extend(services.iter().map(|service| service.queue_size()));
-        let queues: Vec<_> = sizes.into_iter().map(Virtqueue::new).collect();
-        let kicks = queues
-            .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
-            .collect::<std::io::Result<_>>()?;
-        let services = services.into_iter().map(ServiceQueue::new);
-        Ok(Arc::new(Self {
-            name,
-            device_type: device.device_type(),
-            config_len: device.config().len(),
-            core: Mutex::new(Core {
-                device,
-                view,
-                queues,
-                services: services.collect::<std::io::Result<_>>()?,
-                transport_features,
-                gate: Gate::closed_for(Reasons::NO_DRIVER),
-                doors,
-                selectors: Selectors::default(),
-                status: Status::empty(),
-                driver_features: 0,
-                config_vector: NO_VECTOR,
-                config_generation: 0,
-                isr: 0,
-                config_pending: false,
-                missed: Vec::new(),
-                signal_again: false,
-                rescan: false,
-                awaited: false,
-                epoch: Epoch::default(),
-            }),
-            drained: Condvar::new(),
-            kicks,
-            interrupt: OnceLock::new(),
-            revived: OnceLock::new(),
-            device_queues,
-            doors,
-            wake: OnceLock::new(),
-            warnings: Warnings::default(),
-        }))
-    }
-
-    /// Connects the transport's interrupts. Only the first call counts.
-    pub fn set_interrupt(&self, interrupt: Arc<dyn Interrupt>) {
-        // A second transport for one function is a wiring mistake that shows as missing interrupts at once.
-        let _ = self.interrupt.set(interrupt);
-    }
-
-    /// Has `event` signalled whenever a restored state may have made the function live. No write of its driver returned
-    /// [`Effect::LayoutChanged`](crate::bus::Effect::LayoutChanged) then, so whoever has its doorbells is to compare them
-    /// when the event comes; until then kicks arrive as register writes. Only the first call counts.
-    pub fn set_revived(&self, event: Arc<EventFd>) {
-        // A second machine around one function is a wiring mistake that shows as slow kicks.
-        let _ = self.revived.set(event);
-    }
-
     /// The name given at construction.
     pub fn name(&self) -> &str {
         &self.name

@@ -162,8 +162,6 @@ impl Virtqueue {
     /// The driver accepted features that say which rings it has. Of a queue that is not enabled.
     pub(super) fn set_format(&mut self, format: Format) {
         self.format = format;
-        // It said where to start before it said in what.
-        self.start = self.start.map(|start| Start::at(start.available));
     }
 
     /// True if the driver may choose this size.
@@ -242,13 +240,7 @@ impl Virtqueue {
     /// The driver sets `last_avail_idx` of a queue that does not run (S0-8, G0-g). A packed one has nothing in flight there.
     pub(super) fn set_next_available(&mut self, place: u16) {
         if !self.is_running() {
-            self.start = Some(match self.format {
-                Format::Split => Start {
-                    available: place,
-                    used: 0,
-                },
-                Format::Packed => Start::at(place),
-            });
+            self.start = Some(Start::at(place));
         }
     }
 
@@ -340,10 +332,7 @@ impl Virtqueue {
         };
         if saved.restarts {
             queue.start = Some(match &saved.ring {
-                RingState::Split(state) => Start {
-                    available: state.next_available,
-                    used: 0,
-                },
+                RingState::Split(state) => Start::at(state.next_available),
                 RingState::Packed(state) => Start {
                     available: state.next_available.raw(),
                     used: state.next_used.raw(),
@@ -405,9 +394,10 @@ impl Virtqueue {
     pub(super) fn finish_reset(&mut self) -> bool {
         let ready = self.is_resetting() && self.is_drained();
         if ready {
-            let format = self.format;
-            *self = Self::new(self.max_size);
-            self.format = format;
+            *self = Self {
+                format: self.format,
+                ..Self::new(self.max_size)
+            };
         }
         ready
     }

@@ -17,7 +17,7 @@
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::desc::packed::Descriptor;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::{QueueRegisters, RingError, area};
 use crate::memory::View;
@@ -81,7 +81,7 @@ impl Position {
     }
 
     /// The position `by` places further on, in a ring of `size`. Neither `by` nor the offset is beyond the ring.
-    fn ahead(self, by: u16, size: u16) -> Self {
+    pub(super) fn ahead(self, by: u16, size: u16) -> Self {
         // The sum of two that are at most 32768 each.
         let offset = u32::from(self.offset()) + u32::from(by);
         match offset.checked_sub(size.into()) {
@@ -91,7 +91,7 @@ impl Position {
     }
 
     /// The position `by` places before it.
-    fn back(self, by: u16, size: u16) -> Self {
+    pub(super) fn back(self, by: u16, size: u16) -> Self {
         // That is as many further on in the round before, whose wrap counter is the other one.
         Self(self.0 ^ Self::WRAP).ahead(size.saturating_sub(by), size)
     }
