@@ -2,6 +2,11 @@ use super::*;
 use crate::testing::{Added, Buf, Driver};
 use crate::virtio::feature;
 use proptest::prelude::*;
+use std::sync::atomic::{
+    AtomicBool,
+    Ordering::{Acquire, Relaxed},
+};
+use vm_memory::GuestAddress;
 
 mod control;
 
@@ -178,6 +183,37 @@ fn mergeable_buffers_take_a_frame_together_or_not_at_all() {
     let lens: Vec<_> = pieces.iter().map(Vec::len).collect();
     assert_eq!(lens, [400, 400, HEADER + 1000 - 800]);
     assert_eq!(pieces.concat(), arrives(sent, 3));
+}
+
+/// A driver that polls takes what it sees for whole frames.
+#[test]
+fn mergeable_buffers_of_a_frame_appear_in_the_used_ring_at_once() {
+    const BUFFERS: u16 = 16;
+    let switch = Switch::new();
+    let mut d = drivers(&switch, 2, PLAIN | F_MRG_RXBUF);
+    let whole = usize::from(BUFFERS) * 64 - HEADER;
+    let view = d[1].view.clone();
+    let index = GuestAddress(d[1].rings[usize::from(RX)].used + 2);
+    let done = AtomicBool::new(false);
+    let parts = std::thread::scope(|scope| {
+        let poll = || {
+            let mut parts = 0;
+            while !done.load(Relaxed) {
+                let used: u16 = view.load(index, Acquire).unwrap();
+                parts += u32::from(!used.is_multiple_of(BUFFERS));
+            }
+            parts
+        };
+        let poller = scope.spawn(poll);
+        for _ in 0..2000 {
+            let buffers = offer(&mut d[1], BUFFERS.into(), 64);
+            send(&mut d[0], frame(mac(2), mac(1), whole));
+            assert_eq!(received(&mut d[1], &buffers).len(), usize::from(BUFFERS));
+        }
+        done.store(true, Relaxed);
+        poller.join().unwrap()
+    });
+    assert_eq!(parts, 0, "looks that saw a part of a frame");
 }
 
 #[test]

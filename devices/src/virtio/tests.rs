@@ -7,7 +7,7 @@ use std::time::Duration;
 mod exact;
 
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::*;
 use crate::gate::{Patience, Reasons};
@@ -918,4 +918,23 @@ fn s3_32_a_driver_that_may_have_missed_an_interrupt_gets_another_when_the_device
         vectors.contains(&function.queue(0).unwrap().registers.vector),
         "{vectors:?}"
     );
+}
+
+#[test]
+fn a_driver_that_was_notified_once_more_is_not_notified_of_the_same_again() {
+    let (_, mut driver) = live(feature::EVENT_IDX);
+    let function = Arc::clone(&driver.function);
+    function.close(Reasons::MONITOR_FREEZE);
+    function.restore(&function.save()).unwrap();
+    driver.add(0, &one());
+    function.reopen(Reasons::MONITOR_FREEZE);
+    driver.turn();
+    assert!(driver.used(0).is_some());
+    assert!(driver.interrupts.take().contains(&0));
+    // It wants to hear of the first, of which it did.
+    driver.set_used_event(0, 0);
+    driver.add(0, &one());
+    driver.kick(0);
+    assert!(driver.used(0).is_some());
+    assert!(driver.interrupts.take().is_empty());
 }

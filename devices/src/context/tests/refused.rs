@@ -343,3 +343,44 @@ fn s3_33_a_refusal_names_the_field_and_what_is_wrong() {
         assert_eq!(error.to_string(), message);
     }
 }
+
+/// Requirements: G3-i
+#[test]
+fn g3_i_fields_of_both_kinds_of_rings_for_one_queue_are_refused() {
+    let shape = Shape {
+        packed: true,
+        ..shape()
+    };
+    let split = state_fields(&state(), &shape);
+    let mut packed = state();
+    for queue in &mut packed.queues {
+        queue.ring = RingState::Packed(PackedState {
+            owned: vec![OwnedChain {
+                id: 1,
+                descriptors: 1,
+                buffers: vec![],
+            }],
+            ..PackedState::default()
+        });
+    }
+    let packed = state_fields(&packed, &shape);
+    // Of queue 0: where it stands, and the chains.
+    for (mine, other) in [(&split, &packed), (&packed, &split)] {
+        let of_rings = |field: &&Field| {
+            let kind = field.id().kind;
+            let is_ring = kind.is_per_queue()
+                && !matches!(kind, FieldType::QueueConfig | FieldType::QueueStatus);
+            is_ring && field.id().queue == Some(0)
+        };
+        assert_eq!(other.iter().filter(of_rings).count(), 2);
+        for field in other.iter().filter(of_rings) {
+            let mut fields = mine.clone();
+            // The place of the last is free.
+            fields.pop();
+            fields.push(field.clone());
+            let mut decoder = Decoder::new(&shape);
+            let refused = decoder.push(&assemble(&fields));
+            assert_eq!(refused, Err(ContextError::Mixed(field.id())));
+        }
+    }
+}

@@ -265,3 +265,147 @@ impl Ring {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::testing::ram;
+    use crate::virtio::queue::NO_VECTOR;
+
+    const SIZE: u16 = 8;
+    const RING: u64 = 0x1000;
+    const DRIVER: u64 = 0x2000;
+    const DEVICE: u64 = 0x3000;
+
+    /// Rings of one kind, and the six chains of one descriptor that were fetched from them.
+    fn fetched(format: Format) -> (View, Ring, Vec<Ticket>) {
+        let view = ram().view().unwrap();
+        let registers = QueueRegisters {
+            size: SIZE,
+            vector: NO_VECTOR,
+            descriptor_area: RING,
+            driver_area: DRIVER,
+            device_area: DEVICE,
+        };
+        let mut ring = Ring::new(format, SIZE, &registers, &view).unwrap();
+        let write = |at: u64, bytes: &[u8]| view.write_slice(bytes, GuestAddress(at)).unwrap();
+        for index in 0..6u16 {
+            let at = RING + 16 * u64::from(index);
+            write(at, &0x8000u64.to_le_bytes());
+            write(at + 8, &1u32.to_le_bytes());
+            let (third, fourth) = match format {
+                Format::Split => (0, 0),
+                // Its buffer id, and that it is available in the first round.
+                Format::Packed => (index, 1u16 << 7),
+            };
+            write(
+                at + 12,
+                &[third.to_le_bytes(), fourth.to_le_bytes()].concat(),
+            );
+            write(DRIVER + 4 + 2 * u64::from(index), &index.to_le_bytes());
+        }
+        if format == Format::Split {
+            write(DRIVER + 2, &6u16.to_le_bytes());
+        }
+        let next = |_| ring.next(&view, [].iter()).unwrap().unwrap().0.ticket();
+        let tickets = (0..6).map(next).collect();
+        (view, ring, tickets)
+    }
+
+    /// How many chains the driver can take back.
+    fn used(format: Format, view: &View) -> u16 {
+        let word = |at: u64| view.read_obj::<u16>(GuestAddress(at)).unwrap();
+        match format {
+            Format::Split => word(DEVICE + 2),
+            Format::Packed => {
+                // It does not look beyond the first that is not used.
+                let flags = |index: u16| word(RING + 16 * u64::from(index) + 14);
+                let is_used = |index: &u16| flags(*index) & (1 << 7 | 1 << 15) == 1 << 7 | 1 << 15;
+                (0..SIZE).take_while(is_used).count() as u16
+            }
+        }
+    }
+
+    /// Requirements: ring
+    #[test]
+    fn ring_chains_that_are_returned_together_are_seen_together() {
+        for format in [Format::Split, Format::Packed] {
+            let (view, mut ring, tickets) = fetched(format);
+            let (first, rest) = tickets.split_at(2);
+            for (tickets, before) in [(first, 0), (rest, 2)] {
+                let looks = tickets.iter().map(|ticket| {
+                    assert_eq!(used(format, &view), before, "{format:?}");
+                    (*ticket, 1)
+                });
+                ring.push(&view, looks).unwrap();
+                assert_eq!(used(format, &view), before + tickets.len() as u16);
+            }
+            ring.push(&view, std::iter::empty()).unwrap();
+            assert_eq!(used(format, &view), 6);
+        }
+    }
+
+    #[test]
+    fn chains_that_are_put_back_are_fetched_again() {
+        for format in [Format::Split, Format::Packed] {
+            let (view, mut ring, tickets) = fetched(format);
+            let next = |ring: &mut Ring| {
+                let found = ring.next(&view, [].iter()).unwrap();
+                found.map(|(chain, _)| chain.ticket())
+            };
+            assert_eq!(next(&mut ring), None, "{format:?}");
+            for ticket in tickets.iter().rev().take(3) {
+                ring.put_back(*ticket);
+            }
+            for ticket in tickets.iter().skip(3) {
+                assert_eq!(next(&mut ring), Some(*ticket), "{format:?}");
+            }
+            assert_eq!(next(&mut ring), None);
+        }
+    }
+
+    #[test]
+    fn a_driver_is_told_whether_kicks_are_of_use() {
+        for (format, at) in [(Format::Split, DEVICE), (Format::Packed, DEVICE + 2)] {
+            let (view, mut ring, _) = fetched(format);
+            let flags = || view.read_obj::<u16>(GuestAddress(at)).unwrap();
+            ring.disable_kicks(&view).unwrap();
+            assert_eq!(flags(), 1, "{format:?}");
+            assert!(!ring.enable_kicks(&view).unwrap());
+            assert_eq!(flags(), 0, "{format:?}");
+        }
+    }
+
+    #[test]
+    fn a_used_descriptor_of_a_packed_ring_says_whether_something_was_written() {
+        let (view, mut ring, tickets) = fetched(Format::Packed);
+        let used = tickets.into_iter().zip([0, 7]);
+        ring.push(&view, used).unwrap();
+        let tail = |index: u64| view.read_obj::<[u16; 4]>(GuestAddress(RING + 16 * index + 8));
+        // Length, buffer id, flags.
+        assert_eq!(tail(0).unwrap(), [0, 0, 0, 0x8080]);
+        assert_eq!(tail(1).unwrap(), [7, 0, 1, 0x8082]);
+    }
+
+    #[test]
+    fn positions_come_in_a_circle_of_two_rounds() {
+        for size in [1u16, 2, 3, 7, 32768] {
+            let whole = 2 * u32::from(size);
+            for step in [0, 1, size / 2, size - 1, size] {
+                let mut at = Position::START;
+                for turn in 1..=9u32 {
+                    let next = at.ahead(step, size);
+                    assert_eq!(next.back(step, size), at, "{size} {step}");
+                    assert_eq!(at.distance(next, size), u32::from(step) % whole);
+                    at = next;
+                    let from_start = Position::START.distance(at, size);
+                    assert_eq!(from_start, turn * u32::from(step) % whole);
+                    assert!(at.offset() < size);
+                    assert_eq!(at.wrap(), from_start < u32::from(size));
+                }
+            }
+        }
+    }
+}

@@ -13,7 +13,7 @@ mod transport;
 
 pub use device_state::{DeviceState, state};
 pub use doors::Door;
-pub use packed::{PackedError, PackedLayout, PackedQueue, event_flag};
+pub use packed::{PackedLayout, PackedQueue, event_flag};
 pub use queue::Queue;
 pub use ring::{
     Buffer, Descriptor, Layout, QueueError, SplitQueue, Used, avail_flag, descriptor_flag,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{Ordering, fence};
 
-use super::ring::{Buffer, Layout, Used, descriptor_flag};
+use super::ring::{Buffer, Layout, QueueError, Used, descriptor_flag};
 use crate::access::{Dma, DmaExt};
 
 /// Descriptor flag: the driver's wrap counter when it made the descriptor available.
@@ -91,33 +91,6 @@ impl Place {
     }
 }
 
-/// What can go wrong with a queue. The last two are a device that breaks the rules.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PackedError {
-    /// There are not enough free descriptors.
-    #[error("no free descriptor")]
-    Full,
-    /// There is no memory for an indirect table.
-    #[error("no memory for an indirect table")]
-    NoMemory,
-    /// A chain needs at least one buffer.
-    #[error("a chain has no buffers")]
-    Empty,
-    /// The device returned a chain that it does not have.
-    #[error("device used buffer {0}, which is not in flight")]
-    NotInFlight(u16),
-    /// The device says it wrote more than it was given.
-    #[error("device wrote {len} bytes to buffer {id}, which has room for {room}")]
-    TooLong {
-        /// The chain.
-        id: u16,
-        /// What the device says.
-        len: u32,
-        /// Writable bytes of the chain.
-        room: u64,
-    },
-}
-
 #[derive(Debug)]
 struct InFlight {
     /// Descriptors of the ring that it takes.
@@ -187,8 +160,8 @@ impl<D: Dma> PackedQueue<D> {
     }
 
     /// Adds a chain of descriptors in the ring; its buffer id. The device does not see it before [`Self::publish`].
-    pub fn add(&mut self, buffers: &[Buffer]) -> Result<u16, PackedError> {
-        let last = buffers.len().checked_sub(1).ok_or(PackedError::Empty)?;
+    pub fn add(&mut self, buffers: &[Buffer]) -> Result<u16, QueueError> {
+        let last = buffers.len().checked_sub(1).ok_or(QueueError::Empty)?;
         let entries = buffers.iter().enumerate().map(|(at, buffer)| {
             let next = if at < last { descriptor_flag::NEXT } else { 0 };
             let write = if buffer.writable {
@@ -202,12 +175,12 @@ impl<D: Dma> PackedQueue<D> {
     }
 
     /// Adds a chain as one descriptor that points to a table of its own.
-    pub fn add_indirect(&mut self, buffers: &[Buffer]) -> Result<u16, PackedError> {
+    pub fn add_indirect(&mut self, buffers: &[Buffer]) -> Result<u16, QueueError> {
         if buffers.is_empty() {
-            return Err(PackedError::Empty);
+            return Err(QueueError::Empty);
         }
         let bytes = 16 * buffers.len();
-        let table = self.dma.allocate(bytes, 16).ok_or(PackedError::NoMemory)?;
+        let table = self.dma.allocate(bytes, 16).ok_or(QueueError::NoMemory)?;
         for (at, buffer) in (0u64..).zip(buffers) {
             let flags = if buffer.writable {
                 descriptor_flag::WRITE
@@ -232,12 +205,12 @@ impl<D: Dma> PackedQueue<D> {
         &mut self,
         entries: &[(u64, u32, u16)],
         buffers: &[Buffer],
-    ) -> Result<u16, PackedError> {
+    ) -> Result<u16, QueueError> {
         let slots = entries.len() as u16;
         if slots > self.free {
-            return Err(PackedError::Full);
+            return Err(QueueError::Full);
         }
-        let id = self.ids.pop().ok_or(PackedError::Full)?;
+        let id = self.ids.pop().ok_or(QueueError::Full)?;
         let size = self.layout.size;
         let start = self.next;
         for entry in entries {
@@ -296,7 +269,7 @@ impl<D: Dma> PackedQueue<D> {
     }
 
     /// Takes back a chain, if the device used one.
-    pub fn take(&mut self) -> Result<Option<Used>, PackedError> {
+    pub fn take(&mut self) -> Result<Option<Used>, QueueError> {
         let at = self.layout.descriptor(self.used.offset);
         let flags: u16 = self.dma.load(at + 14);
         let wrap = self.used.wrap;
@@ -306,13 +279,17 @@ impl<D: Dma> PackedQueue<D> {
         let len: u32 = self.dma.get(at + 8);
         let id: u16 = self.dma.get(at + 12);
         let chain = self.in_flight.remove(&id);
-        let chain = chain.ok_or(PackedError::NotInFlight(id))?;
+        let chain = chain.ok_or(QueueError::NotInFlight(id.into()))?;
         self.used = self.used.ahead(chain.slots, self.layout.size);
         self.free += chain.slots;
         self.ids.push(id);
         if u64::from(len) > chain.room {
             let room = chain.room;
-            return Err(PackedError::TooLong { id, len, room });
+            return Err(QueueError::TooLong {
+                head: id,
+                len,
+                room,
+            });
         }
         Ok(Some(Used { head: id, len }))
     }

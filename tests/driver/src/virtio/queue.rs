@@ -1,7 +1,7 @@
 //! A virtqueue of either kind.
 
 use super::feature;
-use super::packed::{PackedError, PackedQueue};
+use super::packed::PackedQueue;
 use super::ring::{Buffer, Layout, QueueError, SplitQueue, Used};
 use crate::access::Dma;
 
@@ -12,17 +12,6 @@ pub enum Queue<D> {
     Split(SplitQueue<D>),
     /// A packed ring.
     Packed(PackedQueue<D>),
-}
-
-/// What went wrong with one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
-    /// In split rings.
-    #[error(transparent)]
-    Split(#[from] QueueError),
-    /// In a packed ring.
-    #[error(transparent)]
-    Packed(#[from] PackedError),
 }
 
 impl<D: Dma> Queue<D> {
@@ -52,19 +41,19 @@ impl<D: Dma> Queue<D> {
     }
 
     /// Adds a chain; what it will be called when it comes back. The device does not see it before [`Self::publish`].
-    pub fn add(&mut self, buffers: &[Buffer]) -> Result<u16, Error> {
-        Ok(match self {
-            Self::Split(queue) => queue.add(buffers)?,
-            Self::Packed(queue) => queue.add(buffers)?,
-        })
+    pub fn add(&mut self, buffers: &[Buffer]) -> Result<u16, QueueError> {
+        match self {
+            Self::Split(queue) => queue.add(buffers),
+            Self::Packed(queue) => queue.add(buffers),
+        }
     }
 
     /// Adds a chain as one descriptor that points to a table of its own.
-    pub fn add_indirect(&mut self, buffers: &[Buffer]) -> Result<u16, Error> {
-        Ok(match self {
-            Self::Split(queue) => queue.add_indirect(buffers)?,
-            Self::Packed(queue) => queue.add_indirect(buffers)?,
-        })
+    pub fn add_indirect(&mut self, buffers: &[Buffer]) -> Result<u16, QueueError> {
+        match self {
+            Self::Split(queue) => queue.add_indirect(buffers),
+            Self::Packed(queue) => queue.add_indirect(buffers),
+        }
     }
 
     /// Shows the device what was added. True if it wants to be notified of it.
@@ -77,11 +66,11 @@ impl<D: Dma> Queue<D> {
     }
 
     /// Takes back a chain, if the device used one.
-    pub fn take(&mut self) -> Result<Option<Used>, Error> {
-        Ok(match self {
-            Self::Split(queue) => queue.take()?,
-            Self::Packed(queue) => queue.take()?,
-        })
+    pub fn take(&mut self) -> Result<Option<Used>, QueueError> {
+        match self {
+            Self::Split(queue) => queue.take(),
+            Self::Packed(queue) => queue.take(),
+        }
     }
 
     /// Asks the device to interrupt for every chain, or for none.

@@ -174,7 +174,7 @@ pub struct Used {
     pub len: u32,
 }
 
-/// What can go wrong with a queue. The last three are a device that breaks the rules.
+/// What can go wrong with a queue, split or packed. The last three are a device that breaks the rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum QueueError {
     /// There are not enough free descriptors.
