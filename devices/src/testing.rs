@@ -1,5 +1,6 @@
 //! A small driver for unit tests: rings in guest memory, and the turns the I/O thread would take.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::admin::queue::QUEUE_SIZE;
 use crate::memory::{GuestRam, RamRange, View};
-use crate::virtio::{Interrupt, VirtioDevice, VirtioFunction, feature};
+use crate::virtio::{Cause, Interrupt, NO_VECTOR, VirtioDevice, VirtioFunction, feature};
 
 /// Descriptor flags (virtio 1.4, "The Virtqueue Descriptor Table").
 pub const NEXT: u16 = 1;
@@ -33,28 +34,60 @@ const BUFFERS: u64 = 0x40_0000;
 /// How long a test waits for what must happen.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Remembers the vectors that were signalled.
+/// A transport that remembers the vectors that were signalled.
 #[derive(Default)]
-pub struct Recorder(Mutex<Vec<u16>>);
+pub struct Recorder(Mutex<Recorded>);
+
+#[derive(Default)]
+struct Recorded {
+    signalled: Vec<u16>,
+    /// Where interrupts go that go anywhere.
+    vectors: HashMap<Cause, u16>,
+}
 
 impl Recorder {
     pub fn take(&self) -> Vec<u16> {
-        std::mem::take(&mut self.0.lock().unwrap())
+        std::mem::take(&mut self.0.lock().unwrap().signalled)
+    }
+
+    /// Has `cause` interrupt with `vector`.
+    pub fn set(&self, cause: Cause, vector: u16) {
+        self.0.lock().unwrap().vectors.insert(cause, vector);
     }
 }
 
 impl Interrupt for Recorder {
-    fn signal(&self, vector: u16) {
-        self.0.lock().unwrap().push(vector);
+    fn signal(&self, cause: Cause) {
+        let mut recorded = self.0.lock().unwrap();
+        let vector = recorded.vectors.get(&cause).copied();
+        recorded.signalled.extend(vector);
+    }
+
+    fn deliver_pending(&self) {}
+
+    fn reset(&self) {
+        self.0.lock().unwrap().vectors.clear();
+    }
+
+    fn reset_queue(&self, queue: u16) {
+        let mut recorded = self.0.lock().unwrap();
+        recorded.vectors.remove(&Cause::Queue(queue));
     }
 
     fn vectors(&self) -> u16 {
         1024
     }
 
-    fn deliver_pending(&self) {}
+    fn vector(&self, cause: Cause) -> u16 {
+        let recorded = self.0.lock().unwrap();
+        recorded.vectors.get(&cause).copied().unwrap_or(NO_VECTOR)
+    }
 
-    fn forget_pending(&self) {}
+    fn assign(&self, config: u16, queues: &mut dyn Iterator<Item = u16>) {
+        let queues = (0..).map(Cause::Queue).zip(queues);
+        let all = std::iter::once((Cause::Config, config)).chain(queues);
+        self.0.lock().unwrap().vectors = all.filter(|(_, vector)| *vector != NO_VECTOR).collect();
+    }
 }
 
 /// One buffer of a chain.
@@ -168,7 +201,7 @@ impl Driver {
         f.set_driver_features(1, (features >> 32) as u32);
         let _ = f.write_status(ACKNOWLEDGE | DRIVER | FEATURES_OK);
         assert_ne!(f.status() & FEATURES_OK, 0, "features refused");
-        f.set_config_vector(100);
+        self.interrupts.set(Cause::Config, 100);
         for index in 0..self.rings.len() as u16 {
             self.enable(index);
         }
@@ -188,11 +221,11 @@ impl Driver {
         self.rings[usize::from(index)] = ring;
         self.function.update_queue(index, |q| {
             q.size = size;
-            q.vector = index;
             q.descriptor_area = ring.table;
             q.driver_area = ring.avail;
             q.device_area = ring.used;
         });
+        self.interrupts.set(Cause::Queue(index), index);
         let _ = self.function.enable_queue(index);
     }
 

@@ -18,13 +18,14 @@ pub mod common;
 mod device_state;
 pub mod identity;
 pub mod layout;
+mod vectors;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use devices::bus::Effect;
 use devices::gate::{Patience, Reasons};
-use devices::virtio::{Interrupt, VirtioFunction, feature};
+use devices::virtio::{VirtioFunction, feature};
 
 use crate::bar::{BadBar, Bar, BarIndex, BarKind, Bars};
 use crate::cap;
@@ -44,6 +45,7 @@ use crate::topology::DevFn;
 use capabilities::Offsets;
 use common::CommonConfig;
 use layout::{Layout, MAX_DEVICE_LEN, Region};
+use vectors::Vectors;
 
 /// The BAR that holds the virtio structures, MSI-X table and pending bits.
 const BAR: BarIndex = BarIndex::ZERO;
@@ -134,27 +136,6 @@ pub struct VirtioPci {
     doors: Mutex<()>,
 }
 
-/// The function's interrupts: its MSI-X vectors.
-struct Vectors(Msix);
-
-impl Interrupt for Vectors {
-    fn signal(&self, vector: u16) {
-        self.0.signal(vector);
-    }
-
-    fn vectors(&self) -> u16 {
-        self.0.len()
-    }
-
-    fn deliver_pending(&self) {
-        self.0.deliver_pending();
-    }
-
-    fn forget_pending(&self) {
-        self.0.forget_pending();
-    }
-}
-
 impl VirtioPci {
     /// Shows `function` as a PCI Express endpoint, with vectors from `msi`. Closes the function's gate until the
     /// guest enables bus mastering. An owner needs an [`OwnerPci`](crate::owner::OwnerPci) instead.
@@ -199,9 +180,9 @@ impl VirtioPci {
             Role::Owner(declaration) => Some(Sriov::add(&mut builder, &declaration)?),
             Role::Plain | Role::Member => None,
         };
-        let common = CommonConfig::new(vectors.get());
         let msix = Msix::new(vectors, msi.sink(vectors.get()));
-        let vectors = Arc::new(Vectors(msix));
+        let vectors = Arc::new(Vectors::new(msix, function.total_queues()));
+        let common = CommonConfig::new(Arc::clone(&vectors));
         function.close(Reasons::BUS_MASTER);
         function.set_interrupt(Arc::clone(&vectors) as _);
         Ok(Arc::new(Self {
@@ -262,7 +243,7 @@ impl VirtioPci {
 
     /// Its MSI-X vectors.
     pub fn msix(&self) -> &Msix {
-        &self.vectors.0
+        self.vectors.msix()
     }
 
     /// Bus Master Enable and the MSI-X switches take effect, as the registers have them now. Returns when nothing is

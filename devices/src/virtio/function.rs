@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{ConfigChange, Io, Progress, Source, VirtioDevice};
-use super::queue::{Format, NO_VECTOR, QueueRegisters, RingError, Virtqueue};
+use super::interrupt::{Cause, Interrupt};
+use super::queue::{Format, QueueRegisters, RingError, Virtqueue};
 use super::service::ServiceQueue;
 use super::{DeviceType, Status, Warnings, feature};
 use crate::gate::{Gate, Patience, Reasons};
@@ -38,24 +39,6 @@ const ANNOUNCE_TOKEN: u16 = u16::MAX;
 const ISR_QUEUE: u8 = 1;
 /// ISR status bit: the configuration changed, or the device needs a reset.
 const ISR_CONFIG: u8 = 2;
-
-/// How a function interrupts the guest. Implemented by the transport.
-///
-/// Called with the function's lock held: an implementation must not call back into the function, and must not hold,
-/// while it calls the function, a lock it takes here.
-pub trait Interrupt: Send + Sync {
-    /// Sends the message of `vector`. Never called with [`NO_VECTOR`]; a vector out of range is ignored.
-    fn signal(&self, vector: u16);
-
-    /// How many vectors there are: those from 0 on.
-    fn vectors(&self) -> u16;
-
-    /// Sends the messages that were held back by masks which are gone. Called when the function may send again.
-    fn deliver_pending(&self);
-
-    /// Drops the messages that masks hold back: the device was reset, and what they were about is gone (E1).
-    fn forget_pending(&self);
-}
 
 /// What a driver sees of one queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,7 +89,6 @@ struct Core {
     status: Status,
     selectors: Selectors,
     driver_features: u64,
-    config_vector: u16,
     config_generation: u8,
     isr: u8,
     /// The configuration changed while the gate was closed; announced when it opens.
@@ -357,9 +339,8 @@ impl VirtioFunction {
             match queue.take_signal(&core.view) {
                 Ok(false) => {}
                 Ok(true) => {
-                    let vector = queue.registers().vector;
                     core.isr |= ISR_QUEUE;
-                    self.send(core, vector);
+                    self.send(core, Cause::Queue(slot as u16));
                 }
                 Err(error) => self.needs_reset(core, slot as u16, &error),
             }
@@ -381,8 +362,12 @@ impl VirtioFunction {
 
     /// Completes what waits for the drain: queue resets, a device reset, a thread in [`Self::stop`].
     fn settle(&self, core: &mut Core) {
-        for queue in &mut core.queues {
-            queue.finish_reset();
+        for (index, queue) in (0..).zip(&mut core.queues) {
+            if queue.finish_reset()
+                && let Some(interrupt) = self.interrupt.get()
+            {
+                interrupt.reset_queue(index);
+            }
         }
         if !core.drained() {
             return;
@@ -390,7 +375,7 @@ impl VirtioFunction {
         if core.gate.reasons().contains(Reasons::RESET) {
             core.reset();
             if let Some(interrupt) = self.interrupt.get() {
-                interrupt.forget_pending();
+                interrupt.reset();
             }
         }
         self.drained.notify_all();
@@ -435,8 +420,7 @@ impl VirtioFunction {
         }
         core.config_pending = false;
         core.isr |= ISR_CONFIG;
-        let vector = core.config_vector;
-        self.send(core, vector);
+        self.send(core, Cause::Config);
     }
 
     /// The driver broke a ring. Nothing more is fetched until it resets the device.
@@ -467,12 +451,9 @@ impl VirtioFunction {
         }
     }
 
-    fn send(&self, core: &Core, vector: u16) {
-        if vector == NO_VECTOR || !core.may_reach_out() {
-            return;
-        }
-        if let Some(interrupt) = self.interrupt.get() {
-            interrupt.signal(vector);
+    fn send(&self, core: &Core, cause: Cause) {
+        if let Some(interrupt) = self.interrupt.get().filter(|_| core.may_reach_out()) {
+            interrupt.signal(cause);
         }
     }
 
@@ -610,7 +591,6 @@ impl Core {
         self.status = Status::empty();
         self.selectors = Selectors::default();
         self.driver_features = 0;
-        self.config_vector = NO_VECTOR;
         self.isr = 0;
         self.config_pending = false;
         self.signal_again = false;

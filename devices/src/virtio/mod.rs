@@ -13,6 +13,7 @@
 mod chain;
 mod device;
 mod function;
+mod interrupt;
 mod queue;
 mod service;
 mod warnings;
@@ -23,10 +24,11 @@ mod tests;
 pub use chain::{Chain, ChainError, Ticket};
 pub use device::{Io, Progress, Source, VirtioDevice};
 pub use function::{
-    CheckedState, Doors, Epoch, Interrupt, Offer, QueueInfo, Rest, Restoration, RestoreError,
-    Selectors, Suspend, VirtioFunction, Wake,
+    CheckedState, Doors, Epoch, Offer, QueueInfo, Rest, Restoration, RestoreError, Selectors,
+    Suspend, VirtioFunction, Wake,
 };
-pub use queue::{NO_VECTOR, Position, QueueRegisters, RingError, Virtqueue};
+pub use interrupt::{Cause, Interrupt, NO_VECTOR};
+pub use queue::{Position, QueueRegisters, RingError, Virtqueue};
 pub use service::{Executed, Service};
 pub(crate) use warnings::Warnings;
 

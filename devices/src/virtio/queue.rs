@@ -1,7 +1,7 @@
 //! One virtqueue: the registers a transport shows, and the ring once the queue is enabled.
 //!
 //! What a ring is, is in [`split`] and [`packed`], with [`ring`] as the face of both. This module has what is the same for any:
-//! the MSI-X vector, reset and stop as processes, which chains are in flight, and whether the driver was notified of those
+//! reset and stop as processes, which chains are in flight, and whether the driver was notified of those
 //! that are not any more.
 //!
 //! A chain that was fetched is in flight until it is returned, or until its device gives it up unbegun. In that case the
@@ -21,9 +21,6 @@ use vm_memory::GuestAddress;
 use super::chain::{Chain, ChainError, Ticket};
 use crate::memory::View;
 use crate::state::{PackedState, QueueState, RingState, SplitState};
-
-/// The MSI-X vector value that means "no interrupt" (VIRTIO_MSI_NO_VECTOR).
-pub const NO_VECTOR: u16 = 0xffff;
 
 /// Why a ring cannot be used. Each is the driver's doing, and answered with DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
@@ -67,8 +64,6 @@ pub enum RingError {
 pub struct QueueRegisters {
     /// Entries; a power of two of split rings that are enabled.
     pub size: u16,
-    /// MSI-X vector, or [`NO_VECTOR`].
-    pub vector: u16,
     /// Guest physical address of the descriptor table, or of the packed ring.
     pub descriptor_area: u64,
     /// Guest physical address of the available ring, or of the driver's event suppression.
@@ -179,8 +174,8 @@ impl Virtqueue {
         &self.registers
     }
 
-    /// The registers, for a driver's write. The vector may change at any time; the rest only takes effect, and
-    /// should only be written, while the queue is disabled.
+    /// The registers, for a driver's write. They only take effect, and should only be written, while the queue is
+    /// disabled.
     pub(super) fn registers_mut(&mut self) -> &mut QueueRegisters {
         &mut self.registers
     }
@@ -281,8 +276,8 @@ impl Virtqueue {
         Ok(())
     }
 
-    /// What moves with this queue. Chains in flight are the function's, as those it gave up.
-    pub(super) fn save(&self) -> QueueState {
+    /// What moves with this queue, whose interrupt has `vector`. Chains in flight are the function's, as those it gave up.
+    pub(super) fn save(&self, vector: u16) -> QueueState {
         let registers = self.registers;
         let enabled = self.enabled.as_ref();
         let held = enabled
@@ -304,7 +299,7 @@ impl Virtqueue {
         }
         QueueState {
             size: registers.size,
-            vector: registers.vector,
+            vector,
             descriptor_area: registers.descriptor_area,
             driver_area: registers.driver_area,
             device_area: registers.device_area,
@@ -325,7 +320,6 @@ impl Virtqueue {
         queue.format = saved.ring.format();
         queue.registers = QueueRegisters {
             size: saved.size,
-            vector: saved.vector,
             descriptor_area: saved.descriptor_area,
             driver_area: saved.driver_area,
             device_area: saved.device_area,
@@ -573,7 +567,6 @@ fn area(
 fn default_registers(max_size: u16) -> QueueRegisters {
     QueueRegisters {
         size: max_size,
-        vector: NO_VECTOR,
         descriptor_area: 0,
         driver_area: 0,
         device_area: 0,

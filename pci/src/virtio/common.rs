@@ -1,7 +1,11 @@
 //! The common configuration: the 64 bytes through which a driver negotiates and sets up queues (D2).
 
+use std::sync::Arc;
+
 use devices::bus::Effect;
-use devices::virtio::{NO_VECTOR, QueueInfo, VirtioFunction};
+use devices::virtio::{Cause, Interrupt, QueueInfo, VirtioFunction};
+
+use super::vectors::Vectors;
 
 /// A register of the common configuration, by its name in the specification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,16 +76,14 @@ impl Part {
     }
 }
 
-/// The registers, as a structure in a BAR. What they hold is the function's.
-#[derive(Debug)]
+/// The registers, as a structure in a BAR. What they hold is the function's, but for the vectors.
 pub struct CommonConfig {
-    /// Number of MSI-X vectors; any other vector a driver writes reads back as NO_VECTOR.
-    vectors: u16,
+    vectors: Arc<Vectors>,
 }
 
 impl CommonConfig {
-    /// The common configuration of a function with `vectors` MSI-X vectors.
-    pub fn new(vectors: u16) -> Self {
+    /// The common configuration of a function with these vectors.
+    pub fn new(vectors: Arc<Vectors>) -> Self {
         Self { vectors }
     }
 
@@ -137,13 +139,17 @@ impl CommonConfig {
             Field::DeviceFeature => function.device_features(selectors.device_feature).into(),
             Field::DriverFeatureSelect => selectors.driver_feature.into(),
             Field::DriverFeature => function.driver_features(selectors.driver_feature).into(),
-            Field::ConfigMsixVector => function.config_vector().into(),
+            Field::ConfigMsixVector => self.vectors.vector(Cause::Config).into(),
             Field::NumQueues => function.num_queues().into(),
             Field::DeviceStatus => function.status().into(),
             Field::ConfigGeneration => function.config_generation().into(),
             Field::QueueSelect => selectors.queue.into(),
             Field::QueueSize => queue(|q| q.registers.size.into()),
-            Field::QueueMsixVector => queue(|q| q.registers.vector.into()),
+            Field::QueueMsixVector => {
+                let cause = Cause::Queue(selectors.queue);
+                let there = function.queue(selectors.queue);
+                there.map_or(0, |_| self.vectors.vector(cause).into())
+            }
             Field::QueueEnable => queue(|q| q.enabled.into()),
             // A queue's notification register is numbered like the queue.
             Field::QueueNotifyOff => {
@@ -170,13 +176,15 @@ impl CommonConfig {
             Field::DriverFeature => {
                 function.set_driver_features(selectors.driver_feature, value as u32);
             }
-            Field::ConfigMsixVector => function.set_config_vector(self.vector(value)),
+            Field::ConfigMsixVector => {
+                function.change_interrupt(Cause::Config, || self.vectors.set(Cause::Config, value));
+            }
             Field::DeviceStatus => return function.write_status(value as u8),
             Field::QueueSelect => function.select(|s| s.queue = value as u16),
             Field::QueueSize => function.update_queue(index, |q| q.size = value as u16),
             Field::QueueMsixVector => {
-                let vector = self.vector(value);
-                function.update_queue(index, |q| q.vector = vector);
+                let cause = Cause::Queue(index);
+                function.change_interrupt(cause, || self.vectors.set(cause, value));
             }
             Field::QueueEnable if value == 1 => return function.enable_queue(index),
             Field::QueueDesc => function.update_queue(index, |q| {
@@ -201,14 +209,6 @@ impl CommonConfig {
             | Field::AdminQueueNum => {}
         }
         Effect::None
-    }
-
-    /// The vector a driver gets for `value` (E4).
-    fn vector(&self, value: u64) -> u16 {
-        u16::try_from(value)
-            .ok()
-            .filter(|vector| *vector < self.vectors)
-            .unwrap_or(NO_VECTOR)
     }
 }
 

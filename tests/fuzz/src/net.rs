@@ -66,7 +66,6 @@ fn enable(function: &VirtioFunction, index: u16, queue: &Queue<HostDma>) {
     function.update_queue(index, |registers| {
         *registers = QueueRegisters {
             size: layout.size,
-            vector: index,
             descriptor_area: layout.descriptors,
             driver_area: layout.available,
             device_area: layout.used,

@@ -37,7 +37,6 @@ fn program(function: &VirtioFunction, index: u16, layout: &Layout) {
     function.update_queue(index, |registers| {
         *registers = QueueRegisters {
             size: layout.size,
-            vector: index,
             descriptor_area: layout.descriptors,
             driver_area: layout.available,
             device_area: layout.used,

@@ -5,12 +5,12 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Core, Doors, Epoch, Interrupt, Selectors, VirtioFunction};
+use super::{Core, Doors, Epoch, Selectors, VirtioFunction};
 use crate::gate::{Gate, Reasons};
 use crate::memory::View;
-use crate::virtio::queue::{NO_VECTOR, Virtqueue};
+use crate::virtio::queue::Virtqueue;
 use crate::virtio::service::{Service, ServiceQueue};
-use crate::virtio::{Status, VirtioDevice, Warnings, feature};
+use crate::virtio::{Interrupt, Status, VirtioDevice, Warnings, feature};
 
 /// What a function offers its driver that not every function does. Nothing by default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -104,7 +104,6 @@ impl VirtioFunction {
                 selectors: Selectors::default(),
                 status: Status::empty(),
                 driver_features: 0,
-                config_vector: NO_VECTOR,
                 config_generation: 0,
                 isr: 0,
                 config_pending: false,

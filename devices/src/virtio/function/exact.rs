@@ -7,9 +7,9 @@ use super::saved::{Restoration, RestoreError};
 use super::{Core, ISR_CONFIG, ISR_QUEUE, VirtioFunction, format};
 use crate::gate::Reasons;
 use crate::state::{FunctionState, TransientState, Unsavable};
-use crate::virtio::Status;
 use crate::virtio::queue::{Format, Virtqueue};
 use crate::virtio::service::Service;
+use crate::virtio::{Cause, NO_VECTOR, Status};
 
 /// A state that was found good. Nothing can fail any more.
 pub(super) struct CheckedTransient<'a> {
@@ -38,13 +38,14 @@ impl VirtioFunction {
         }
         let owed = |(_, queue): &(u16, &Virtqueue)| queue.is_unsignalled();
         let unsignalled = (0..).zip(&core.queues).filter(owed);
-        let served = core.queues.iter().skip(core.device_queues());
+        let served = (0..).zip(&core.queues).skip(core.device_queues());
+        let served = served.map(|(index, queue)| queue.save(self.vector(Cause::Queue(index))));
         let services = core.services.iter().map(|queue| queue.service().name());
         Ok(TransientState {
             isr: core.isr,
             config_pending: core.config_pending,
             unsignalled: unsignalled.map(|(index, _)| index).collect(),
-            services: services.zip(served.map(Virtqueue::save)).collect(),
+            services: services.zip(served).collect(),
             device: core.device.save_state()?,
         })
     }
@@ -209,6 +210,15 @@ impl Core {
     fn is_enabled(&self, index: u16) -> bool {
         let queue = self.queues.get(usize::from(index));
         queue.is_some_and(Virtqueue::is_enabled)
+    }
+
+    /// What a state says of the interrupts of services' virtqueues; nothing without one.
+    pub(super) fn served_vectors(&self, state: Option<&TransientState>) -> Vec<u16> {
+        let saved = |name| state.and_then(|state| state.services.get(name));
+        let names = self.services.iter().map(|queue| queue.service().name());
+        names
+            .map(|name| saved(name).map_or(NO_VECTOR, |queue| queue.vector))
+            .collect()
     }
 
     /// All of a state that was checked but the virtqueues of services.

@@ -12,7 +12,7 @@ use crate::bus::Effect;
 use crate::gate::Reasons;
 use crate::virtio::queue::{Format, QueueRegisters};
 use crate::virtio::service::ServiceQueue;
-use crate::virtio::{Status, feature};
+use crate::virtio::{Cause, Status, feature};
 
 /// What selects the part of a register that the driver sees. A reset sets them to 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -200,29 +200,34 @@ impl VirtioFunction {
         })
     }
 
-    /// Lets the driver change the registers of queue `index`. While the queue is enabled only the vector changes;
-    /// a size beyond the maximum, or that is not a power of two though the rings are split, is ignored, as is an index out of
-    /// range.
+    /// Lets the driver change the registers of queue `index`, unless it is enabled. A size beyond the maximum, or that is not a
+    /// power of two though the rings are split, is ignored, as is an index out of range.
     pub fn update_queue(&self, index: u16, change: impl FnOnce(&mut QueueRegisters)) {
         let mut core = self.lock();
         let closed = core.hides(index) || core.ignores_writes();
         let queue = core.queues.get_mut(usize::from(index));
-        let Some(queue) = queue.filter(|_| !closed) else {
+        let Some(queue) = queue.filter(|queue| !closed && !queue.is_enabled()) else {
             return;
         };
         let mut new = *queue.registers();
         change(&mut new);
-        let allowed = queue.allows(new.size);
-        let enabled = queue.is_enabled();
-        let registers = queue.registers_mut();
-        registers.vector = new.vector;
-        if enabled {
-            return;
+        if !queue.allows(new.size) {
+            new.size = queue.registers().size;
         }
-        if !allowed {
-            new.size = registers.size;
+        *queue.registers_mut() = new;
+    }
+
+    /// Lets the driver change where interrupts of `cause` go, which the transport knows, at any time. It does not if its writes
+    /// have no effect now, or if it has no such virtqueue.
+    pub fn change_interrupt(&self, cause: Cause, change: impl FnOnce()) {
+        let core = self.lock();
+        let is_there = match cause {
+            Cause::Queue(index) => core.visible(index).is_some(),
+            Cause::Config => true,
+        };
+        if is_there && !core.ignores_writes() {
+            change();
         }
-        *registers = new;
     }
 
     /// The driver wrote 1 to `queue_enable`. A ring outside guest memory makes the device ask for a reset.
@@ -271,19 +276,6 @@ impl VirtioFunction {
         if let Some(event) = self.kick_event(index) {
             // An eventfd refuses only when its counter is full, and then it is already signalled.
             let _ = event.write(1);
-        }
-    }
-
-    /// The MSI-X vector for configuration changes.
-    pub fn config_vector(&self) -> u16 {
-        self.lock().config_vector
-    }
-
-    /// The driver sets the MSI-X vector for configuration changes; the transport has checked that it exists.
-    pub fn set_config_vector(&self, vector: u16) {
-        let mut core = self.lock();
-        if !core.ignores_writes() {
-            core.config_vector = vector;
         }
     }
 

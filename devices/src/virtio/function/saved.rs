@@ -8,8 +8,8 @@ use crate::gate::Reasons;
 use crate::state::{
     FunctionState, PackedState, QueueState, RegisterState, RingState, Shape, SplitState,
 };
-use crate::virtio::queue::{Format, NO_VECTOR, RingError, Virtqueue};
-use crate::virtio::{Status, feature};
+use crate::virtio::queue::{Format, RingError, Virtqueue};
+use crate::virtio::{Cause, NO_VECTOR, Status, feature};
 
 /// Whether a restored state announces itself to the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,21 +117,22 @@ impl VirtioFunction {
     /// are but those it gave up.
     pub fn save(&self) -> FunctionState {
         let core = self.lock();
-        let queues = core.queues.iter().take(self.device_queues.into());
+        let queues = (0..self.device_queues).zip(&core.queues);
+        let queues = queues.map(|(index, queue)| queue.save(self.vector(Cause::Queue(index))));
         FunctionState {
             offered: core.offered().into(),
             accepted: core.driver_features.into(),
             registers: RegisterState {
                 device_feature_select: core.selectors.device_feature,
                 driver_feature_select: core.selectors.driver_feature,
-                config_vector: core.config_vector,
+                config_vector: self.vector(Cause::Config),
                 num_queues: self.device_queues,
                 status: core.shown_status().bits(),
                 config_generation: core.config_generation,
                 queue_select: core.selectors.queue,
                 state_queue_select: core.selectors.state_queue,
             },
-            queues: queues.map(Virtqueue::save).collect(),
+            queues: queues.collect(),
             config: core.device.config().to_vec(),
         }
     }
@@ -216,6 +217,11 @@ impl VirtioFunction {
         })
     }
 
+    /// What a saved form says of where interrupts of `cause` go.
+    pub(super) fn vector(&self, cause: Cause) -> u16 {
+        self.interrupt.get().map_or(NO_VECTOR, |i| i.vector(cause))
+    }
+
     fn check_vector(&self, vector: u16, of: impl Fn() -> String) -> Result<(), RestoreError> {
         let vectors = self.interrupt.get().map_or(NO_VECTOR, |i| i.vectors());
         if vector == NO_VECTOR || vector < vectors {
@@ -260,6 +266,7 @@ impl VirtioFunction {
         let replaced = std::mem::replace(&mut core.queues, queues);
         // Those of services come after those of the device.
         let (transient, served) = transient.map(CheckedTransient::take_queues).unzip();
+        let served_vectors = core.served_vectors(transient);
         let others = replaced.iter().skip(core.queues.len());
         let reset = others.map(|queue| Virtqueue::new(queue.max_size()));
         match served {
@@ -275,7 +282,11 @@ impl VirtioFunction {
         if core.doors.queue_status {
             core.selectors.state_queue = registers.state_queue_select;
         }
-        core.config_vector = registers.config_vector;
+        if let Some(interrupt) = self.interrupt.get() {
+            let own = state.queues.iter().map(|queue| queue.vector);
+            let mut vectors = own.chain(served_vectors);
+            interrupt.assign(registers.config_vector, &mut vectors);
+        }
         core.config_generation = match how {
             // Whoever was reading the configuration reads it again (G3-f).
             Restoration::Announced => registers.config_generation.wrapping_add(1),

@@ -272,7 +272,6 @@ mod tests {
 
     use super::*;
     use crate::testing::ram;
-    use crate::virtio::queue::NO_VECTOR;
 
     const SIZE: u16 = 8;
     const RING: u64 = 0x1000;
@@ -284,7 +283,6 @@ mod tests {
         let view = ram().view().unwrap();
         let registers = QueueRegisters {
             size: SIZE,
-            vector: NO_VECTOR,
             descriptor_area: RING,
             driver_area: DRIVER,
             device_area: DEVICE,
