@@ -33,8 +33,9 @@ bitflags! {
         /// A device reset (status 0, FLR) waits for what is in flight, which completes unseen: the driver may use its
         /// memory for something else by now.
         const RESET = 1 << 2;
-        /// Bus Master Enable is clear: the function may neither reach memory nor send MSI.
-        const BUS_MASTER = 1 << 3;
+        /// The transport lets the function neither reach memory nor send messages: Bus Master Enable is clear, its own or that
+        /// of the function that manages it.
+        const NO_DMA = 1 << 3;
         /// The monitor paused the VM.
         const PAUSED = 1 << 4;
         /// The driver suspended the device (SUSPEND; S1, B-41).

@@ -13,6 +13,7 @@
 //! | [`net`] | virtio-net: on a host tap, or on a switch that connects functions |
 //! | [`rng`] | virtio-rng: the host's entropy |
 //! | [`console`] | virtio-console: one port on the terminal or a file |
+//! | [`msi`] | message-signalled interrupts: what the machine implements, and vectors with mask and pending bit |
 //! | [`parameters`] | what drivers see of devices and no option asks for |
 //! | [`io`] | the I/O thread that turns kicks and backend events into work |
 //!
@@ -26,6 +27,7 @@ pub mod context;
 pub mod gate;
 pub mod io;
 pub mod memory;
+pub mod msi;
 pub mod net;
 pub mod parameters;
 pub mod rng;

@@ -8,7 +8,6 @@ pub mod ecap;
 pub mod function;
 pub mod header;
 pub mod host_bridge;
-pub mod msi;
 pub mod msix;
 pub mod owner;
 pub mod root;

@@ -1,20 +1,16 @@
 //! MSI-X: the vector table, the pending bits, and delivery (PCIe Base, 6.1.4 and 7.7.2).
 //!
 //! A vector is *off* while MSI-X is disabled, *masked* while its own mask or the function mask is set, and *live*
-//! otherwise. A signal is dropped while off, remembered as one pending bit while masked, and delivered while live.
-//! The sink has a route for exactly the live vectors.
+//! otherwise. What that means is in [`MsiVectors`].
 //!
-//! What was remembered is owed when its vector becomes live, but delivered by [`Msix::deliver_pending`] only: whether the
-//! function may send anything is not known here. Until then the pending bit stays.
-//!
-//! Locks: `control`, then one vector. A signal takes the lock of its vector only, so it waits at most for the route
+//! Locks: `table`, then one vector. A signal takes the lock of its vector only, so it waits at most for the route
 //! change of that same vector.
 
 pub mod state;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::msi::{MsiMessage, MsiSink};
+use devices::msi::{MsiMessage, MsiSink, MsiVectors, Phase};
 
 /// Bytes of one table entry: address (0), upper address (4), data (8), vector control (12).
 pub const ENTRY_SIZE: u64 = 16;
@@ -112,43 +108,41 @@ impl Entry {
     }
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Phase {
-    #[default]
-    Off,
-    Masked,
-    Live,
+/// What the guest programmed.
+struct Table {
+    control: Control,
+    entries: Vec<Entry>,
 }
 
-#[derive(Debug, Default)]
-struct Vector {
-    entry: Entry,
-    pending: bool,
-    phase: Phase,
-    /// What the sink was told last.
-    route: Option<MsiMessage>,
+impl Table {
+    /// The entry a byte of the table belongs to.
+    fn entry(&mut self, offset: u64) -> Option<(u16, &mut Entry)> {
+        let index = usize::try_from(offset / ENTRY_SIZE).ok()?;
+        Some((index as u16, self.entries.get_mut(index)?))
+    }
 }
 
 /// The vectors of one function. See the [module documentation](self).
 pub struct Msix {
-    control: Mutex<Control>,
-    vectors: Vec<Mutex<Vector>>,
-    sink: Arc<dyn MsiSink>,
+    table: Mutex<Table>,
+    vectors: MsiVectors,
 }
 
 impl Msix {
     /// `vectors` vectors in their reset state, delivered through `sink`.
     pub fn new(vectors: VectorCount, sink: Arc<dyn MsiSink>) -> Self {
         Self {
-            control: Mutex::default(),
-            vectors: (0..vectors.0).map(|_| Mutex::default()).collect(),
-            sink,
+            table: Mutex::new(Table {
+                control: Control::default(),
+                entries: vec![Entry::default(); vectors.0.into()],
+            }),
+            vectors: MsiVectors::new(vectors.0, sink),
         }
     }
 
     /// Number of vectors.
     pub fn len(&self) -> u16 {
-        self.vectors.len() as u16
+        self.vectors.len()
     }
 
     /// Never true; a function without vectors has no MSI-X.
@@ -158,70 +152,45 @@ impl Msix {
 
     /// The function wants its driver's attention on `vector`. From any thread; numbers out of range are ignored.
     pub fn signal(&self, vector: u16) {
-        let Some(slot) = self.vectors.get(usize::from(vector)) else {
-            return;
-        };
-        let mut state = lock(slot);
-        match state.phase {
-            Phase::Off => {}
-            Phase::Masked => state.pending = true,
-            Phase::Live => self.fire(vector, &mut state),
-        }
+        self.vectors.signal(vector);
     }
 
     /// Message Control was written. True if messages are owed.
     #[must_use = "messages that are owed are to be delivered when the function may send them"]
     pub fn set_control(&self, new: Control) -> bool {
-        let mut control = lock(&self.control);
-        if *control == new {
+        let mut table = self.table();
+        if table.control == new {
             return false;
         }
-        *control = new;
-        let vectors = self.vectors.iter().enumerate();
-        vectors.fold(false, |owed, (index, slot)| {
-            self.settle(index as u16, &mut lock(slot), new) || owed
-        })
+        table.control = new;
+        self.settle_all(&table)
     }
 
     /// Delivers the messages that are owed: those of live vectors whose pending bit is set.
     pub fn deliver_pending(&self) {
-        for (index, slot) in self.vectors.iter().enumerate() {
-            let mut state = lock(slot);
-            if state.owed() {
-                self.fire(index as u16, &mut state);
-            }
-        }
+        self.vectors.deliver_pending();
     }
 
     /// Clears all pending bits.
     pub fn forget_pending(&self) {
-        for slot in &self.vectors {
-            lock(slot).pending = false;
-        }
-    }
-
-    fn fire(&self, index: u16, state: &mut Vector) {
-        state.pending = false;
-        self.sink.fire(index);
+        self.vectors.forget_pending();
     }
 
     /// Everything as after power-on: disabled, masked, nothing pending.
     pub fn reset(&self) {
-        let mut control = lock(&self.control);
-        *control = Control::default();
-        for (index, slot) in self.vectors.iter().enumerate() {
-            let mut state = lock(slot);
-            state.entry = Entry::default();
-            state.pending = false;
-            let _nothing_owed = self.settle(index as u16, &mut state, *control);
-        }
+        let mut table = self.table();
+        table.control = Control::default();
+        table.entries.fill(Entry::default());
+        // Disabled vectors have nothing pending.
+        let _nothing_owed = self.settle_all(&table);
     }
 
     /// Reads the table at byte `offset`. Any size and alignment; bytes beyond the table read 0.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        let mut table = self.table();
         fill_from_dwords(offset, data, |at| {
-            self.slot(at)
-                .map(|(_, slot)| lock(slot).entry.register(at % ENTRY_SIZE))
+            let (_, entry) = table.entry(at)?;
+            Some(entry.register(at % ENTRY_SIZE))
         });
     }
 
@@ -241,66 +210,54 @@ impl Msix {
         if !offset.is_multiple_of(data.len() as u64) {
             return false;
         }
-        let Some((index, slot)) = self.slot(offset) else {
+        let mut table = self.table();
+        let control = table.control;
+        let Some((index, entry)) = table.entry(offset) else {
             return false;
         };
-        let control = lock(&self.control);
-        let mut state = lock(slot);
         let at = offset % ENTRY_SIZE;
-        state.entry.set_register(at, low);
+        entry.set_register(at, low);
         if let Some(high) = high {
-            state.entry.set_register(at + 4, high);
+            entry.set_register(at + 4, high);
         }
-        self.settle(index, &mut state, *control)
+        self.settle(index, entry, control)
     }
 
     /// Reads the pending bits at byte `offset`. Any size and alignment; bytes beyond the array read 0.
     pub fn read_pba(&self, offset: u64, data: &mut [u8]) {
         fill_from_dwords(offset, data, |at| {
-            let first = usize::try_from(at.checked_mul(8)?).ok()?;
-            let vectors = self.vectors.get(first..)?;
-            let bits = vectors.iter().take(32).enumerate();
-            Some(bits.fold(0, |word, (bit, slot)| {
-                word | u32::from(lock(slot).pending) << bit
+            let first = u16::try_from(at.checked_mul(8)?).ok()?;
+            let bits = (first..self.len()).take(32).zip(0..);
+            Some(bits.fold(0, |word, (vector, bit)| {
+                word | u32::from(self.vectors.is_pending(vector)) << bit
             }))
         });
     }
 
-    /// The entry a byte of the table belongs to.
-    fn slot(&self, offset: u64) -> Option<(u16, &Mutex<Vector>)> {
-        let index = usize::try_from(offset / ENTRY_SIZE).ok()?;
-        Some((index as u16, self.vectors.get(index)?))
-    }
-
-    /// After a change of entry or control: the phase, the route, and what was pending. True if a message is owed.
-    fn settle(&self, index: u16, state: &mut Vector, control: Control) -> bool {
-        state.phase = match control {
+    /// After a change of entry or control. True if a message is owed.
+    fn settle(&self, index: u16, entry: &Entry, control: Control) -> bool {
+        let phase = match control {
             Control { enabled: false, .. } => Phase::Off,
-            Control { function_mask, .. } if function_mask || state.entry.masked => Phase::Masked,
+            Control { function_mask, .. } if function_mask || entry.masked => Phase::Masked,
             _ => Phase::Live,
         };
-        let route = (state.phase == Phase::Live).then(|| state.entry.message());
-        if state.route != route {
-            state.route = route;
-            self.sink.set_route(index, route);
-        }
-        state.pending &= state.phase != Phase::Off;
-        state.owed()
+        self.vectors.set(index, entry.message(), phase)
     }
-}
 
-impl Vector {
-    fn owed(&self) -> bool {
-        self.phase == Phase::Live && self.pending
+    fn settle_all(&self, table: &Table) -> bool {
+        let entries = (0..).zip(&table.entries);
+        entries.fold(false, |owed, (index, entry)| {
+            self.settle(index, entry, table.control) || owed
+        })
     }
-}
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Fills `data` with the bytes from `offset` on of an array of little-endian dwords; absent ones read 0.
-fn fill_from_dwords(offset: u64, data: &mut [u8], dword: impl Fn(u64) -> Option<u32>) {
+fn fill_from_dwords(offset: u64, data: &mut [u8], mut dword: impl FnMut(u64) -> Option<u32>) {
     let mut current = None;
     for (i, byte) in data.iter_mut().enumerate() {
         let at = offset.saturating_add(i as u64);

@@ -33,10 +33,10 @@ use crate::ecap::sriov::{self, Declaration, SriovError};
 use crate::function::{
     BarSlot, Children, ConfigTarget, Decoded, FunctionDoorbell, PciFunction, Resource,
 };
-use crate::msi::MsiController;
 use crate::state::{Registers, RegistersError};
 use crate::topology::DevFn;
 use crate::virtio::{self, Role, VirtioPci, VirtioPciError, identity};
+use devices::msi::MsiController;
 use registers::SriovRegisters;
 
 /// How an owner and its members are shown on their bus.

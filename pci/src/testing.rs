@@ -15,8 +15,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bar::{BarIndex, BarKind};
 use crate::cap::pcie::PortType;
 use crate::function::{BarSlot, ConfigTarget, Decoded, FunctionDoorbell, PciFunction, Resource};
-use crate::msi::{MsiBatch, MsiController, MsiMessage, MsiSink};
 use crate::state::{Registers, RegistersError};
+use devices::msi::{MsiBatch, MsiController, MsiMessage, MsiSink};
 
 /// What happened at a [`RecordingSink`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

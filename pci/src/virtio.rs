@@ -36,7 +36,6 @@ use crate::ecap::ari;
 use crate::ecap::sriov::{Declaration, Sriov, SriovError};
 use crate::function::{BarSlot, ConfigTarget, Decoded, FunctionDoorbell, PciFunction, Resource};
 use crate::header::{self, Command};
-use crate::msi::MsiController;
 use crate::msix::state::MsixState;
 use crate::msix::{Msix, VectorCount};
 use crate::owner::registers::SriovRegisters;
@@ -44,6 +43,7 @@ use crate::state::{Registers, RegistersError};
 use crate::topology::DevFn;
 use capabilities::Offsets;
 use common::CommonConfig;
+use devices::msi::MsiController;
 use layout::{Layout, MAX_DEVICE_LEN, Region};
 use vectors::Vectors;
 
@@ -183,7 +183,7 @@ impl VirtioPci {
         let msix = Msix::new(vectors, msi.sink(vectors.get()));
         let vectors = Arc::new(Vectors::new(msix, function.total_queues()));
         let common = CommonConfig::new(Arc::clone(&vectors));
-        function.close(Reasons::BUS_MASTER);
+        function.close(Reasons::NO_DMA);
         function.set_interrupt(Arc::clone(&vectors) as _);
         Ok(Arc::new(Self {
             port_type: options.port_type,
@@ -260,10 +260,10 @@ impl VirtioPci {
             self.function.deliver_pending();
         }
         if command.contains(Command::BUS_MASTER) {
-            self.function.reopen(Reasons::BUS_MASTER);
+            self.function.reopen(Reasons::NO_DMA);
         } else if !self
             .function
-            .stop(Reasons::BUS_MASTER, Patience::prompt(DRAIN_PATIENCE))
+            .stop(Reasons::NO_DMA, Patience::prompt(DRAIN_PATIENCE))
         {
             tracing::warn!(
                 function = self.function.name(),
@@ -553,7 +553,7 @@ impl PciFunction for VirtioPci {
     /// reads 1 until it has.
     fn reset(&self) {
         let _doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
-        self.function.close(Reasons::BUS_MASTER);
+        self.function.close(Reasons::NO_DMA);
         // The caller reports the layout change, whatever this says.
         let _ = self.function.request_reset();
         self.msix().reset();

@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use devices::admin::Owner;
 use devices::memory::{GuestRam, RamRange};
+use devices::msi::{MsiBatch, MsiController, MsiMessage, MsiSink};
 use devices::net::{MacAddress, Net, PortConfig, Switch};
 use devices::virtio::VirtioFunction;
 use pci::bar::BarIndex;
 use pci::function::{BarSlot, Children, PciFunction};
-use pci::msi::{MsiBatch, MsiController, MsiMessage, MsiSink};
 use pci::owner::{Options, OwnerPci};
 use pci::topology::DevFn;
 use vm_memory::GuestAddress;

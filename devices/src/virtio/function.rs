@@ -240,7 +240,7 @@ impl VirtioFunction {
             Some(_) => core
                 .gate
                 .reasons()
-                .intersects(Reasons::BUS_MASTER | Reasons::PAUSED),
+                .intersects(Reasons::NO_DMA | Reasons::PAUSED),
             None => core.is_acknowledged(Reasons::STILL),
         };
         if waits {
@@ -558,7 +558,7 @@ impl Core {
     /// False when neither rings nor messages are within reach. Without bus mastering, whoever opens the gate comes back
     /// for them; and when a reset was asked for, nobody waits for them any more.
     fn may_reach_out(&self) -> bool {
-        let unreachable = Reasons::BUS_MASTER | Reasons::RESET;
+        let unreachable = Reasons::NO_DMA | Reasons::RESET;
         !self.gate.reasons().intersects(unreachable)
     }
 

@@ -389,7 +389,7 @@ fn rings_that_are_misaligned_or_outside_memory_need_a_reset() {
 
 #[test]
 fn a_closed_gate_fetches_nothing_and_looks_again_when_it_opens() {
-    for reason in [Reasons::PAUSED, Reasons::BUS_MASTER] {
+    for reason in [Reasons::PAUSED, Reasons::NO_DMA] {
         let (probe, mut driver) = live(0);
         driver.function.close(reason);
         driver.add(0, &one());

@@ -1,6 +1,6 @@
 //! Saved form of a function's MSI-X.
 
-use super::{Control, Entry, Msix, Phase, lock};
+use super::{Control, Entry, Msix};
 
 /// Everything a guest can observe, and what it is still owed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,26 +43,18 @@ pub enum MsixStateError {
 impl Msix {
     /// Takes the state. The function must be quiet: a signal in between may or may not be in it.
     pub fn save(&self) -> MsixState {
-        let control = *lock(&self.control);
-        let mut entries = Vec::with_capacity(self.vectors.len());
-        let mut pending = Vec::new();
-        for (index, slot) in self.vectors.iter().enumerate() {
-            let vector = lock(slot);
-            entries.push(vector.entry);
-            if vector.pending {
-                pending.push(index as u16);
-            }
-        }
+        let table = self.table();
+        let pending = (0..self.len()).filter(|vector| self.vectors.is_pending(*vector));
         MsixState {
-            control,
-            entries,
-            pending,
+            control: table.control,
+            entries: table.entries.clone(),
+            pending: pending.collect(),
         }
     }
 
     /// Whether `state` can be restored.
     pub fn check(&self, state: &MsixState) -> Result<(), MsixStateError> {
-        let (saved, own) = (state.entries.len(), self.vectors.len());
+        let (saved, own) = (state.entries.len(), usize::from(self.len()));
         if saved != own {
             return Err(MsixStateError::Count { saved, own });
         }
@@ -90,16 +82,14 @@ impl Msix {
     /// that are owed are delivered when the function goes on.
     pub fn restore(&self, state: &MsixState) -> Result<(), MsixStateError> {
         self.check(state)?;
-        let mut control = lock(&self.control);
-        *control = state.control;
-        let mut pending = state.pending.iter().peekable();
-        for (index, (slot, entry)) in self.vectors.iter().zip(&state.entries).enumerate() {
-            let mut vector = lock(slot);
-            vector.entry = *entry;
-            vector.phase = Phase::Off;
-            vector.pending = pending.next_if_eq(&&(index as u16)).is_some();
-            let _later = self.settle(index as u16, &mut vector, *control);
+        let mut table = self.table();
+        table.control = state.control;
+        table.entries.clone_from(&state.entries);
+        self.vectors.forget_pending();
+        for vector in &state.pending {
+            self.vectors.restore_pending(*vector);
         }
+        let _later = self.settle_all(&table);
         Ok(())
     }
 }

@@ -6,8 +6,8 @@ use devices::memory::View;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::msi::MsiMessage;
 use crate::testing::{Held, RecordingController, RecordingSink, ram};
+use devices::msi::MsiMessage;
 
 mod life;
 mod on_a_bus;

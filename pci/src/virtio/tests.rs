@@ -5,8 +5,8 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::msi::MsiMessage;
 use crate::testing::{Held, RecordingController, RecordingSink};
+use devices::msi::MsiMessage;
 
 const SLOT: BarSlot = BarSlot::Own(BAR);
 /// Common configuration registers, by offset (D2).
@@ -465,7 +465,7 @@ fn e3_flr_resets_virtio_msix_and_configuration_space() {
     assert_eq!(rig.config::<1>(0x0e), 0x80, "not a register to reset");
     assert_eq!(rig.pci.decoded(), []);
     assert!(rig.pci.doorbells().is_empty());
-    assert!(rig.function.reasons().contains(Reasons::BUS_MASTER));
+    assert!(rig.function.reasons().contains(Reasons::NO_DMA));
 }
 
 #[test]

@@ -12,12 +12,12 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use devices::msi::{MsiBatch, MsiController, MsiMessage, MsiSink};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry, kvm_msi,
 };
 use kvm_ioctls::{Cap, VmFd};
-use pci::msi::{MsiBatch, MsiController, MsiMessage, MsiSink};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{KvmError, event, failed};

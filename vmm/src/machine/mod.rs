@@ -32,8 +32,8 @@ use std::time::Duration;
 
 use devices::gate::Reasons;
 use devices::memory::GuestRam;
+use devices::msi::MsiController;
 use kvm_ioctls::VcpuFd;
-use pci::msi::MsiController;
 use pci::root::PciRoot;
 use vmm_sys_util::eventfd::EventFd;
 

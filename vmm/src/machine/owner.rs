@@ -13,11 +13,11 @@ use devices::admin::{self, FixedMembership, Member, OwnerDriver, Reply, SessionE
 use devices::block::{Block, BlockConfig, Pool};
 use devices::io::IoThread;
 use devices::memory::GuestRam;
+use devices::msi::MsiController;
 use devices::net::{MacAddress, Net, PortConfig, PortInfo, Switch, SwitchPort, Uplink};
 use devices::state::OwnerState;
 use devices::virtio::{VirtioDevice, VirtioFunction};
 use pci::function::{Children, ConfigTarget, PciFunction};
-use pci::msi::MsiController;
 use pci::owner::{self, OwnerPci};
 use pci::root::PciRoot;
 use pci::topology::{Bdf, DevFn};

@@ -263,11 +263,11 @@ fn b4_a_reset_of_the_owner_forgets_the_list_and_keeps_that_of_the_monitor() {
 #[test]
 fn e10_a_closed_gate_holds_commands_back_and_none_is_lost() {
     let mut driver = live();
-    driver.function.close(Reasons::BUS_MASTER);
+    driver.function.close(Reasons::NO_DMA);
     driver.add(ADMIN, &[Buf::Out(raw(0, 0, 0, &[])), Buf::In(16)]);
     driver.kick(ADMIN);
     assert_eq!(driver.used(ADMIN), None);
-    driver.function.reopen(Reasons::BUS_MASTER);
+    driver.function.reopen(Reasons::NO_DMA);
     assert_eq!(driver.wait_used(ADMIN), (0, 16), "E13");
 }
 
@@ -435,8 +435,8 @@ pub(super) const AT_ONCE: Patience = Patience::prompt(Duration::ZERO);
 #[test]
 fn a_command_that_waits_keeps_its_owner_from_stopping_for_no_reason() {
     for reasons in [
-        [Reasons::PAUSED, Reasons::BUS_MASTER],
-        [Reasons::BUS_MASTER, Reasons::PAUSED],
+        [Reasons::PAUSED, Reasons::NO_DMA],
+        [Reasons::NO_DMA, Reasons::PAUSED],
     ] {
         let (mut driver, slow) = waiting();
         for reason in reasons {

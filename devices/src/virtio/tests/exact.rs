@@ -36,7 +36,7 @@ fn owing() -> Driver {
     driver.add(0, &one());
     driver.set_used_event(0, 1);
     driver.kick(0);
-    driver.function.close(Reasons::BUS_MASTER);
+    driver.function.close(Reasons::NO_DMA);
     probe.control().release = true;
     probe.control().change_config = true;
     driver.turn();

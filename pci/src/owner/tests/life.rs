@@ -13,7 +13,7 @@ fn d2_e10_each_vf_has_its_own_bus_mastering_and_msix() {
     rig.request(2);
     assert_eq!(rig.complete(1), []);
     assert_eq!(rig.complete(2), [message(2)]);
-    assert!(rig.reasons(1).contains(Reasons::BUS_MASTER));
+    assert!(rig.reasons(1).contains(Reasons::NO_DMA));
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn e3_flr_of_the_pf_takes_the_vfs_away() {
     assert_eq!(rig.config::<2>(0, CONTROL), 0);
     assert_eq!(rig.config::<2>(0, NUM_VFS), 0);
     assert_eq!(rig.owner.membership().enabled_members(), None);
-    assert_eq!(rig.reasons(2), Reasons::BUS_MASTER | Reasons::NO_DRIVER);
+    assert_eq!(rig.reasons(2), Reasons::NO_DMA | Reasons::NO_DRIVER);
     rig.enable(3);
     assert_eq!(rig.get::<1>(2, 20), 0, "reset state");
 }
@@ -80,7 +80,7 @@ fn a_reset_of_the_bus_takes_the_vfs_away() {
     rig.start(1);
     rig.pf.reset();
     assert!(rig.answering().is_empty());
-    assert!(rig.reasons(1).contains(Reasons::BUS_MASTER));
+    assert!(rig.reasons(1).contains(Reasons::NO_DMA));
 }
 
 #[test]
@@ -101,10 +101,7 @@ fn vfs_that_are_disabled_while_busy_complete_unseen_and_come_back_reset() {
     rig.start(1);
     rig.request(1);
     assert_eq!(rig.disable(), Effect::LayoutChanged);
-    assert!(
-        rig.reasons(1)
-            .contains(Reasons::BUS_MASTER | Reasons::RESET)
-    );
+    assert!(rig.reasons(1).contains(Reasons::NO_DMA | Reasons::RESET));
     rig.enable(2);
     assert!(rig.transactions_pending(1), "as after FLR");
     assert_eq!(rig.config::<2>(1, 0x04), 0);
@@ -124,7 +121,7 @@ fn vfs_that_are_disabled_while_busy_may_complete_before_they_come_back() {
     rig.request(1);
     let _ = rig.disable();
     assert_eq!(rig.complete(1), []);
-    assert_eq!(rig.reasons(1), Reasons::BUS_MASTER | Reasons::NO_DRIVER);
+    assert_eq!(rig.reasons(1), Reasons::NO_DMA | Reasons::NO_DRIVER);
     rig.enable(1);
     assert!(!rig.transactions_pending(1));
 }

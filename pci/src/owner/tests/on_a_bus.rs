@@ -126,7 +126,7 @@ fn a_secondary_bus_reset_takes_the_vfs_away() {
     let _ = machine.set_config(0, 8, 0x3e, 0);
     assert_eq!(machine.config(1, 0, CONTROL.into()) & 1, 0);
     assert!(machine.answering().is_empty());
-    assert!(rig.reasons(1).contains(Reasons::BUS_MASTER));
+    assert!(rig.reasons(1).contains(Reasons::NO_DMA));
 }
 
 /// How long two vCPUs are let loose on the same VFs.
@@ -162,7 +162,7 @@ fn vfs_that_come_and_go_under_the_hands_of_their_drivers() {
             }
             let _ = machine.set_config(1, 0, CONTROL.into(), 0);
             std::thread::yield_now();
-            open = (1..=4).find(|vf| !rig.reasons(*vf).contains(Reasons::BUS_MASTER));
+            open = (1..=4).find(|vf| !rig.reasons(*vf).contains(Reasons::NO_DMA));
             if open.is_some() || Instant::now() > end {
                 break;
             }

@@ -122,7 +122,7 @@ impl Rig {
         prop_assert!(!self.pf.doorbells().iter().any(beyond));
 
         for devfn in 1..=TOTAL {
-            let closed = self.reasons(devfn).contains(Reasons::BUS_MASTER);
+            let closed = self.reasons(devfn).contains(Reasons::NO_DMA);
             let master = u64::from(devfn) <= vfs && self.config::<2>(devfn, 0x04) & 4 != 0;
             prop_assert_eq!(closed, !master, "gate of VF {}", devfn);
         }

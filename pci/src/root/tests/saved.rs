@@ -11,12 +11,12 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::ConfigStateError;
 use crate::ecap::sriov::SriovStateError;
-use crate::msi::MsiMessage;
 use crate::msix::state::MsixStateError;
 use crate::owner::{self, OwnerPci};
 use crate::state::{PciState, PciStateError, Place, RegistersError};
 use crate::testing::{Held, RecordingController, SinkEvent, ram};
 use crate::virtio::{Options, VirtioPci};
+use devices::msi::MsiMessage;
 
 /// Virtual functions of the owner.
 const VFS: u8 = 4;

@@ -38,7 +38,7 @@ fn clear_with_one_in_flight(rig: &Rig) {
     std::thread::scope(|scope| {
         let clear = || change_command(&rig.function(), 0, command::BUS_MASTER);
         let write = scope.spawn(clear);
-        while !rig.plugged.function.reasons().contains(Reasons::BUS_MASTER) {
+        while !rig.plugged.function.reasons().contains(Reasons::NO_DMA) {
             std::thread::yield_now();
         }
         assert!(!write.is_finished(), "the write did not wait");

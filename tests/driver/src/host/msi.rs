@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pci::msi::{MsiBatch, MsiController, MsiMessage, MsiSink};
+use devices::msi::{MsiBatch, MsiController, MsiMessage, MsiSink};
 
 /// An interrupt that was delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

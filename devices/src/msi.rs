@@ -3,7 +3,11 @@
 //! The machine implements these two traits (with an interrupt route and an irqfd per vector, under KVM); tests
 //! implement them with a list. Nothing here knows how a message reaches a vCPU.
 
+mod vectors;
+
 use std::sync::Arc;
+
+pub use vectors::{MsiVectors, Phase};
 
 /// A memory write that is an interrupt: the address and data the guest programmed into a vector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
