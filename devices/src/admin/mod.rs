@@ -19,7 +19,6 @@
 //! | `owner` | the group: its members, and the execution of commands |
 //! | `migration` | the commands that move a member |
 //! | `saved` | sessions as state |
-//! | `wakeups` | how commands that wait for a member learn of it |
 //! | `queue`, `driver` | the two ways in |
 //!
 //! # Where the letter of virtio 1.4 and Linux disagree
@@ -53,7 +52,6 @@ pub mod profile;
 pub mod queue;
 pub mod saved;
 pub mod session;
-mod wakeups;
 
 pub use crate::virtio::{Epoch, Rest, Wake};
 pub use driver::OwnerDriver;

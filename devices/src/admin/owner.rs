@@ -11,7 +11,7 @@ use super::member::{Member, MemberId};
 use super::migration::{self, Refusal};
 use super::profile::{Command, Migration, Profile};
 use super::session::Session;
-use super::wakeups::Wakeups;
+use crate::virtio::Wakeups;
 
 /// Which members of the SR-IOV group exist now.
 ///

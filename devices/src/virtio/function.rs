@@ -1,6 +1,7 @@
 //! One virtio function: the gate, and the device behind it, in its turns on the I/O thread. What drivers, hypervisors and
 //! saved forms see of it is in the submodules.
 
+mod commands;
 mod construct;
 mod doors;
 mod exact;
@@ -20,6 +21,7 @@ use super::service::ServiceQueue;
 use super::{DeviceType, Status, Warnings, feature};
 use crate::gate::{Gate, Patience, Reasons};
 use crate::memory::View;
+pub use commands::QueueError;
 pub use construct::Offer;
 pub use doors::{Doors, Suspend};
 pub use member::{Epoch, Rest, Wake};
@@ -65,7 +67,10 @@ pub struct VirtioFunction {
     /// Signalled when it became live without a write of its driver.
     revived: OnceLock<Arc<EventFd>>,
     device_type: DeviceType,
+    /// Of the device, and of its services behind that.
     config_len: usize,
+    /// Of the device.
+    device_config_len: usize,
     /// Queues of the device; those of services come after them.
     device_queues: u16,
     doors: Doors,
@@ -83,6 +88,8 @@ struct Core {
     services: Vec<ServiceQueue>,
     /// Features that the transport has, apart from those of every transport.
     transport_features: u64,
+    /// Of all features, those that may be offered: all, unless whoever made the device for its driver chose some.
+    allowed_features: u64,
     gate: Gate,
     doors: Doors,
     /// Without the bits of the doors, which the gate has.
@@ -234,6 +241,10 @@ impl VirtioFunction {
     /// The device's source `token` became readable.
     pub fn on_event(&self, token: u16) {
         let mut core = self.lock();
+        if core.gate.reasons().contains(Reasons::RESET) && core.service_of(token).is_some() {
+            // Commands were called off. What else the service does may have come to its end.
+            return self.settle(&mut core);
+        }
         // What a command waits for may come while no memory can be reached for the answer, or while nothing of the guest may
         // happen.
         let waits = match core.service_of(token) {
@@ -357,28 +368,45 @@ impl VirtioFunction {
         let (device, _, mut io) = core.io(0);
         device.call_off(&mut io);
         core.call_off_commands();
+        for queue in &mut core.services {
+            queue.service_mut().begin_reset();
+        }
         self.settle(core);
     }
 
-    /// Completes what waits for the drain: queue resets, a device reset, a thread in [`Self::stop`].
+    /// Completes what waits for the drain: a queue that is reset or disabled, a device reset, a thread in [`Self::stop`].
     fn settle(&self, core: &mut Core) {
+        let mut settled = false;
         for (index, queue) in (0..).zip(&mut core.queues) {
-            if queue.finish_reset()
-                && let Some(interrupt) = self.interrupt.get()
-            {
-                interrupt.reset_queue(index);
+            settled |= queue.finish_disabling();
+            if queue.finish_reset() {
+                settled = true;
+                if let Some(interrupt) = self.interrupt.get() {
+                    interrupt.reset_queue(index);
+                }
             }
         }
         if !core.drained() {
+            // Who asked for one queue does not wait for the others.
+            if settled {
+                self.wake(core);
+            }
             return;
         }
-        if core.gate.reasons().contains(Reasons::RESET) {
+        let mut services = core.services.iter();
+        if core.gate.reasons().contains(Reasons::RESET)
+            && services.all(|queue| queue.service().is_at_rest())
+        {
             core.reset();
             if let Some(interrupt) = self.interrupt.get() {
                 interrupt.reset();
             }
         }
         self.drained.notify_all();
+        self.wake(core);
+    }
+
+    fn wake(&self, core: &mut Core) {
         if std::mem::take(&mut core.awaited)
             && let Some(wake) = self.wake.get()
         {
@@ -464,6 +492,11 @@ impl VirtioFunction {
 
 impl Core {
     fn offered(&self) -> u64 {
+        self.all_features() & self.allowed_features
+    }
+
+    /// All features that it has, whether or not they may be offered.
+    fn all_features(&self) -> u64 {
         let services = self.services.iter();
         let served = services.fold(0, |all, queue| all | queue.service().feature());
         let transport = feature::TRANSPORT | self.transport_features;
@@ -520,6 +553,10 @@ impl Core {
         self.driver_features & !self.offered() == 0
             && self.driver_features & feature::VERSION_1 != 0
             && (self.driver_features & feature::RING_PACKED == 0 || !in_use)
+            && self
+                .services
+                .iter()
+                .all(|queue| queue.service().agrees(self.driver_features))
     }
 
     fn event_index(&self) -> bool {
@@ -621,5 +658,18 @@ fn window(features: u64, select: u32) -> u32 {
         0 => features as u32,
         1 => (features >> 32) as u32,
         _ => 0,
+    }
+}
+
+/// The configuration of a service begins here, behind that of the device and of the services before it, `len` bytes in all.
+fn config_start(len: usize) -> usize {
+    len.next_multiple_of(8)
+}
+
+/// Where `config`, that of a service, ends behind `len` bytes. One without any takes no place.
+fn config_end(len: usize, config: &[u8]) -> usize {
+    match config {
+        [] => len,
+        config => config_start(len) + config.len(),
     }
 }

@@ -16,6 +16,7 @@ mod function;
 mod interrupt;
 mod queue;
 mod service;
+mod wakeups;
 mod warnings;
 
 #[cfg(test)]
@@ -24,12 +25,13 @@ mod tests;
 pub use chain::{Chain, ChainError, Ticket};
 pub use device::{Io, Progress, Source, VirtioDevice};
 pub use function::{
-    CheckedState, Doors, Epoch, Offer, QueueInfo, Rest, Restoration, RestoreError, Selectors,
-    Suspend, VirtioFunction, Wake,
+    CheckedState, Doors, Epoch, Offer, QueueError, QueueInfo, Rest, Restoration, RestoreError,
+    Selectors, Suspend, VirtioFunction, Wake,
 };
 pub use interrupt::{Cause, Interrupt, NO_VECTOR};
 pub use queue::{Position, QueueRegisters, RingError, Virtqueue};
 pub use service::{Executed, Service};
+pub(crate) use wakeups::Wakeups;
 pub(crate) use warnings::Warnings;
 
 use bitflags::bitflags;

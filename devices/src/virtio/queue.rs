@@ -101,6 +101,8 @@ enum Phase {
     Running,
     /// It stopped the queue, by `queue_status` (S0).
     Stopped,
+    /// It disabled the queue, which its transport can do without a reset (S4-28), and requests are still in flight.
+    Disabling,
     /// It asked for a reset of the queue, and requests are still in flight.
     Resetting,
 }
@@ -132,7 +134,7 @@ impl Enabled {
     fn is_usable(&self) -> bool {
         match self.phase {
             Phase::Running => true,
-            Phase::Stopped => !self.owned.is_empty(),
+            Phase::Stopped | Phase::Disabling => !self.owned.is_empty(),
             Phase::Resetting => false,
         }
     }
@@ -266,6 +268,35 @@ impl Virtqueue {
             }
             _ => false,
         }
+    }
+
+    /// The driver disables the queue; [`Self::finish_disabling`] completes it once nothing is in flight. False if it is being
+    /// reset.
+    pub(super) fn disable(&mut self) -> bool {
+        match &mut self.enabled {
+            Some(queue) if queue.phase == Phase::Resetting => return false,
+            Some(queue) => queue.phase = Phase::Disabling,
+            None => {}
+        }
+        true
+    }
+
+    /// Completes what [`Self::disable`] began if nothing is in flight, nor given up. The registers stay, and the queue goes on
+    /// where it was unless the driver says otherwise.
+    pub(super) fn finish_disabling(&mut self) -> bool {
+        let at_rest = |queue: &Enabled| queue.in_flight.is_empty() && queue.owned.is_empty();
+        let ready = self.is_in(Phase::Disabling) && self.enabled.as_ref().is_some_and(at_rest);
+        if ready {
+            self.start = Some(self.place());
+            self.enabled = None;
+        }
+        ready
+    }
+
+    /// Where it goes on, or is going on now: the next available place and, in a packed ring, the next used one.
+    pub(super) fn position(&self) -> (u16, u16) {
+        let Start { available, used } = self.place();
+        (available, used)
     }
 
     /// Starts the ring with the addresses in the registers, at index 0 or where the driver said.
@@ -411,7 +442,7 @@ impl Virtqueue {
                 let chain = queue.ring.again(view, held)?;
                 queue.owned.pop_front().map(|held| (chain, held))
             }
-            None if queue.phase == Phase::Stopped => None,
+            None if queue.phase != Phase::Running => None,
             None => queue.ring.next(view, queue.in_flight.iter())?,
         };
         Ok(found.map(|(chain, held)| {

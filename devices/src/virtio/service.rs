@@ -46,6 +46,19 @@ pub trait Service: Any + Send {
     /// The most bytes of a command, and of an answer. What is longer is not seen, and not made.
     fn limits(&self) -> (usize, usize);
 
+    /// What the driver reads behind the device configuration. Its length never changes; what it says changes with commands only.
+    fn config(&self) -> &[u8] {
+        &[]
+    }
+
+    /// False if the service goes without an agreement on `features`, those that the driver accepts.
+    fn agrees(&self, _features: u64) -> bool {
+        true
+    }
+
+    /// The driver is ready and accepted `features`.
+    fn activate(&mut self, _features: u64) {}
+
     /// Executes `command`, for which the driver left `room` bytes. Any bytes are a command, and any of them is answered.
     fn execute(&mut self, command: &[u8], room: usize) -> Executed;
 
@@ -57,6 +70,15 @@ pub trait Service: Any + Send {
 
     /// The command that waits will not be executed again: what it began is undone.
     fn abandon(&mut self);
+
+    /// The driver asked for a reset of the device. What the service does besides commands ends with it, too:
+    /// [`Self::is_at_rest`] says when. Until then the reset waits, and looks again whenever [`Self::wake_fd`] was signalled.
+    fn begin_reset(&mut self) {}
+
+    /// True if nothing that the service is responsible for is in flight.
+    fn is_at_rest(&self) -> bool {
+        true
+    }
 
     /// The device was reset: the session is over.
     fn reset(&mut self);
@@ -167,7 +189,12 @@ impl ServiceQueue {
     fn attempt(&mut self, index: u16, chain: Chain, io: &mut Io<'_>) -> Result<bool, RingError> {
         let (_, most) = self.service.limits();
         let room = usize::try_from(chain.writable_len()).map_or(most, |len| len.min(most));
-        match self.service.execute(&self.command, room) {
+        let before = self.service.config().to_vec();
+        let executed = self.service.execute(&self.command, room);
+        if self.service.config() != before {
+            io.config_changed_on_request();
+        }
+        match executed {
             Executed::Done(answer) => {
                 let written = write(&answer, &chain, io);
                 io.push(index, chain.ticket(), *written.as_ref().unwrap_or(&0))?;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Core, Doors, Epoch, Selectors, VirtioFunction};
+use super::{Core, Doors, Epoch, Selectors, VirtioFunction, config_end};
 use crate::gate::{Gate, Reasons};
 use crate::memory::View;
 use crate::virtio::queue::Virtqueue;
@@ -89,16 +89,22 @@ impl VirtioFunction {
             .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
             .collect::<io::Result<_>>()?;
         let services = services.into_iter().map(ServiceQueue::new);
+        let services = services.collect::<io::Result<Vec<_>>>()?;
+        let device_config_len = device.config().len();
+        let behind = |len, queue: &ServiceQueue| config_end(len, queue.service().config());
+        let config_len = services.iter().fold(device_config_len, behind);
         Ok(Arc::new(Self {
             name,
             device_type: device.device_type(),
-            config_len: device.config().len(),
+            config_len,
+            device_config_len,
             core: Mutex::new(Core {
                 device,
                 view,
                 queues,
-                services: services.collect::<io::Result<_>>()?,
+                services,
                 transport_features,
+                allowed_features: u64::MAX,
                 gate: Gate::closed_for(Reasons::NO_DRIVER),
                 doors,
                 selectors: Selectors::default(),
@@ -136,5 +142,13 @@ impl VirtioFunction {
     pub fn set_revived(&self, event: Arc<EventFd>) {
         // A second machine around one function is a wiring mistake that shows as slow kicks.
         let _ = self.revived.set(event);
+    }
+
+    /// The doorbells that should exist are others, and not because of a write of its driver.
+    pub(crate) fn revive(&self) {
+        if let Some(revived) = self.revived.get() {
+            // An eventfd refuses only when its counter is full, and then it is already signalled.
+            let _ = revived.write(1);
+        }
     }
 }

@@ -207,7 +207,7 @@ impl VirtioFunction {
 }
 
 impl Core {
-    fn is_enabled(&self, index: u16) -> bool {
+    pub(super) fn is_enabled(&self, index: u16) -> bool {
         let queue = self.queues.get(usize::from(index));
         queue.is_some_and(Virtqueue::is_enabled)
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Core, QueueInfo, VirtioFunction, window};
+use super::{Core, QueueInfo, VirtioFunction, config_end, config_start, window};
 use crate::bus::Effect;
 use crate::gate::Reasons;
 use crate::virtio::queue::{Format, QueueRegisters};
@@ -118,6 +118,9 @@ impl VirtioFunction {
             queue.set_event_index(event_index);
         }
         core.device.activate(features);
+        for queue in &mut core.services {
+            queue.service_mut().activate(features);
+        }
         self.open(&mut core, Reasons::NO_DRIVER);
         Effect::LayoutChanged
     }
@@ -281,7 +284,7 @@ impl VirtioFunction {
 
     // Device configuration -----------------------------------------------------------------------------------------
 
-    /// Length of the device configuration in bytes.
+    /// Length of the device configuration in bytes, with that of services behind it.
     pub fn config_len(&self) -> usize {
         self.config_len
     }
@@ -290,18 +293,21 @@ impl VirtioFunction {
     pub fn read_config(&self, offset: usize, data: &mut [u8]) {
         data.fill(0);
         let core = self.lock();
-        let rest = core.device.config().get(offset..).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
+        copy_overlap(core.device.config(), 0, offset, data);
+        let mut end = self.device_config_len;
+        for queue in &core.services {
+            let config = queue.service().config();
+            copy_overlap(config, config_start(end), offset, data);
+            end = config_end(end, config);
         }
     }
 
-    /// The driver writes the device configuration. A write that leaves it is ignored.
+    /// The driver writes the device configuration. A write that leaves it is ignored; what is behind it is read-only.
     pub fn write_config(&self, offset: usize, data: &[u8]) {
         let mut core = self.lock();
         let fits = offset
             .checked_add(data.len())
-            .is_some_and(|end| end <= self.config_len);
+            .is_some_and(|end| end <= self.device_config_len);
         let closed = core.ignores_config_writes() || core.gate.reasons().contains(Reasons::RESET);
         if fits && !closed {
             core.device.write_config(offset, data);
@@ -311,5 +317,16 @@ impl VirtioFunction {
     /// `config_generation`: differs whenever the device changed its configuration in between.
     pub fn config_generation(&self) -> u8 {
         self.lock().config_generation
+    }
+}
+
+/// Copies the bytes of `config`, which lies at `start`, that are in `data`, which is read from `offset` on.
+fn copy_overlap(config: &[u8], start: usize, offset: usize, data: &mut [u8]) {
+    let from = config.get(offset.saturating_sub(start)..);
+    let to = data.get_mut(start.saturating_sub(offset)..);
+    if let (Some(from), Some(to)) = (from, to) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = *from;
+        }
     }
 }

@@ -107,7 +107,7 @@ impl VirtioFunction {
         let queues = core.queues.iter().take(self.device_queues.into());
         Shape {
             queue_sizes: queues.map(Virtqueue::max_size).collect(),
-            config_len: self.config_len,
+            config_len: self.device_config_len,
             queue_status: core.doors.queue_status,
             packed: core.offered() & feature::RING_PACKED != 0,
         }
@@ -206,7 +206,7 @@ impl VirtioFunction {
             queue.set_event_index(event_index);
             queues.push(queue);
         }
-        let fits = state.config.len() == self.config_len;
+        let fits = state.config.len() == self.device_config_len;
         if !fits || !core.device.accepts_config(&state.config, driver_features) {
             return Err(RestoreError::Config);
         }
@@ -313,6 +313,9 @@ impl VirtioFunction {
             let served = core.queues.iter_mut().skip(self.device_queues.into());
             served.for_each(|queue| queue.set_event_index(event_index));
             core.device.activate(driver_features);
+            for queue in &mut core.services {
+                queue.service_mut().activate(driver_features);
+            }
         }
         if let Some(transient) = transient {
             core.apply_transient(transient);
@@ -328,10 +331,7 @@ impl VirtioFunction {
         if live {
             self.open(core, Reasons::NO_DRIVER);
         }
-        if let Some(revived) = self.revived.get() {
-            // An eventfd refuses only when its counter is full, and then it is already signalled.
-            let _ = revived.write(1);
-        }
+        self.revive();
     }
 }
 

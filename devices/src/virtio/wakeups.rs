@@ -1,5 +1,5 @@
-//! How commands that wait for a member learn that it came to rest: the administration virtqueue by an event that the I/O
-//! thread watches, the monitor by a condition variable.
+//! How commands that wait for a function learn that it came to rest: a service's virtqueue by an event that the I/O thread
+//! watches, the monitor by a condition variable.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::virtio::Wake;
+use super::Wake;
 
 /// See the [module documentation](self).
 pub struct Wakeups {
     event: EventFd,
-    /// How often a member came to rest while someone waited.
+    /// How often a function came to rest while someone waited.
     count: Mutex<u64>,
     counted: Condvar,
 }
