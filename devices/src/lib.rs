@@ -9,6 +9,7 @@
 //! | [`state`] | what moves with a function: the one struct that saved forms are encodings of |
 //! | [`context`] | that struct as a device context: fields of type, length and value |
 //! | [`admin`] | device groups: an owner, its members, and administration commands |
+//! | [`transport_vq`] | the transport virtqueue: managed devices, and the commands that make and drive them |
 //! | [`block`] | virtio-block: a raw image file or block device as a disk |
 //! | [`net`] | virtio-net: on a host tap, or on a switch that connects functions |
 //! | [`rng`] | virtio-rng: the host's entropy |
@@ -34,6 +35,7 @@ pub mod rng;
 pub mod state;
 #[cfg(test)]
 mod testing;
+pub mod transport_vq;
 pub mod virtio;
 
 /// Compiles the usage example of the README.

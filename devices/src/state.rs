@@ -14,6 +14,7 @@
 //! | [`FunctionState`] | a function, as its driver set it up | yes |
 //! | [`TransientState`] | a function: notifications it owes, its administration virtqueue, what is its device type's own | no |
 //! | [`OwnerState`] | an owner: sessions of its drivers, modes, write records | no |
+//! | [`ManagerState`] | a management device: which managed devices it has, and their interrupts | no |
 
 use std::collections::BTreeMap;
 
@@ -257,6 +258,46 @@ impl DeviceState {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot be saved: {0}")]
 pub struct Unsavable(pub String);
+
+/// State of a management device, apart from its function's: which managed devices there are. The state of each is that of its
+/// function besides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ManagerState {
+    /// The id that the next device gets. Those of all devices are below.
+    pub next_id: u64,
+    /// The devices.
+    pub devices: Vec<ManagedState>,
+}
+
+/// What a managed device has and its function has not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ManagedState {
+    /// Device id.
+    pub id: u64,
+    /// The name of its function.
+    pub name: String,
+    /// Feature bits that it offers.
+    pub features: u64,
+    /// Interrupts for the configuration.
+    pub config: MessageState,
+    /// Interrupts for each virtqueue.
+    pub queues: Vec<MessageState>,
+}
+
+/// A message that is an interrupt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MessageState {
+    /// Guest physical address that it is written to.
+    pub address: u64,
+    /// What is written.
+    pub data: u32,
+    /// It is sent.
+    pub enabled: bool,
+    /// It is held back.
+    pub masked: bool,
+    /// It waits behind the mask.
+    pub pending: bool,
+}
 
 /// State of a group's owner, apart from its function's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

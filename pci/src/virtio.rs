@@ -18,10 +18,11 @@ pub mod common;
 mod device_state;
 pub mod identity;
 pub mod layout;
+mod managed;
 mod vectors;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::bus::Effect;
 use devices::gate::{Patience, Reasons};
@@ -45,6 +46,7 @@ use capabilities::Offsets;
 use common::CommonConfig;
 use devices::msi::MsiController;
 use layout::{Layout, MAX_DEVICE_LEN, Region};
+use managed::{Managed, Pages};
 use vectors::Vectors;
 
 /// The BAR that holds the virtio structures, MSI-X table and pending bits.
@@ -131,6 +133,8 @@ pub struct VirtioPci {
     config: Arc<Mutex<ConfigSpace>>,
     common: CommonConfig,
     vectors: Arc<Vectors>,
+    /// What it manages, if anything.
+    managed: Managed,
     /// Held while a change of configuration space is carried over to the gate and to MSI-X, so that of two writes
     /// at once the one that ends up in the register also ends up there.
     doors: Mutex<()>,
@@ -183,15 +187,25 @@ impl VirtioPci {
         let msix = Msix::new(vectors, msi.sink(vectors.get()));
         let vectors = Arc::new(Vectors::new(msix, function.total_queues()));
         let common = CommonConfig::new(Arc::clone(&vectors));
+        let managed = Managed::of(&function);
         function.close(Reasons::NO_DMA);
+        managed.close();
         function.set_interrupt(Arc::clone(&vectors) as _);
+        let config = Arc::new(Mutex::new(builder.build()));
+        let pages = Pages {
+            config: Arc::clone(&config),
+            bars: bars.clone(),
+            start: layout.range(Region::Doorbells).start,
+        };
+        function.with_manager(|manager| manager.set_doorbells(Arc::new(pages)));
         Ok(Arc::new(Self {
+            managed,
             port_type: options.port_type,
             layout,
             bars,
             offsets,
             sriov,
-            config: Arc::new(Mutex::new(builder.build())),
+            config,
             common,
             vectors,
             doors: Mutex::new(()),
@@ -220,6 +234,7 @@ impl VirtioPci {
             vectors,
             device_len as u64,
             state_len,
+            Managed::of(function).pages_len(),
         );
         Ok((layout, vectors))
     }
@@ -261,10 +276,18 @@ impl VirtioPci {
         }
         if command.contains(Command::BUS_MASTER) {
             self.function.reopen(Reasons::NO_DMA);
-        } else if !self
+            self.managed.reopen();
+            return;
+        }
+        let since = Instant::now();
+        // Commands stop first, so that none starts what is to stop.
+        self.function.close(Reasons::NO_DMA);
+        self.managed.close();
+        let own = self
             .function
-            .stop(Reasons::NO_DMA, Patience::prompt(DRAIN_PATIENCE))
-        {
+            .stop(Reasons::NO_DMA, Patience::prompt(DRAIN_PATIENCE));
+        let left = DRAIN_PATIENCE.saturating_sub(since.elapsed());
+        if !self.managed.stop(left) || !own {
             tracing::warn!(
                 function = self.function.name(),
                 "still in flight without bus mastering"
@@ -497,7 +520,7 @@ impl PciFunction for VirtioPci {
             }
             Region::State => device_state::read(&self.function, offset, data),
             Region::Device => self.function.read_config(offset as usize, data),
-            Region::Notify => {}
+            Region::Notify | Region::Doorbells => {}
             Region::MsixTable => self.msix().read_table(offset, data),
             Region::MsixPba => self.msix().read_pba(offset, data),
         }
@@ -519,6 +542,7 @@ impl PciFunction for VirtioPci {
                     self.function.kick(queue);
                 }
             }
+            Region::Doorbells => self.managed.kick(offset, data),
             Region::MsixTable => {
                 if self.msix().write_table(offset, data) {
                     self.function.deliver_pending();
@@ -530,8 +554,10 @@ impl PciFunction for VirtioPci {
     }
 
     fn doorbells(&self) -> Vec<FunctionDoorbell> {
+        let pages = self.layout.range(Region::Doorbells).start;
+        let managed = self.managed.doorbells(pages);
         if !self.function.is_live() {
-            return Vec::new();
+            return managed.collect();
         }
         let doorbell = |queue| {
             let info = self.function.queue(queue)?;
@@ -545,6 +571,7 @@ impl PciFunction for VirtioPci {
         };
         (0..self.function.total_queues())
             .filter_map(doorbell)
+            .chain(managed)
             .collect()
     }
 
@@ -554,6 +581,7 @@ impl PciFunction for VirtioPci {
     fn reset(&self) {
         let _doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
         self.function.close(Reasons::NO_DMA);
+        self.managed.close();
         // The caller reports the layout change, whatever this says.
         let _ = self.function.request_reset();
         self.msix().reset();

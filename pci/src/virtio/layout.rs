@@ -9,8 +9,9 @@
 //! | `0x1000` | notifications: 4 bytes per queue | 4 × queues |
 //! | next page | MSI-X table | 16 × vectors |
 //! | next page | MSI-X pending bits | 8 per 64 vectors |
+//! | next page | doorbells of managed devices, of a device that has these | a page per device |
 //!
-//! Each of the last three has pages of its own. The BAR is the next power of two, at least 16 KiB, which is enough
+//! Each of the last four has pages of its own. The BAR is the next power of two, at least 16 KiB, which is enough
 //! for 1024 queues and 256 vectors. Bytes of no structure read 0 and ignore writes.
 
 use std::ops::Range;
@@ -48,26 +49,41 @@ pub enum Region {
     MsixTable,
     /// MSI-X pending bits.
     MsixPba,
+    /// Doorbells of managed devices (S4-38).
+    Doorbells,
 }
 
 /// The structures of one function. See the [module documentation](self).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
-    regions: [(Region, Range<u64>); 7],
+    regions: [(Region, Range<u64>); 8],
     size: u64,
 }
 
 impl Layout {
     /// The layout for this many queues, vectors and bytes of device configuration (at most [`MAX_DEVICE_LEN`]), and of the
-    /// device-state structure, which not every function has.
-    pub fn new(queues: u16, vectors: VectorCount, device_len: u64, state_len: u64) -> Self {
+    /// device-state structure and doorbells of managed devices, which not every function has.
+    pub fn new(
+        queues: u16,
+        vectors: VectorCount,
+        device_len: u64,
+        state_len: u64,
+        doorbells_len: u64,
+    ) -> Self {
         let notify = NOTIFY..NOTIFY + u64::from(queues) * u64::from(NOTIFY_MULTIPLIER);
         let table = notify.end.next_multiple_of(PAGE).max(NOTIFY + PAGE);
         let table = table..table + vectors.table_len();
         let pba = table.end.next_multiple_of(PAGE);
         let pba = pba..pba + vectors.pba_len();
+        let doorbells = pba.end.next_multiple_of(PAGE);
+        let doorbells = doorbells..doorbells + doorbells_len;
+        let end = if doorbells.is_empty() {
+            pba.end
+        } else {
+            doorbells.end
+        };
         Self {
-            size: pba.end.next_power_of_two().max(MIN_SIZE),
+            size: end.next_power_of_two().max(MIN_SIZE),
             regions: [
                 (Region::Common, 0..COMMON_LEN),
                 (Region::Isr, ISR..ISR + 1),
@@ -79,6 +95,7 @@ impl Layout {
                 (Region::Notify, notify),
                 (Region::MsixTable, table),
                 (Region::MsixPba, pba),
+                (Region::Doorbells, doorbells),
             ],
         }
     }
@@ -123,7 +140,7 @@ mod tests {
     use super::*;
 
     fn layout(queues: u16, vectors: u16) -> Layout {
-        Layout::new(queues, VectorCount::new(vectors).unwrap(), 60, 0)
+        Layout::new(queues, VectorCount::new(vectors).unwrap(), 60, 0, 0)
     }
 
     #[test]
@@ -151,12 +168,22 @@ mod tests {
     #[test]
     fn s0_1_device_state_has_a_place_if_the_device_has_it() {
         let vectors = VectorCount::new(1).unwrap();
-        let with = Layout::new(1, vectors, 60, device_state::LEN);
+        let with = Layout::new(1, vectors, 60, device_state::LEN, 0);
         assert_eq!(with.range(Region::State), 0xc0..0xc8);
-        let packed = Layout::new(1, vectors, 60, device_state::PACKED_LEN);
+        let packed = Layout::new(1, vectors, 60, device_state::PACKED_LEN, 0);
         assert_eq!(packed.range(Region::State), 0xc0..0xd0);
         assert_eq!(with.locate(0xc4), Some((Region::State, 4)));
         assert_eq!(layout(1, 1).locate(0xc4), None);
+    }
+
+    #[test]
+    fn s4_38_managed_devices_have_a_page_each() {
+        let vectors = VectorCount::new(4).unwrap();
+        let layout = Layout::new(3, vectors, 60, 0, 255 * 0x1000);
+        let pages = layout.range(Region::Doorbells);
+        assert_eq!(pages, 0x4000..0x4000 + 255 * 0x1000);
+        assert_eq!(layout.size(), 0x20_0000);
+        assert_eq!(layout.locate(0x5002), Some((Region::Doorbells, 0x1002)));
     }
 
     #[test]

@@ -514,7 +514,7 @@ fn e3_flr_waits_a_little_for_what_is_in_flight() {
     rig.start();
     rig.release.store(false, SeqCst);
     rig.request(1);
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     let _ = rig.flr();
     assert!(rig.function.is_resetting());
     assert!(start.elapsed() >= RESET_PATIENCE);
