@@ -24,7 +24,7 @@ impl Id {
         let (family, number) = match text.as_bytes() {
             [b'S' | b'G', b'0'..=b'9', b'-', ..] => (text.get(..2)?, text.get(3..)?),
             [b'B', b'-', ..] => (text.get(..1)?, text.get(2..)?),
-            [b'D' | b'E', ..] => (text.get(..1)?, text.get(1..)?),
+            [b'D' | b'E' | b'M', ..] => (text.get(..1)?, text.get(1..)?),
             _ => return None,
         };
         Some(Self {
@@ -46,7 +46,7 @@ impl Id {
                     .next()
                     .and_then(|next| Self::parse(&format!("{}-{next}", word.to_ascii_uppercase()))),
                 [b'b', ..] => Self::parse(&word.replacen('b', "B-", 1)),
-                [b'd' | b'e', ..] => Self::parse(&word.to_ascii_uppercase()),
+                [b'd' | b'e' | b'm', ..] => Self::parse(&word.to_ascii_uppercase()),
                 _ => None,
             };
             match id {
@@ -103,7 +103,7 @@ impl fmt::Display for Id {
                 let times = if *number > 26 { 2 } else { 1 };
                 write!(f, "{family}-{}", String::from(letter).repeat(times))
             }
-            ([b'D' | b'E'], _) => write!(f, "{family}{number}"),
+            ([b'D' | b'E' | b'M'], _) => write!(f, "{family}{number}"),
             _ => write!(f, "{family}-{number}"),
         }
     }
@@ -116,7 +116,7 @@ mod tests {
     #[test]
     fn what_is_written_is_read_and_written_again() {
         for text in [
-            "S0-1", "S3-49", "B-51", "D4", "E15", "G0-a", "G3-z", "G3-aa", "G3-ee", "ring",
+            "S0-1", "S3-49", "B-51", "D4", "E15", "M26", "G0-a", "G3-z", "G3-aa", "G3-ee", "ring",
         ] {
             assert_eq!(Id::parse(text).unwrap().to_string(), text);
         }

@@ -11,6 +11,7 @@ use pci::function::{PciFunction, SingleFunction};
 use pci::root::{AddError, AssignError, Doorbell, PciRoot};
 use pci::topology::{Bdf, CONFIG_SPACE_SIZE, DevFn, LayoutError, PciLayout};
 use pci::virtio::{Options, VirtioPci, VirtioPciError};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{HostDma, MockMsi, Pump};
 use crate::access::{Function, FunctionExt};
@@ -75,9 +76,11 @@ struct Inner {
     dma: HostDma,
     msi: MockMsi,
     pumps: Mutex<Vec<Pump>>,
-    /// As the machine last registered them; brought up to date when a write says that the layout changed, and
-    /// then only.
+    /// As the machine last registered them; brought up to date when a write or a function says that the layout changed,
+    /// and then only.
     doorbells: Mutex<Vec<Doorbell>>,
+    /// Signalled when the layout changed without a write.
+    revived: Arc<EventFd>,
     notifications: Mutex<Notifications>,
 }
 
@@ -110,6 +113,7 @@ impl Machine {
             msi: MockMsi::default(),
             pumps: Mutex::default(),
             doorbells: Mutex::default(),
+            revived: Arc::new(EventFd::new(EFD_NONBLOCK)?),
             notifications: Mutex::new(Notifications::Register),
         })))
     }
@@ -154,6 +158,7 @@ impl Machine {
 
     /// Lets `function`, which was plugged into [`Self::root`] by other means, work whenever the machine does.
     pub fn serve(&self, function: &Arc<VirtioFunction>) -> Result<(), HostError> {
+        function.set_revived(Arc::clone(&self.0.revived));
         lock(&self.0.pumps).push(Pump::new(Arc::clone(function))?);
         Ok(())
     }
@@ -237,7 +242,11 @@ impl Machine {
     /// Lets every function work once; true if any had something to do.
     pub fn pump(&self) -> bool {
         let pumps = lock(&self.0.pumps);
-        pumps.iter().filter(|pump| pump.turn()).count() > 0
+        let worked = pumps.iter().filter(|pump| pump.turn()).count() > 0;
+        if self.0.revived.read().is_ok() {
+            *lock(&self.0.doorbells) = self.0.root.doorbells();
+        }
+        worked
     }
 
     /// Lets every function work until all are idle, 4096 rounds at most; true if all are.
@@ -257,6 +266,17 @@ pub struct Plugged {
     pub function: Arc<VirtioFunction>,
     place: Bdf,
     behind_port: bool,
+}
+
+impl Plugged {
+    /// A function that was plugged into the root bus of [`Machine::root`] by other means, at `place`.
+    pub fn new(function: Arc<VirtioFunction>, place: Bdf) -> Self {
+        Self {
+            function,
+            place,
+            behind_port: false,
+        }
+    }
 }
 
 /// A function of the machine, as its driver reaches it.

@@ -128,7 +128,7 @@ pub struct Posted {
     to: u64,
 }
 
-/// An administration queue, used without interrupts.
+/// An administration queue, or another that takes commands, used without interrupts.
 pub struct AdminQueue<D> {
     queue: SplitQueue<D>,
     dma: D,
@@ -147,6 +147,15 @@ impl<D: Dma + Clone> AdminQueue<D> {
         if count == 0 || index < transport.get(common::NUM_QUEUES) {
             return Err(AdminError::NoQueue { index, count });
         }
+        Self::at(transport, dma, index)
+    }
+
+    /// Sets up virtqueue `index`, which takes commands as well.
+    pub fn at<F: Function>(
+        transport: &Transport<F>,
+        dma: D,
+        index: u16,
+    ) -> Result<Self, AdminError> {
         let size = transport.queue_size(index).min(ENTRIES);
         let queue = SplitQueue::new(dma.clone(), size, false).ok_or(AdminError::NoMemory)?;
         transport.enable_queue(index, queue.layout(), NO_VECTOR)?;

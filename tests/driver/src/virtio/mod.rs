@@ -4,6 +4,7 @@ pub mod admin;
 pub mod block;
 mod device_state;
 mod doors;
+pub mod management;
 pub mod migration;
 pub mod net;
 mod packed;
