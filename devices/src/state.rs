@@ -12,9 +12,8 @@
 //! | type | whose state | in a device context |
 //! |---|---|---|
 //! | [`FunctionState`] | a function, as its driver set it up | yes |
-//! | [`TransientState`] | a function: notifications it owes, its administration virtqueue, what is its device type's own | no |
+//! | [`TransientState`] | a function: notifications it owes, its administration virtqueue, its managed devices, what is its device type's own | no |
 //! | [`OwnerState`] | an owner: sessions of its drivers, modes, write records | no |
-//! | [`ManagerState`] | a management device: which managed devices it has, and their interrupts | no |
 
 use std::collections::BTreeMap;
 
@@ -225,6 +224,8 @@ pub struct TransientState {
     pub unsignalled: Vec<u16>,
     /// The virtqueues of services, by name. A command that waits is in one as a chain that the device owns.
     pub services: BTreeMap<&'static str, QueueState>,
+    /// Which managed devices there are, of a management device.
+    pub managed: Option<ManagerState>,
     /// State of the device type's own.
     pub device: DeviceState,
 }

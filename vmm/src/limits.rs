@@ -40,7 +40,12 @@ pub fn needed(config: &MachineSpec) -> u64 {
     let groups = config.pfs.iter();
     let groups =
         groups.map(|pf| function(net_queues + 1) + u64::from(pf.vfs) * function(net_queues));
-    BASE + PER_CPU * u64::from(config.cpus) + disks.chain(nets).chain(groups).sum::<u64>()
+    // As well here. Each managed device has messages of its own besides.
+    let managers = config.managers.iter().map(|manager| {
+        function(net_queues + 1) + u64::from(manager.devices) * function(net_queues)
+    });
+    let all = disks.chain(nets).chain(groups).chain(managers);
+    BASE + PER_CPU * u64::from(config.cpus) + all.sum::<u64>()
 }
 
 /// Checks that the process may have the descriptors that `config` can need, after [`reserve`].

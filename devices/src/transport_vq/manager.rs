@@ -279,11 +279,11 @@ impl Manager {
             }
             exchange.expect_room(8)?;
             let id = self.next_id;
-            self.next_id += 1;
+            // A saved state can have come to the last.
+            self.next_id = id.checked_add(1).ok_or(Error::Resource)?;
             seat.occupy(id, features);
             return Ok(id.to_le_bytes().to_vec());
         }
-        // A device that drivers of virtio 1.0 cannot have is of no use, but it can be made.
         Err(match known && permitted {
             true => Error::Resource,
             false => Error::Value,

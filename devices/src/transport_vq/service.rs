@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::manager::{Manager, Options};
 use crate::memory::View;
+use crate::state::ManagerState;
 use crate::virtio::{Executed, Service, VirtioDevice, VirtioFunction, feature};
 
 /// What it is called.
@@ -91,6 +92,19 @@ impl Service for TransportService {
     fn reset(&mut self) {
         self.negotiated = false;
         self.manager.reset();
+    }
+
+    fn save_managed(&self) -> Option<ManagerState> {
+        Some(self.manager.save())
+    }
+
+    fn check_managed(&self, state: &ManagerState) -> Result<(), String> {
+        self.manager.check(state).map_err(|error| error.to_string())
+    }
+
+    fn restore_managed(&mut self, state: &ManagerState) {
+        // It was checked.
+        let _ = self.manager.restore(state);
     }
 }
 

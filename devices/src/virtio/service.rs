@@ -14,6 +14,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::chain::Chain;
 use super::device::{Io, Progress};
 use super::queue::RingError;
+use crate::state::ManagerState;
 
 /// Bytes of commands and answers after which others get their turn.
 const TURN: usize = 1 << 20;
@@ -82,6 +83,23 @@ pub trait Service: Any + Send {
 
     /// The device was reset: the session is over.
     fn reset(&mut self);
+
+    /// Managed devices that it has, for a saved state; `None` of a service that can have none.
+    fn save_managed(&self) -> Option<ManagerState> {
+        None
+    }
+
+    /// Whether it can have the managed devices of a saved state. Not asked of a service that can have none.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong.
+    fn check_managed(&self, _state: &ManagerState) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Takes what it accepts. The state of the devices' functions comes afterwards.
+    fn restore_managed(&mut self, _state: &ManagerState) {}
 }
 
 /// A service, and its end of the virtqueue.

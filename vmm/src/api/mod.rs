@@ -16,6 +16,7 @@
 
 pub mod client;
 mod errors;
+pub mod managers;
 pub mod migrations;
 pub mod owners;
 pub mod routes;
@@ -87,10 +88,13 @@ pub struct Info {
     pub kernel: String,
     /// Kernel command line.
     pub cmdline: String,
-    /// Virtio devices that are neither SR-IOV owners nor members.
+    /// Virtio devices that are neither SR-IOV owners nor management devices, nor belong to these.
     pub devices: Vec<Device>,
     /// SR-IOV owners with their members.
     pub owners: Vec<owners::Owner>,
+    /// Management devices with their managed devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub managers: Vec<managers::Manager>,
     /// How far the snapshot is that is being taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,

@@ -181,7 +181,7 @@ fn member(id: u16, member: &Arc<VirtioFunction>, place: Option<Bdf>) -> Member {
     }
 }
 
-fn function(function: &Arc<VirtioFunction>, place: Option<Bdf>) -> Function {
+pub(super) fn function(function: &Arc<VirtioFunction>, place: Option<Bdf>) -> Function {
     let features = [0, 1].map(|window| u64::from(function.driver_features(window)));
     let status = Status::from_bits_truncate(function.status());
     Function {

@@ -17,6 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 
 use super::errors::{all_json, failure};
+use super::managers;
 use super::migrations::{CallOff, Resolve};
 use super::owners::{self, AdminCommand, AdminError};
 use super::snapshots::SnapshotAnswer;
@@ -129,6 +130,7 @@ pub fn describe(machine: &Machine) -> Info {
             })
             .collect(),
         owners: owners::describe(machine),
+        managers: managers::describe(machine),
         progress: machine.progress(),
         migration: machine.migration.status(),
     }

@@ -71,6 +71,7 @@ fn the_schemas_are_those_of_the_answers() {
         cmdline: "c".to_owned(),
         devices: vec![device.clone()],
         owners: vec![owner()],
+        managers: vec![manager()],
         progress: Some(Progress {
             phase: Phase::Memory,
             done: 1,
@@ -90,6 +91,7 @@ fn the_schemas_are_those_of_the_answers() {
     let mut always = keys(&info);
     always.remove("progress");
     always.remove("migration");
+    always.remove("managers");
     assert_eq!(properties("Info"), (keys(&info), always));
     for (name, keys) in [
         ("Device", keys(&device)),
@@ -191,6 +193,18 @@ fn the_parts_of_a_pause_are_the_documented_ones() {
     assert_eq!(parts, all);
 }
 
+fn manager() -> managers::Manager {
+    let function = owner().function.unwrap();
+    managers::Manager {
+        name: "manager0".to_owned(),
+        device: "net".to_owned(),
+        wire: "aligned".to_owned(),
+        function: function.clone(),
+        total_devices: 2,
+        devices: vec![managers::Managed { id: 7, function }],
+    }
+}
+
 fn owner() -> owners::Owner {
     let function = owners::Function {
         name: "pf0".to_owned(),
@@ -254,6 +268,7 @@ fn the_schemas_of_owners_are_those_of_the_answers() {
     };
     for (name, keys, optional) in [
         ("Owner", keys(&owner), &["function"][..]),
+        ("Manager", keys(&manager()), &[]),
         ("Function", keys(function), &["place"]),
         ("Port", keys(port), &[]),
         ("PortStats", keys(&port.stats), &[]),
@@ -270,6 +285,10 @@ fn the_schemas_of_owners_are_those_of_the_answers() {
     assert_eq!(properties("Member"), (own.clone(), own.clone()));
     let all: BTreeSet<_> = keys(function).union(&own).cloned().collect();
     assert_eq!(keys(&owner.members[0]), all);
+    let own = BTreeSet::from(["id".to_owned()]);
+    assert_eq!(properties("Managed"), (own.clone(), own.clone()));
+    let all: BTreeSet<_> = keys(function).union(&own).cloned().collect();
+    assert_eq!(keys(&manager().devices[0]), all);
 }
 
 #[test]

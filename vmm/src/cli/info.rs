@@ -3,6 +3,7 @@
 use devices::gate::Mode;
 use devices::net::PortInfo;
 
+use crate::api::managers::{Managed, Manager};
 use crate::api::owners::{Function, Member, Owner};
 use crate::api::{Device, Info, State};
 use crate::layout::format_memory_size;
@@ -32,6 +33,9 @@ pub fn describe(info: &Info) -> String {
     lines.extend(info.devices.iter().map(device));
     for owner in &info.owners {
         lines.extend(describe_owner(owner));
+    }
+    for manager in &info.managers {
+        lines.extend(describe_manager(manager));
     }
     lines.join("\n")
 }
@@ -145,13 +149,36 @@ fn describe_owner(owner: &Owner) -> Vec<String> {
     lines
 }
 
+fn describe_manager(manager: &Manager) -> Vec<String> {
+    let heading = format!(
+        "\nmanager  {} ({}), {} of {}, commands {}",
+        manager.name,
+        manager.device,
+        manager.devices.len(),
+        count(manager.total_devices, "managed device"),
+        manager.wire
+    );
+    let devices = manager.devices.iter().map(|Managed { id, function }| {
+        let id = format!("id {id}");
+        line(&id, function)
+    });
+    [heading, function(&manager.function)]
+        .into_iter()
+        .chain(devices)
+        .collect()
+}
+
 fn function(function: &Function) -> String {
+    line(function.place.as_deref().unwrap_or("-"), function)
+}
+
+/// A function, behind what tells where it is.
+fn line(place: &str, function: &Function) -> String {
     let driver = match (function.live, function.status.as_slice()) {
         (true, _) => format!("in use, features {}", function.features),
         (false, []) => "no driver".to_owned(),
         (false, status) => format!("driver not ready ({})", status.join(", ")),
     };
-    let place = function.place.as_deref().unwrap_or("-");
     format!(
         "{place:<7}  {:<9} {driver}{}{}",
         function.name,

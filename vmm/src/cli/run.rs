@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::process::{self, Origin, Process};
 use crate::boot::load::Prepared;
-use crate::config::{Config, Disk, MAX_CPUS, MachineSpec, MemoryBacking, Net, Pf};
+use crate::config::{Config, Disk, MAX_CPUS, MachineSpec, Manager, MemoryBacking, Net, Pf};
 use crate::console::Target;
 use crate::console::output::Output;
 use crate::exit;
@@ -78,6 +78,14 @@ pub struct Run {
     #[arg(long, value_name = "PF")]
     pf: Vec<Pf>,
 
+    /// Management device that makes up to N managed devices for its driver, by commands on its transport virtqueue; may be
+    /// repeated: net,devices=N[,switch=NAME][,mac=MAC] or block,devices=N,path=PATH[,readonly], where %d in path is 0 for
+    /// the management device and 1 to N for its devices. Both take [,wire=aligned|packed] (the layout of commands),
+    /// [,queue-feature=BIT] [45], [,devices-feature=BIT] [46], [,packed], and for the managed devices
+    /// [,suspend=v5|v1.4][,device-stop[=BIT]]
+    #[arg(long, value_name = "MANAGER")]
+    manager: Vec<Manager>,
+
     /// Give the guest an entropy device [default]
     #[arg(long, conflicts_with = "no_rng")]
     rng: bool,
@@ -124,6 +132,7 @@ impl Run {
             disks: std::mem::take(&mut self.disk),
             nets: std::mem::take(&mut self.net),
             pfs: std::mem::take(&mut self.pf),
+            managers: std::mem::take(&mut self.manager),
             rng: match (self.rng, self.no_rng) {
                 (true, _) => Some(true),
                 (_, true) => Some(false),

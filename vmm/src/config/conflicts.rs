@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::path::Path;
 
-use super::{ConfigError, MAX_DEVICES, MachineSpec, NetBackend, PfDevice};
+use super::{ConfigError, MAX_DEVICES, MachineSpec, ManagerDevice, NetBackend, PfDevice};
 use crate::console::Target;
 
 fn contradiction(first: String, second: String, reason: &'static str) -> ConfigError {
@@ -52,7 +52,7 @@ impl MachineSpec {
     fn check_places(&self) -> Result<(), ConfigError> {
         if self.device_count() > MAX_DEVICES {
             return Err(ConfigError::Value {
-                option: "--disk, --net and --pf",
+                option: "--disk, --net, --pf and --manager",
                 reason: format!(
                     "{} devices are too many; a guest has at most {MAX_DEVICES}",
                     self.device_count()
@@ -97,7 +97,19 @@ impl MachineSpec {
                 (path.as_path(), option, readonly)
             })
         });
-        for (path, option, readonly) in disks.chain(members) {
+        let managers = self
+            .managers
+            .iter()
+            .map(|manager| (manager, manager.paths()));
+        let managers: Vec<_> = managers.collect();
+        let managed = managers.iter().flat_map(|(manager, paths)| {
+            let readonly = matches!(manager.device, ManagerDevice::Block { readonly: true, .. });
+            paths.iter().map(move |(number, path)| {
+                let option = format!("--manager {manager} (device {number})");
+                (path.as_path(), option, readonly)
+            })
+        });
+        for (path, option, readonly) in disks.chain(members).chain(managed) {
             match taken.get(path) {
                 Some((first, read)) if !(*read && readonly) => {
                     return Err(contradiction(
@@ -136,6 +148,11 @@ impl MachineSpec {
             }
             for mac in pf.given_macs() {
                 macs.claim(mac, format!("--pf {pf}"))?;
+            }
+        }
+        for manager in &self.managers {
+            for mac in manager.given_macs() {
+                macs.claim(mac, format!("--manager {manager}"))?;
             }
         }
         Ok(())

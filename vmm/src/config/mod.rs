@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`options`] | one disk, one network interface: their text and JSON forms |
 //! | [`pf`] | one SR-IOV owner with its members, in both forms |
+//! | [`manager`] | one management device with its managed devices, in both forms |
 //! | [`offer`] | what a device offers its driver besides: what to stop it with, and packed rings |
 //! | [`object`] | JSON objects, not arrays in their place |
 //! | [`conflicts`] | options that exclude each other |
@@ -12,6 +13,7 @@
 
 pub mod check;
 mod conflicts;
+pub mod manager;
 pub mod object;
 pub mod offer;
 pub mod options;
@@ -24,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::console::Target;
 use crate::layout;
+pub use manager::{Manager, ManagerDevice};
 use object::Object;
 pub use options::{Disk, Net, NetBackend, Slot};
 pub use pf::{Pf, PfDevice};
@@ -62,6 +65,9 @@ pub struct Config {
     /// SR-IOV owners, in the order the guest sees them.
     #[serde(deserialize_with = "object::list")]
     pub pfs: Vec<Pf>,
+    /// Management devices, in the order the guest sees them.
+    #[serde(deserialize_with = "object::list")]
+    pub managers: Vec<Manager>,
     /// An entropy device; there is one if absent.
     pub rng: Option<bool>,
     /// The serial console; stdio if absent.
@@ -100,6 +106,8 @@ pub struct MachineSpec {
     pub nets: Vec<Net>,
     /// SR-IOV owners.
     pub pfs: Vec<Pf>,
+    /// Management devices.
+    pub managers: Vec<Manager>,
     /// An entropy device.
     pub rng: bool,
     /// The serial console.
@@ -293,7 +301,7 @@ impl Config {
         Ok(())
     }
 
-    /// `self`, where `over` does not say otherwise. Disks, interfaces and owners of `over` come after those
+    /// `self`, where `over` does not say otherwise. Disks, interfaces, owners and management devices of `over` come after those
     /// of `self`.
     pub fn overlaid(self, over: Self) -> Self {
         let mut disks = self.disks;
@@ -302,6 +310,8 @@ impl Config {
         nets.extend(over.nets);
         let mut pfs = self.pfs;
         pfs.extend(over.pfs);
+        let mut managers = self.managers;
+        managers.extend(over.managers);
         Self {
             kernel: over.kernel.or(self.kernel),
             initrd: over.initrd.or(self.initrd),
@@ -312,6 +322,7 @@ impl Config {
             disks,
             nets,
             pfs,
+            managers,
             rng: over.rng.or(self.rng),
             console: over.console.or(self.console),
             virtio_console: over.virtio_console.or(self.virtio_console),
@@ -337,6 +348,7 @@ impl Config {
             disks: self.disks,
             nets: self.nets,
             pfs: self.pfs,
+            managers: self.managers,
             rng: self.rng.unwrap_or(true),
             console: self.console.unwrap_or_default(),
             virtio_console: self.virtio_console.filter(|t| *t != Target::None),
@@ -383,9 +395,22 @@ impl MachineSpec {
                 }
             }
         }
+        for (index, manager) in self.managers.iter_mut().enumerate() {
+            match &mut manager.device {
+                ManagerDevice::Net { mac, .. } => {
+                    let seed = seed(&[&format!("manager{index}")]);
+                    mac.get_or_insert(MacAddress::derive(seed, 0));
+                }
+                ManagerDevice::Block { path, .. } => {
+                    if let Some(absolute) = absolute_pattern(path) {
+                        *path = absolute;
+                    }
+                }
+            }
+        }
     }
 
-    /// Every path of the specification, but for the pattern of members' disks.
+    /// Every path of the specification, but for patterns of several disks.
     fn paths_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
         let consoles = std::iter::once(&mut self.console).chain(&mut self.virtio_console);
         let consoles = consoles.filter_map(|target| match target {
@@ -411,11 +436,12 @@ impl MachineSpec {
             .collect()
     }
 
-    /// Number of virtio devices, owners included and members not.
+    /// Number of virtio devices, owners and management devices included, and what these have not.
     pub fn device_count(&self) -> usize {
         self.disks.len()
             + self.nets.len()
             + self.pfs.len()
+            + self.managers.len()
             + usize::from(self.rng)
             + usize::from(self.virtio_console.is_some())
     }

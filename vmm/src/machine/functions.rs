@@ -26,6 +26,7 @@ use pci::topology::Bdf;
 use pci::virtio::{Options, VirtioPci, VirtioPciError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::manager::{Manager, ManagerBackend};
 use super::owner::{Group, GroupBackend};
 use super::provider::{HostSide, LeftOver, Provider};
 use crate::config::check::{HostError, console_file};
@@ -90,6 +91,7 @@ struct Backend {
 pub struct Backends {
     list: Vec<Backend>,
     groups: Vec<GroupBackend>,
+    managers: Vec<ManagerBackend>,
     host: HostSide,
 }
 
@@ -155,6 +157,11 @@ impl Backends {
             let group = GroupBackend::open(name, pf, spec, &mut switches, &mut provider)?;
             backends.groups.push(group);
         }
+        for (index, manager) in spec.managers.iter().enumerate() {
+            let name = format!("manager{index}");
+            let manager = ManagerBackend::open(name, manager, spec, &mut switches, &mut provider)?;
+            backends.managers.push(manager);
+        }
         // There is no option for these two.
         let none = Offer::default();
         if spec.rng {
@@ -201,6 +208,7 @@ pub struct Function {
 pub struct Functions {
     single: Vec<Function>,
     groups: Vec<Group>,
+    managers: Vec<Manager>,
     revived: Arc<EventFd>,
     host: HostSide,
     /// Serves the functions; there is none without functions.
@@ -216,10 +224,17 @@ impl Functions {
         msi: &dyn MsiController,
     ) -> Result<Self, FunctionError> {
         let revived = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        if backends.list.is_empty() && backends.groups.is_empty() {
+        let Backends {
+            list,
+            groups,
+            managers,
+            ..
+        } = &backends;
+        if list.is_empty() && groups.is_empty() && managers.is_empty() {
             return Ok(Self {
                 single: Vec::new(),
                 groups: Vec::new(),
+                managers: Vec::new(),
                 revived,
                 host: backends.host,
                 _io: None,
@@ -256,10 +271,15 @@ impl Functions {
         for group in backends.groups {
             groups.push(Group::plug(group, ram, pci, msi, &io)?);
         }
+        let mut managers = Vec::with_capacity(backends.managers.len());
+        for manager in backends.managers {
+            managers.push(Manager::plug(manager, ram, pci, msi, &io)?);
+        }
         backends.host.serve(&io)?;
         let functions = Self {
             single,
             groups,
+            managers,
             revived,
             host: backends.host,
             _io: Some(io),
@@ -283,6 +303,11 @@ impl Functions {
     /// Owners with their members, in the order of the configuration.
     pub fn groups(&self) -> &[Group] {
         &self.groups
+    }
+
+    /// Management devices with what they manage, in the order of the configuration.
+    pub fn managers(&self) -> &[Manager] {
+        &self.managers
     }
 
     /// Stops all functions for `reason` and waits until nothing is in flight in any of them, `patience` in all. Requests
@@ -362,7 +387,9 @@ impl Functions {
     /// All functions, whether or not they exist now, in the order of the configuration.
     pub fn all(&self) -> impl Iterator<Item = &Arc<VirtioFunction>> {
         let single = self.single.iter().map(|function| &function.virtio);
-        single.chain(self.groups.iter().flat_map(Group::functions))
+        let managed = self.managers.iter().flat_map(Manager::functions);
+        let grouped = self.groups.iter().flat_map(Group::functions);
+        single.chain(grouped).chain(managed)
     }
 }
 

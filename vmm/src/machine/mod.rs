@@ -21,6 +21,7 @@ pub mod functions;
 pub mod hardware;
 pub mod large;
 pub mod lease;
+pub mod manager;
 pub mod owner;
 pub mod pages;
 pub mod provider;

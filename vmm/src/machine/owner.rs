@@ -29,7 +29,7 @@ use crate::config::pf::{member_path, nth_mac};
 use crate::config::{Layout, MachineSpec, Parameters, Pf, PfDevice};
 
 /// Threads that the disks of an owner and its members share.
-const DISK_THREADS: usize = 4;
+pub(super) const DISK_THREADS: usize = 4;
 /// Stands for the uplink where addresses are made up; no member has this number.
 const UPLINK_NUMBER: u16 = 0x8000;
 

@@ -22,6 +22,7 @@ use super::format::owner::Owner;
 use super::format::pci::Pci;
 use super::members::{Engine, MemberError};
 use crate::machine::functions::Functions;
+use crate::machine::manager::Manager;
 use crate::machine::owner::Group;
 
 /// Why the state of devices could not be taken.
@@ -109,9 +110,29 @@ pub enum DeviceError {
 /// A function that exists; of a member, its group and its id there.
 type Existing<'a> = (&'a Arc<VirtioFunction>, Option<(&'a Group, u16)>);
 
-/// The functions that exist.
+/// The functions that exist. Of a management device it and its devices.
 fn existing(functions: &Functions) -> Vec<Existing<'_>> {
-    let single = functions.single().iter().map(|f| (&f.virtio, None));
+    let managed = functions.managers().iter().flat_map(managed);
+    let managed = managed.map(|function| (function, None));
+    on_the_bus(functions).into_iter().chain(managed).collect()
+}
+
+/// The managed devices of `manager`, in the order of what they are made of.
+fn managed(manager: &Manager) -> impl Iterator<Item = &Arc<VirtioFunction>> {
+    let devices = manager.devices();
+    let is_device = move |seat: &&Arc<VirtioFunction>| {
+        devices
+            .iter()
+            .any(|(_, function)| Arc::ptr_eq(function, seat))
+    };
+    manager.seats.iter().filter(is_device)
+}
+
+/// The functions that exist on the PCI bus.
+fn on_the_bus(functions: &Functions) -> Vec<Existing<'_>> {
+    let managers = functions.managers().iter().map(|manager| &manager.function);
+    let single = functions.single().iter().map(|f| &f.virtio);
+    let single = single.chain(managers).map(|function| (function, None));
     let grouped = functions.groups().iter().flat_map(|group| {
         let own = group.pf.iter().map(|pf| (pf, None));
         let ids = group.owner.members().map(|(id, _)| id.0);
@@ -285,51 +306,70 @@ fn restore_functions(functions: &Functions, saved: &[Function]) -> Result<(), De
         }
     }
     let mut engines = Engines::default();
-    for (function, member) in existing(functions) {
+    let mut restore = |(function, member): Existing<'_>| {
         let name = function.name();
         let found = left.remove(name);
-        let (index, saved) = found.ok_or_else(|| DeviceError::Missing(name.to_owned()))?;
-        let rejected = |source| DeviceError::Function {
-            name: name.to_owned(),
-            source,
-        };
-        let refused = |source| DeviceError::Member {
-            name: name.to_owned(),
-            source,
-        };
-        let here = |error| in_function(index, error);
-        let transient = saved.transient().map_err(here)?;
-        let state = saved
-            .context
-            .state(&function.shape())
-            .field("context")
-            .map_err(here)?;
-        let engine = match member {
-            Some((group, id)) => engines
-                .of(group)
-                .map_err(refused)?
-                .map(|engine| (engine, id)),
-            None => None,
-        };
-        match engine {
-            Some((engine, id)) => {
-                // For the reason, which the answer to a command has no place for.
-                function.check(&state).map_err(rejected)?;
-                let bytes = saved.context_bytes().map_err(here)?;
-                engine.write(id, &bytes).map_err(refused)?;
-                function.restore_transient(&transient).map_err(rejected)?;
-            }
-            None => function
-                .restore_exact(&state, &transient)
-                .map_err(rejected)?,
-        }
-        // Last: whatever else is wrong with it has a better name.
-        consistent(&saved.context, &state, &function.shape()).map_err(here)?;
+        let found = found.ok_or_else(|| DeviceError::Missing(name.to_owned()))?;
+        restore_function(&mut engines, function, member, found)
+    };
+    for existing in on_the_bus(functions) {
+        restore(existing)?;
+    }
+    // Which managed devices there are is known now.
+    for function in functions.managers().iter().flat_map(managed) {
+        restore((function, None))?;
     }
     match left.keys().next() {
         Some(name) => Err(DeviceError::Unknown((*name).to_owned())),
         None => Ok(()),
     }
+}
+
+/// Puts one function into its state, which is entry `index` of the list.
+fn restore_function(
+    engines: &mut Engines,
+    function: &VirtioFunction,
+    member: Option<(&Group, u16)>,
+    (index, saved): (usize, &Function),
+) -> Result<(), DeviceError> {
+    let name = function.name();
+    let rejected = |source| DeviceError::Function {
+        name: name.to_owned(),
+        source,
+    };
+    let refused = |source| DeviceError::Member {
+        name: name.to_owned(),
+        source,
+    };
+    let here = |error| in_function(index, error);
+    let transient = saved.transient().map_err(here)?;
+    let state = saved
+        .context
+        .state(&function.shape())
+        .field("context")
+        .map_err(here)?;
+    let engine = match member {
+        Some((group, id)) => engines
+            .of(group)
+            .map_err(refused)?
+            .map(|engine| (engine, id)),
+        None => None,
+    };
+    match engine {
+        Some((engine, id)) => {
+            // For the reason, which the answer to a command has no place for.
+            function.check(&state).map_err(rejected)?;
+            let bytes = saved.context_bytes().map_err(here)?;
+            engine.write(id, &bytes).map_err(refused)?;
+            function.restore_transient(&transient).map_err(rejected)?;
+        }
+        None => function
+            .restore_exact(&state, &transient)
+            .map_err(rejected)?,
+    }
+    // Last: whatever else is wrong with it has a better name.
+    consistent(&saved.context, &state, &function.shape()).map_err(here)?;
+    Ok(())
 }
 
 /// Rejects a field that says something else than `state`, which was made of all of them: several registers are windows on

@@ -5,11 +5,11 @@ pub mod check;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::format::machine::{File, Identity, Machine, Peer, PfKind};
+use super::format::machine::{File, Identity, Machine, ManagerKind, Peer, PfKind};
 use crate::console::Target;
 
-/// `NAME=PATH`: the file of a disk. NAME is `disk0`, `pf0`, or `pf0-vf%d` for all members of an owner, whose PATH then has
-/// `%d` in it as well.
+/// `NAME=PATH`: the file of a disk. NAME is `disk0`, `pf0`, or one that stands for several, whose PATH then has `%d` in it as
+/// well: `pf0-vf%d` for all members of an owner, `manager0-%d` for a management device and all that it manages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskOverride {
     name: String,
@@ -44,18 +44,21 @@ impl FromStr for DiskOverride {
             }
         };
         let owner = name.strip_suffix(MEMBERS);
-        let known = match owner {
-            Some(owner) => is_numbered(owner, "pf"),
-            None => is_numbered(name, "disk") || is_numbered(name, "pf"),
+        let manager = name.strip_suffix(MANAGED);
+        let known = match (owner, manager) {
+            (Some(owner), _) => is_numbered(owner, "pf"),
+            (None, Some(manager)) => is_numbered(manager, "manager"),
+            (None, None) => is_numbered(name, "disk") || is_numbered(name, "pf"),
         };
         if !known {
             return Err(format!(
-                "no disk is called '{name}'; names are disk0, pf0, and pf0-vf%d for all virtual functions of pf0"
+                "no disk is called '{name}'; names are disk0, pf0, pf0-vf%d for all virtual functions of pf0, and \
+                 manager0-%d for manager0 and all its devices"
             ));
         }
-        if owner.is_some() && path.matches("%d").count() != 1 {
+        if (owner.is_some() || manager.is_some()) && path.matches("%d").count() != 1 {
             return Err(format!(
-                "'{text}': write %d once where the number of the virtual function goes in PATH"
+                "'{text}': write %d once where the number of the device goes in PATH"
             ));
         }
         Ok(Self {
@@ -67,6 +70,17 @@ impl FromStr for DiskOverride {
 
 /// End of the name that stands for all members of an owner.
 const MEMBERS: &str = "-vf%d";
+/// The same for a management device and all that it manages.
+const MANAGED: &str = "-%d";
+
+/// The name that stands for disk `name` and others.
+fn name_of_all(name: &str) -> Option<String> {
+    if let Some((owner, _)) = name.split_once("-vf") {
+        return Some(format!("{owner}{MEMBERS}"));
+    }
+    let (manager, _) = name.split_once('-').unwrap_or((name, ""));
+    is_numbered(manager, "manager").then(|| format!("{manager}{MANAGED}"))
+}
 
 /// True if `name` is `kind` and a number, as devices are named.
 fn is_numbered(name: &str, kind: &str) -> bool {
@@ -99,9 +113,13 @@ impl FromStr for NetOverride {
                 ));
             }
         };
-        if !is_numbered(name, "net") && !is_numbered(name, "pf") {
+        if !["net", "pf", "manager"]
+            .iter()
+            .any(|kind| is_numbered(name, kind))
+        {
             return Err(format!(
-                "no interface is called '{name}'; names are net0 (tap, switch) and pf0 (switch, uplink-tap)"
+                "no interface is called '{name}'; names are net0 (tap, switch), pf0 (switch, uplink-tap) and manager0 \
+                 (switch)"
             ));
         }
         Ok(Self {
@@ -265,8 +283,7 @@ impl Overrides {
 
     /// True if there is an option for the file of disk `name`.
     fn names_file(&self, name: &str) -> bool {
-        let all = name.split_once("-vf");
-        let all = all.map(|(owner, _)| format!("{owner}-vf%d"));
+        let all = name_of_all(name);
         let is = |disk: &DiskOverride| disk.name == name || Some(&disk.name) == all.as_ref();
         self.disks.iter().any(is)
     }
@@ -391,6 +408,17 @@ impl DiskOverride {
                 return Ok(());
             }
         }
+        for (index, manager) in machine.managers.iter_mut().enumerate() {
+            if let ManagerKind::Block {
+                path: own, files, ..
+            } = &mut manager.device
+                && self.name == format!("manager{index}{MANAGED}")
+            {
+                *own = path.to_string_lossy().into_owned();
+                files.clear();
+                return Ok(());
+            }
+        }
         Err(OverrideError::Name {
             option: "--disk",
             what: "disk",
@@ -410,7 +438,10 @@ fn disk_names(machine: &Machine) -> Vec<String> {
         let own = file.iter().map(|_| format!("pf{index}"));
         own.chain([format!("pf{index}-vf%d")]).collect()
     });
-    disks.chain(owners).collect()
+    let managers = machine.managers.iter().enumerate();
+    let disks_managed = managers.filter(|(_, m)| matches!(m.device, ManagerKind::Block { .. }));
+    let managers = disks_managed.map(|(index, _)| format!("manager{index}{MANAGED}"));
+    disks.chain(owners).chain(managers).collect()
 }
 
 impl NetOverride {
@@ -443,15 +474,27 @@ impl NetOverride {
             }
             return Ok(());
         }
+        for (index, manager) in machine.managers.iter_mut().enumerate() {
+            if let ManagerKind::Net { switch, .. } = &mut manager.device
+                && self.name == format!("manager{index}")
+                && self.kind == NetKind::Switch
+            {
+                *switch = Some(self.peer.clone());
+                return Ok(());
+            }
+        }
         let nets = (0..machine.nets.len()).map(|index| format!("net{index} (tap, switch)"));
         let owners = machine.pfs.iter().enumerate();
         let owners = owners.filter(|(_, pf)| matches!(pf.device, PfKind::Net { .. }));
         let owners = owners.map(|(index, _)| format!("pf{index} (switch, uplink-tap)"));
+        let managers = machine.managers.iter().enumerate();
+        let managers = managers.filter(|(_, m)| matches!(m.device, ManagerKind::Net { .. }));
+        let managers = managers.map(|(index, _)| format!("manager{index} (switch)"));
         Err(OverrideError::Name {
             option: "--net",
             what: "interface with such an end",
             name: self.name.clone(),
-            there: there(nets.chain(owners).collect()),
+            there: there(nets.chain(owners).chain(managers).collect()),
         })
     }
 }

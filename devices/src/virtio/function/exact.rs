@@ -8,7 +8,7 @@ use super::{Core, ISR_CONFIG, ISR_QUEUE, VirtioFunction, format};
 use crate::gate::Reasons;
 use crate::state::{FunctionState, TransientState, Unsavable};
 use crate::virtio::queue::{Format, Virtqueue};
-use crate::virtio::service::Service;
+use crate::virtio::service::{Service, ServiceQueue};
 use crate::virtio::{Cause, NO_VECTOR, Status};
 
 /// A state that was found good. Nothing can fail any more.
@@ -46,6 +46,10 @@ impl VirtioFunction {
             config_pending: core.config_pending,
             unsignalled: unsignalled.map(|(index, _)| index).collect(),
             services: services.zip(served).collect(),
+            managed: core
+                .services
+                .iter()
+                .find_map(|queue| queue.service().save_managed()),
             device: core.device.save_state()?,
         })
     }
@@ -192,6 +196,17 @@ impl VirtioFunction {
             let saved = saved.ok_or(RestoreError::ServiceMissing(name))?;
             queues.push(self.checked_queue(core, index, saved, queue, format)?);
         }
+        let mut services = core.services.iter().map(ServiceQueue::service);
+        let manager = services.find(|service| service.save_managed().is_some());
+        match (manager, &state.managed) {
+            (None, None) => {}
+            (None, Some(_)) => return Err(RestoreError::Managed("this function has none".into())),
+            (Some(_), None) => return Err(RestoreError::Managed("they are missing".into())),
+            (Some(manager), Some(managed)) => {
+                let checked = manager.check_managed(managed);
+                checked.map_err(RestoreError::Managed)?;
+            }
+        }
         let mut least = 0;
         for index in state.unsignalled.iter().copied() {
             if index < least || !is_enabled(index) {
@@ -229,6 +244,11 @@ impl Core {
             queue.set_unsignalled(state.unsignalled.contains(&index));
         }
         self.device.restore_state(&state.device);
+        if let Some(managed) = &state.managed {
+            for queue in &mut self.services {
+                queue.service_mut().restore_managed(managed);
+            }
+        }
     }
 
     /// What [`VirtioFunction::signal_again`] asked for falls due once messages may leave the function.

@@ -12,7 +12,6 @@ use crate::rig::{Device, Live, Rig, SIMPLE};
 #[derive(Debug, PartialEq)]
 struct Saved {
     own: (FunctionState, TransientState),
-    manager: ManagerState,
     devices: Vec<(FunctionState, TransientState)>,
 }
 
@@ -22,7 +21,6 @@ fn save(rig: &Rig) -> Saved {
     };
     Saved {
         own: one(&rig.manager.function),
-        manager: rig.manager.function.with_manager(|m| m.save()).unwrap(),
         devices: rig.seats.iter().map(|seat| one(seat)).collect(),
     }
 }
@@ -30,7 +28,6 @@ fn save(rig: &Rig) -> Saved {
 fn restore(rig: &Rig, saved: &Saved) {
     let own = &rig.manager.function;
     own.restore_exact(&saved.own.0, &saved.own.1).unwrap();
-    own.with_manager(|m| m.restore(&saved.manager).unwrap());
     for (seat, (state, transient)) in rig.seats.iter().zip(&saved.devices) {
         seat.restore_exact(state, transient).unwrap();
     }
@@ -58,7 +55,8 @@ fn what_is_saved_is_what_was_restored_and_devices_go_on() {
     rig.machine.settle();
     rig.messages();
     let saved = save(&rig);
-    assert!(saved.manager.devices[0].queues[0].pending);
+    let managed = saved.own.1.managed.as_ref().unwrap();
+    assert!(managed.devices[0].queues[0].pending);
     let next = successor(&rig);
     restore(&next, &saved);
     assert_eq!(save(&next), saved);
@@ -120,7 +118,17 @@ fn states_that_cannot_be_are_refused_by_name() {
     let mut live = rig.live();
     rig.device(&mut live, SIMPLE);
     rig.device(&mut live, SIMPLE);
-    let saved = save(&rig).manager;
+    let saved = save(&rig);
+    let lacks = TransientState {
+        managed: None,
+        ..saved.own.1.clone()
+    };
+    let missing = Rig::new(2)
+        .manager
+        .function
+        .restore_exact(&saved.own.0, &lacks);
+    assert!(missing.unwrap_err().to_string().contains("missing"));
+    let saved = saved.own.1.managed.unwrap();
     type Change = fn(&mut ManagerState);
     let name = || "manager-device1".to_owned();
     let cases: [(Change, StateError); 11] = [

@@ -1,13 +1,17 @@
 //! A virtio function: its device context, and what a context leaves out.
 
+use std::collections::BTreeMap;
+
 use devices::admin::queue::NAME as ADMIN_QUEUE;
 use devices::state::{DeviceState, PackedState, QueueState, RingState, SplitState, TransientState};
+use devices::transport_vq::NAME as TRANSPORT_QUEUE;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::context::{Chain, Context, Position};
 use super::error::{At, Invalid, check_ascending, convert_all};
 use super::hex::{Hex, HexBytes};
+use super::managed::Managed;
 use super::version::Version;
 
 /// State of a virtio function.
@@ -32,12 +36,18 @@ pub struct Transient {
     pub isr: u8,
     /// The driver was not yet notified of a configuration change or of DEVICE_NEEDS_RESET.
     pub config_pending: bool,
-    /// Virtqueues with used buffers that the driver was not notified of yet, ascending. The administration virtqueue has
-    /// the number after those of the device.
+    /// Virtqueues with used buffers that the driver was not notified of yet, ascending. The administration virtqueue, or
+    /// the transport virtqueue, has the number after those of the device.
     pub unsignalled: Vec<u16>,
     /// Administration virtqueue, of an owner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admin_queue: Option<Queue>,
+    /// Transport virtqueue, of a management device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transport_queue: Option<Queue>,
+    /// Managed devices, of a management device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub managed: Option<Managed>,
     /// State of the device type's own.
     pub device: Device,
 }
@@ -139,6 +149,7 @@ impl Transient {
             config_pending,
             unsignalled,
             services,
+            managed,
             device,
         } = state;
         Self {
@@ -146,6 +157,8 @@ impl Transient {
             config_pending: *config_pending,
             unsignalled: unsignalled.clone(),
             admin_queue: services.get(ADMIN_QUEUE).map(Queue::of),
+            transport_queue: services.get(TRANSPORT_QUEUE).map(Queue::of),
+            managed: managed.as_ref().map(Managed::of),
             device: Device::of(device),
         }
     }
@@ -157,16 +170,22 @@ impl Transient {
     /// A value that is out of range in every function.
     pub fn plain(&self) -> Result<TransientState, Invalid> {
         check_ascending(&self.unsignalled).field("unsignalled")?;
-        let admin_queue = self.admin_queue.as_ref().map(Queue::plain).transpose();
-        let admin_queue = admin_queue.field("admin_queue")?;
+        let mut services = BTreeMap::new();
+        for (name, field, queue) in [
+            (ADMIN_QUEUE, "admin_queue", &self.admin_queue),
+            (TRANSPORT_QUEUE, "transport_queue", &self.transport_queue),
+        ] {
+            if let Some(queue) = queue {
+                services.insert(name, queue.plain().field(field)?);
+            }
+        }
+        let managed = self.managed.as_ref().map(Managed::plain).transpose();
         Ok(TransientState {
             isr: self.isr,
             config_pending: self.config_pending,
             unsignalled: self.unsignalled.clone(),
-            services: admin_queue
-                .map(|queue| (ADMIN_QUEUE, queue))
-                .into_iter()
-                .collect(),
+            services,
+            managed: managed.field("managed")?,
             device: self.device.plain(),
         })
     }
@@ -318,7 +337,29 @@ impl Queue {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use devices::state::{ManagedState, ManagerState, MessageState};
+
     use super::*;
+
+    fn managed() -> ManagerState {
+        let message = MessageState {
+            address: 0xfee0_0000,
+            data: 33,
+            enabled: true,
+            masked: true,
+            pending: true,
+        };
+        ManagerState {
+            next_id: 8,
+            devices: vec![ManagedState {
+                id: 7,
+                name: "manager0-1".to_owned(),
+                features: 1 << 63 | 1,
+                config: MessageState::default(),
+                queues: vec![message, MessageState::default()],
+            }],
+        }
+    }
 
     pub fn sample() -> TransientState {
         TransientState {
@@ -344,6 +385,7 @@ pub(super) mod tests {
                 },
             )]
             .into(),
+            managed: Some(managed()),
             device: DeviceState::Console {
                 input: b"ls\n".to_vec(),
             },

@@ -1,6 +1,7 @@
 //! The specification of a machine: everything it is built from, with nothing left to defaults.
 
 mod files;
+mod manager;
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -19,6 +20,7 @@ pub use super::parameters::Parameters;
 use crate::boot::load::Sources;
 use crate::config::{self, Layout, MachineSpec, NetBackend, PfDevice, Slot};
 use crate::layout;
+pub use manager::{Manager, ManagerKind};
 
 /// What a machine is made of. Paths are absolute.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -39,6 +41,9 @@ pub struct Machine {
     pub nets: Vec<Net>,
     /// SR-IOV owners, in the order the guest sees them: `pf0` and so on.
     pub pfs: Vec<Pf>,
+    /// Management devices, in the order the guest sees them: `manager0` and so on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub managers: Vec<Manager>,
     /// There is an entropy device, `rng`.
     pub rng: bool,
     /// The serial console: `stdio`, `file=PATH` or `none`.
@@ -256,6 +261,7 @@ impl Machine {
             disks: spec.disks.iter().map(Disk::of).collect(),
             nets: spec.nets.iter().map(Net::of).collect(),
             pfs: spec.pfs.iter().map(Pf::of).collect(),
+            managers: spec.managers.iter().map(Manager::of).collect(),
             rng: spec.rng,
             console: spec.console.clone().into(),
             virtio_console: spec.virtio_console.clone().map(Into::into),
@@ -295,6 +301,7 @@ impl Machine {
             disks: Vec::new(),
             nets: Vec::new(),
             pfs: Vec::new(),
+            managers: Vec::new(),
             rng: self.rng,
             console: self.console.parse().map_err(|e| wrong("console", e))?,
             virtio_console: match &self.virtio_console {
@@ -318,8 +325,13 @@ impl Machine {
             let pf = pf.to_config().and_then(checked);
             spec.pfs.push(pf.map_err(|e| wrong(each("pfs", index), e))?);
         }
+        for (index, manager) in self.managers.iter().enumerate() {
+            let manager = manager.to_config().and_then(checked);
+            spec.managers
+                .push(manager.map_err(|e| wrong(each("managers", index), e))?);
+        }
         spec.check_contradictions()
-            .map_err(|e| wrong("disks, nets, pfs", e))?;
+            .map_err(|e| wrong("disks, nets, pfs, managers", e))?;
         Ok(spec)
     }
 
@@ -350,7 +362,9 @@ impl Machine {
             });
             own.chain(members).collect()
         });
-        disks.chain(members).collect()
+        let managers = self.managers.iter().enumerate();
+        let managed = managers.flat_map(|(index, manager)| manager.files(index));
+        disks.chain(members).chain(managed).collect()
     }
 }
 

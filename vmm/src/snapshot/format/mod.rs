@@ -20,6 +20,7 @@
 //! | [`context`] | the device context of a function |
 //! | [`function`] | a virtio function |
 //! | [`owner`] | an SR-IOV owner: the sessions of its drivers |
+//! | [`managed`] | managed devices of a management device |
 //! | [`parameters`] | what drivers see of devices and no option asks for |
 //! | [`pci`] | registers on the PCI bus |
 //! | [`moving`] | documents of a live migration |
@@ -41,6 +42,7 @@ pub mod hex;
 pub mod irqchip;
 pub mod layout;
 pub mod machine;
+pub mod managed;
 pub mod moving;
 pub mod owner;
 pub mod parameters;

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::fs::{Access, AtFlags, CWD};
 
-use super::{MEMBERS, NetKind, Overrides};
+use super::{MANAGED, MEMBERS, NetKind, Overrides};
 use crate::boot::load::explain;
 use crate::config::ConfigError;
 use crate::config::check::console_file;
@@ -51,7 +51,7 @@ impl Overrides {
         let mut reasons = Vec::new();
         for disk in &self.disks {
             // How many members there are is not known yet.
-            if disk.name.ends_with(MEMBERS) {
+            if disk.name.ends_with(MEMBERS) || disk.name.ends_with(MANAGED) {
                 continue;
             }
             // Nor whether the guest writes to it.

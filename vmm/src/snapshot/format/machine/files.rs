@@ -15,6 +15,9 @@ impl Machine {
         for (index, pf) in self.pfs.iter().enumerate() {
             pf.check_files(index)?;
         }
+        for (index, manager) in self.managers.iter().enumerate() {
+            manager.check_files(index)?;
+        }
         console(&self.console, "console")?;
         match &self.virtio_console {
             Some(target) => console(target, "virtio_console"),
@@ -51,7 +54,7 @@ impl Pf {
 }
 
 /// An empty path is reported as what it is, elsewhere.
-fn absolute(path: &Path, field: impl Fn() -> String) -> Result<(), MachineError> {
+pub(super) fn absolute(path: &Path, field: impl Fn() -> String) -> Result<(), MachineError> {
     if path.is_absolute() || path.as_os_str().is_empty() {
         return Ok(());
     }
