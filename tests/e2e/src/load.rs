@@ -146,6 +146,12 @@ impl Load {
         self
     }
 
+    /// Adds files that no option names yet: `name` with the numbers up to `last`.
+    pub fn files(self, name: &str, last: u16) -> Result<Self> {
+        (0..=last).try_for_each(|number| self.file(&format!("{name}{number}")).map(drop))?;
+        Ok(self)
+    }
+
     fn file(&self, name: &str) -> Result<PathBuf> {
         let path = self.path(&format!("{name}.raw"));
         File::create(&path)?.set_len(DISK * MIB)?;

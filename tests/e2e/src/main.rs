@@ -18,6 +18,7 @@ mod chance;
 mod console;
 mod control;
 mod load;
+mod managed;
 mod migrate;
 mod net;
 mod owners;
@@ -42,6 +43,7 @@ fn main() -> std::process::ExitCode {
         api::trials(),
         owners::trials(),
         stops::trials(),
+        managed::trials(),
         steady::trials(),
         snapshot::trials(),
         migrate::trials(),

@@ -10,7 +10,7 @@ mod announce;
 mod control;
 mod faults;
 mod proxy;
-mod rounds;
+pub mod rounds;
 mod states;
 mod tls;
 
@@ -64,8 +64,8 @@ fn await_socket(path: &Path, process: &mut Running) -> Result<()> {
 }
 
 /// A guest that was moved.
-struct Moved {
-    guest: Guest,
+pub struct Moved {
+    pub guest: Guest,
     /// How its former process ended.
     before: Outcome,
     /// What `tern migrate --json` said.
@@ -73,7 +73,7 @@ struct Moved {
 }
 
 /// Moves a guest into a new process, whose files are in `directory`. `number` makes their names.
-fn move_to(guest: Guest, directory: &Path, number: u32, options: &[&str]) -> Result<Moved> {
+pub fn move_to(guest: Guest, directory: &Path, number: u32, options: &[&str]) -> Result<Moved> {
     move_as("running", guest, directory, number, options)
 }
 

@@ -8,6 +8,7 @@ mod console;
 mod demo;
 mod entropy;
 mod fork;
+mod managed;
 mod memory;
 mod net;
 mod pci;
@@ -54,7 +55,7 @@ impl fmt::Display for Found {
 type Run = fn(&Request) -> Result<Found>;
 
 /// Name, parameters, what runs. The README says what each does.
-const SCENARIOS: [(&str, &[&str], Run); 40] = [
+const SCENARIOS: [(&str, &[&str], Run); 41] = [
     ("boot", &[], boot::run),
     ("pci", &[], pci::run),
     ("poweroff", &[], |_| power::end(RebootCommand::PowerOff)),
@@ -104,6 +105,7 @@ const SCENARIOS: [(&str, &[&str], Run); 40] = [
         ],
         steady::run,
     ),
+    ("managed", &["wire", "packed", "holds"], managed::run),
     ("dmesg-clean", &[], sriov::dmesg_clean),
 ];
 

@@ -29,10 +29,11 @@ pub use admin::run as admin_user;
 pub use block::run as block;
 pub use flr::{physical as flr_pf, run as flr_io};
 pub use net::{ping, traffic};
+pub(super) use states::{APIC, VECTOR, interrupts};
 pub use states::{run as vf_states, waits as vf_waits};
 pub use stops::run as vf_stop;
 
-const DEVICES: &str = "/sys/bus/pci/devices";
+pub(super) const DEVICES: &str = "/sys/bus/pci/devices";
 /// Vendor of all virtio functions, as sysfs writes it.
 const VIRTIO: &str = "0x1af4";
 /// How long the kernel may take to find drivers for what it enumerated, or to let go of it.
@@ -287,19 +288,19 @@ impl Members {
 
 /// A PCI function in sysfs.
 #[derive(Clone)]
-struct Function {
+pub(super) struct Function {
     /// `0000:01:00.0`
-    address: String,
+    pub address: String,
     path: PathBuf,
 }
 
 impl Function {
-    fn at(path: PathBuf) -> Option<Self> {
+    pub fn at(path: PathBuf) -> Option<Self> {
         let address = path.file_name()?.to_str()?.to_owned();
         path.exists().then_some(Self { address, path })
     }
 
-    fn text(&self, attribute: &str) -> Result<String> {
+    pub fn text(&self, attribute: &str) -> Result<String> {
         let text = fs::read_to_string(self.path.join(attribute))
             .context(format_args!("{} {attribute}", self.address))?;
         Ok(text.trim().to_owned())
@@ -319,13 +320,13 @@ impl Function {
     }
 
     /// Name of the PCI driver.
-    fn driver(&self) -> Option<String> {
+    pub fn driver(&self) -> Option<String> {
         let driver = fs::read_link(self.path.join("driver")).ok()?;
         Some(driver.file_name()?.to_str()?.to_owned())
     }
 
     /// Takes the driver away.
-    fn unbind(&self) -> Result<()> {
+    pub fn unbind(&self) -> Result<()> {
         let path = self.path.join("driver/unbind");
         fs::write(path, &self.address).context(format_args!("unbinding {}", self.address))
     }
@@ -337,7 +338,7 @@ impl Function {
     }
 
     /// Reaches its registers from here.
-    fn open(&self) -> Result<SysfsFunction> {
+    pub fn open(&self) -> Result<SysfsFunction> {
         SysfsFunction::open(&self.path).context(&self.address)
     }
 

@@ -20,10 +20,10 @@ use crate::user::function::SysfsFunction;
 use crate::{Context, Failure, Result, check, say};
 
 /// The local APIC of CPU 0, as messages reach it.
-const APIC: u64 = 0xfee0_0000;
+pub(in crate::scenario) const APIC: u64 = 0xfee0_0000;
 /// A vector of Linux that does nothing but count, POSTED_INTR_VECTOR, and what it counts in `/proc/interrupts`. Nobody else
 /// uses it in a guest that has no guests.
-const VECTOR: u32 = 0xf2;
+pub(in crate::scenario) const VECTOR: u32 = 0xf2;
 const COUNT: &str = "PIN:";
 /// How long an interrupt may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -219,7 +219,7 @@ fn msix(load: &Load) -> Result<(&SysfsFunction, &driver::pci::MsiX)> {
 }
 
 /// How often [`VECTOR`] came, on all CPUs.
-fn interrupts() -> Result<u64> {
+pub(in crate::scenario) fn interrupts() -> Result<u64> {
     let table = fs::read_to_string("/proc/interrupts").context("/proc/interrupts")?;
     let row = table
         .lines()
