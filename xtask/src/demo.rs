@@ -15,7 +15,8 @@ use crate::workspace;
 const SHOWN: &str = "\
 A guest with a disk, two network interfaces, and a card that owns two virtual functions shows what it finds. Then, under a
 load that checks every byte, packet and register it has: it is saved and restored; it is copied to another process while it
-runs; and it is handed over to one more. Exit status 0 says that all of this happened and that the guest found nothing wrong.";
+runs; and it is handed over to one more. A second guest has management devices: its driver makes two network cards and a disk
+by commands, and is moved with them. Exit status 0 says that all of this happened and that the guests found nothing wrong.";
 
 /// `cargo xtask demo`
 #[derive(Debug, Args)]

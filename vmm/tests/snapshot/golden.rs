@@ -7,6 +7,7 @@ use vmm::snapshot::format::state::{NEWEST, State};
 use vmm::snapshot::format::{parse, write};
 
 use super::live::{Asked, Mixed, Owned, Plain};
+use super::managed::Managed;
 use super::rig::{Devices, Rig, World, file, memory};
 
 /// Write documents that are not there. One that is there is never written again.
@@ -67,11 +68,12 @@ fn settle_times(value: &mut serde_json::Value) {
 fn documents_of_the_newest_version_are_there() {
     let newest = golden().join(format!("v{NEWEST}"));
     type Build = fn(&Path) -> World;
-    let machines: [(&str, Build); 4] = [
+    let machines: [(&str, Build); 5] = [
         ("devices.json", |dir| Plain::new(dir).world),
         ("owner.json", |dir| Owned::new(dir).world),
         ("owners.json", |dir| Mixed::new(dir).world),
         ("announcements.json", |_| Asked::new().world),
+        ("managed.json", |dir| Managed::new(dir).world),
     ];
     for (name, build) in machines {
         let path = newest.join(name);

@@ -8,6 +8,7 @@
 //! | [`golden`] | documents of every version of the format |
 //! | [`hostile`] | documents that no monitor wrote |
 //! | [`live`] | devices in use, moved into another machine |
+//! | [`managed`] | managed devices in use, moved into another machine |
 //! | [`rig`] | machines in this process |
 
 // Helpers state what must hold, like the tests they are part of.
@@ -18,4 +19,5 @@ mod drivers;
 mod golden;
 mod hostile;
 mod live;
+mod managed;
 mod rig;

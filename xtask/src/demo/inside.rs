@@ -20,6 +20,9 @@ const LOAD_OK: &str = "tern-guest: ok steady";
 const ALL_OK: &str = "tern-guest: done status=ok";
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 tern.run=sriov-enable:n=2,demo:disks=1:networks=2,\
                        steady:mib=16:disks=vda:vfs=2:lost=256";
+const MANAGED: &str = "console=ttyS0 quiet panic=-1 tern.run=managed:packed=yes:holds=1";
+/// What a guest says that waits for somebody to do something with it.
+const ASKED: &str = "tern-guest: type a line";
 const DISK: u64 = 64 << 20;
 /// Exit statuses of a monitor whose guest was saved to go on elsewhere, or moved.
 const STOPPED: i32 = 6;
@@ -96,10 +99,40 @@ impl Inside {
         fourth.wait_for(LOAD_OK, PATIENCE)?;
         fourth.wait_for(ALL_OK, PATIENCE)?;
         end(fourth, 0)?;
+        self.show_managed(place)?;
         println!(
-            "\nLinux booted and used virtual functions, was saved and restored, copied, and handed over. It lost nothing."
+            "\nLinux booted and used virtual functions, was saved and restored, copied, and handed over. It lost nothing.\n\
+             A driver made network cards and a disk by commands, destroyed one, and had it again where it was."
         );
         Ok(())
+    }
+
+    /// Devices that have no PCI function, moved once.
+    fn show_managed(&self, place: &Place<'_>) -> Result<()> {
+        for number in 0..=1 {
+            let path = place.directory.join(format!("made{number}.raw"));
+            File::create(&path)
+                .and_then(|file| file.set_len(DISK))
+                .with_context(|| path.display().to_string())?;
+        }
+        title("A guest whose driver makes devices by commands on a transport virtqueue");
+        let mut run = vec!["run", "--kernel", text(&self.kernel)?];
+        run.extend(["--initrd", text(&self.initrd)?, "--cmdline", MANAGED]);
+        run.extend(["--memory", "256M", "--manager", "net,devices=2,packed"]);
+        run.extend(["--manager", "block,devices=1,path=made%d.raw"]);
+        run.extend(["--api-socket", "5.sock"]);
+        let mut first = place.start(&run)?;
+        first.wait_for(ASKED, PATIENCE)?;
+        place.ask(&["info", "--api-socket", "5.sock"])?;
+
+        title("It is moved with them");
+        let mut second = place.start(&["receive", "unix:made.sock", "--api-socket", "6.sock"])?;
+        place.await_file("made.sock")?;
+        place.ask(&["migrate", "--api-socket", "5.sock", "unix:made.sock"])?;
+        end(first, MOVED)?;
+        second.type_line("go on")?;
+        second.wait_for(ALL_OK, PATIENCE)?;
+        end(second, 0)
     }
 }
 

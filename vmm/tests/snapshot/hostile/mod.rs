@@ -4,6 +4,7 @@
 
 mod functions;
 mod machines;
+mod managed;
 mod registers;
 mod sessions;
 mod text;
