@@ -1,6 +1,7 @@
 //! Managed devices in use, saved and moved into another machine.
 
 use std::path::Path;
+use std::time::Duration;
 
 use driver::access::{Dma, DmaExt, FunctionExt};
 use driver::host::HostDma;
@@ -18,6 +19,8 @@ const NET: u32 = 1;
 const BLOCK: u32 = 2;
 /// Bytes of a disk.
 const DISK: u64 = 64 << 10;
+/// How long a device may take.
+const PATIENCE: Duration = Duration::from_secs(20);
 /// Where messages go.
 const MESSAGE: (u64, u32) = (0xfee0_0000, 0x41);
 
@@ -150,7 +153,7 @@ impl Managed {
         self.disks.kick(*id, 0);
         let mut used = None;
         let function = self.disks.transport.function();
-        function.wait_until(std::time::Duration::from_secs(20), || {
+        function.wait_until(PATIENCE, || {
             used = queue.take().unwrap();
             used.is_some()
         });
@@ -170,11 +173,22 @@ impl Managed {
         self.nets.kick(*id, 1);
         let function = self.nets.transport.function();
         let mut sent = false;
-        function.wait_until(std::time::Duration::from_secs(20), || {
+        function.wait_until(PATIENCE, || {
             sent = queue.take().unwrap().is_some();
             sent
         });
         assert!(sent);
+    }
+
+    /// Waits for one message of a managed device.
+    fn await_message(&self) {
+        let mut count = 0;
+        let function = self.disks.transport.function();
+        function.wait_until(PATIENCE, || {
+            count += self.messages();
+            count > 0
+        });
+        assert_eq!(count, 1);
     }
 
     fn messages(&self) -> usize {
@@ -185,11 +199,11 @@ impl Managed {
     }
 
     fn finish(mut self) {
-        // Every message that is not masked is sent once more.
-        self.world.rig().machine.settle();
-        self.messages();
+        // The message of the card is sent once more.
+        self.await_message();
         self.disks.mask(self.disk.0, 1);
-        assert_eq!(self.messages(), 1, "it was held back");
+        // It was held back.
+        self.await_message();
         self.read(2);
         self.send();
         let status = self
