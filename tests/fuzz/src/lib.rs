@@ -21,6 +21,7 @@ mod restore;
 mod sessions;
 mod snapshot;
 mod sriov;
+mod transport;
 
 pub use admin::admin_commands;
 pub use context::context;
@@ -34,6 +35,7 @@ pub use restore::snapshot_restore;
 pub use sessions::context_sessions;
 pub use snapshot::snapshot_state;
 pub use sriov::sriov_config;
+pub use transport::transport_commands;
 
 /// A target's name and its function.
 pub type Target = (&'static str, fn(&[u8]));
@@ -53,6 +55,7 @@ pub const TARGETS: &[Target] = &[
     ("snapshot_restore", snapshot_restore),
     ("snapshot_state", snapshot_state),
     ("sriov_config", sriov_config),
+    ("transport_commands", transport_commands),
     ("virtio_registers", virtio_registers),
     ("write_records", write_records),
 ];

@@ -83,6 +83,7 @@ smoke! {
     snapshot_restore
     snapshot_state
     sriov_config
+    transport_commands
     virtio_registers
     write_records
 }

@@ -119,7 +119,7 @@ impl Inside {
         let mut run = vec!["run", "--kernel", text(&self.kernel)?];
         run.extend(["--initrd", text(&self.initrd)?, "--cmdline", MANAGED]);
         run.extend(["--memory", "256M", "--manager", "net,devices=2,packed"]);
-        run.extend(["--manager", "block,devices=1,path=made%d.raw"]);
+        run.extend(["--manager", "block,devices=1,path=made%d.raw,packed"]);
         run.extend(["--api-socket", "5.sock"]);
         let mut first = place.start(&run)?;
         first.wait_for(ASKED, PATIENCE)?;
