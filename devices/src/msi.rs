@@ -20,7 +20,8 @@ pub struct MsiMessage {
 
 /// The interrupt vectors of one function.
 ///
-/// A function owns its sink and calls it from vCPU threads ([`MsiSink::set_route`], on a table write) and from any
+/// A function owns its sink and calls it from vCPU threads ([`MsiSink::set_route`], on a table write), from the I/O thread (the
+/// same, on a command), and from any
 /// thread that completes I/O ([`MsiSink::fire`]). For one vector the calls never overlap: the function serialises
 /// them, and calls `fire` only between a `set_route` with a message and the next one without. Calls for different
 /// vectors do overlap. Neither may call back into the function.

@@ -72,7 +72,7 @@ pub struct QueueState {
     pub device_area: u64,
     /// `queue_enable`.
     pub enabled: bool,
-    /// `queue_status` of the device-state capability was written 0 while the queue was enabled.
+    /// `queue_status` of the device-state capability was written 0 while the queue was enabled; or VQ_ENABLE 0 waits for it.
     pub stopped: bool,
     /// The driver wrote where the queue goes on, and nothing was fetched since. A split ring goes on in the used ring where
     /// that says it stands (G0-l).
@@ -205,7 +205,7 @@ pub struct Shape {
     pub queue_sizes: Vec<u16>,
     /// Bytes of the device configuration.
     pub config_len: usize,
-    /// The device has the device-state capability, so that its queues can be stopped one by one.
+    /// Its queues can be stopped one by one, by the device-state capability or by commands of a transport virtqueue.
     pub queue_status: bool,
     /// The device offers packed rings.
     pub packed: bool,

@@ -10,8 +10,8 @@
 //! A virtual function that a monitor passes through is none of these: hypervisors show such a function as an ordinary
 //! endpoint, with its real identity and BARs, and so does [`VirtioPci::new`].
 //!
-//! Locks, in the order they are taken: `doors`, then `config` or anything of the function's. `config` is never held
-//! across a call into the function or the MSI-X table, whose own locks come after everything here.
+//! Locks, in the order they are taken: `doors`, then those of the function, then `config` or the MSI-X table. `config` is never
+//! held across a call into the function or the table; a command that asks where doorbells are takes it under the function's.
 
 mod capabilities;
 pub mod common;

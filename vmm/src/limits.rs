@@ -20,7 +20,7 @@ const TABLE: u64 = 4096;
 /// More descriptors are needed than the host allows. Exit status 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "this guest needs up to {needed} open files, and the host allows {allowed}; use fewer virtual functions, or raise \
+    "this guest needs up to {needed} open files, and the host allows {allowed}; use fewer virtual functions or managed devices, or raise \
      the hard limit (`ulimit -Hn {needed}`, LimitNOFILE= of a service)"
 )]
 pub struct TooFewDescriptors {

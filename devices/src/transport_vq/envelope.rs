@@ -88,9 +88,9 @@ pub enum Error {
     /// Nothing is left of what the command needs.
     #[error("nothing is left of what the command needs")]
     Resource = 7,
-    /// The device-writable part has no room for the answer.
-    #[error("no room for the answer")]
-    Room = 8,
+    /// The device-writable part is too short for the answer.
+    #[error("the device-writable part is too short for the answer")]
+    ReplyTooShort = 8,
 }
 
 impl Error {
@@ -103,7 +103,7 @@ impl Error {
         Self::Value,
         Self::State,
         Self::Resource,
-        Self::Room,
+        Self::ReplyTooShort,
     ];
 }
 

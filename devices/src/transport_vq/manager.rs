@@ -126,6 +126,7 @@ impl Manager {
             let interrupts = Arc::new(Interrupts::new(queues, sink));
             function.set_interrupt(Arc::clone(&interrupts) as _);
             function.set_wake(Arc::clone(&wakeups) as _);
+            function.let_queues_be_placed();
             function.close(Reasons::NO_DMA);
             Seat {
                 function,
@@ -188,7 +189,7 @@ impl Manager {
     pub(super) fn begin_reset(&mut self) {
         for seat in self.seats.iter().filter(|seat| seat.id.is_some()) {
             let _ = seat.function.request_reset();
-            seat.function.revive();
+            seat.function.doorbells_changed();
         }
     }
 
@@ -226,8 +227,11 @@ impl Manager {
         }
         let room = room
             .checked_sub(wire.reply_header_len())
-            .ok_or(Error::Room)?;
-        let exchange = Exchange { wire, room };
+            .ok_or(Error::ReplyTooShort)?;
+        let exchange = Exchange {
+            wire,
+            reply_len: room,
+        };
         if request.command.is_for_manager() {
             if request.device != 0 {
                 return Err(Error::Device.into());
@@ -247,7 +251,7 @@ impl Manager {
         };
         if request.command == Command::Destroy {
             let _ = seat.function.request_reset();
-            seat.function.revive();
+            seat.function.doorbells_changed();
             if seat.function.rest() != Rest::AtRest {
                 return Err(Refusal::Later);
             }
@@ -270,14 +274,14 @@ impl Manager {
         for seat in self.seats.iter_mut().filter(of_type) {
             known = true;
             let all = seat.function.all_features();
-            if features & !all != 0 || !seat.has_config(config) {
+            if features & !all != 0 || !seat.has_config(exchange.wire, config) {
                 continue;
             }
             permitted = true;
             if seat.id.is_some() {
                 continue;
             }
-            exchange.expect_room(8)?;
+            exchange.expect_reply_len(8)?;
             let id = self.next_id;
             // A saved state can have come to the last.
             self.next_id = id.checked_add(1).ok_or(Error::Resource)?;
@@ -314,12 +318,25 @@ impl Manager {
 }
 
 impl Seat {
-    /// True if the device would have `config`, the beginning of a device configuration. Zeroes ask for nothing in particular.
-    fn has_config(&self, config: &[u8]) -> bool {
+    /// True if the device would have `config`, the beginning of a device configuration, and perhaps padding. Zeroes ask for
+    /// nothing in particular.
+    fn has_config(&self, wire: Wire, config: &[u8]) -> bool {
+        let padding = match wire {
+            Wire::Aligned => 7,
+            Wire::Packed => 0,
+        };
+        if config.len() > self.function.config_len() + padding {
+            return false;
+        }
         let mut own = vec![0; config.len()];
         self.function.read_config(0, &mut own);
-        config.iter().all(|byte| *byte == 0)
-            || (config.len() <= self.function.config_len() && own == config)
+        let same = own
+            .iter()
+            .zip(config)
+            .take_while(|(own, asked)| own == asked);
+        let rest = config.get(same.count()..).unwrap_or_default();
+        let zeroes = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+        zeroes(config) || rest.len() <= padding && zeroes(rest)
     }
 }
 
@@ -327,21 +344,21 @@ impl Seat {
 pub(super) struct Exchange {
     pub wire: Wire,
     /// Bytes for command-in-data.
-    pub room: usize,
+    pub reply_len: usize,
 }
 
 impl Exchange {
     /// Fails if there are no `len` bytes for the answer.
-    pub fn expect_room(&self, len: usize) -> Result<(), Error> {
-        match len <= self.room {
+    pub fn expect_reply_len(&self, len: usize) -> Result<(), Error> {
+        match len <= self.reply_len {
             true => Ok(()),
-            false => Err(Error::Room),
+            false => Err(Error::ReplyTooShort),
         }
     }
 
     /// An answer, if it fits.
     pub fn reply(&self, data: Vec<u8>) -> Answer {
-        self.expect_room(data.len())?;
+        self.expect_reply_len(data.len())?;
         Ok(data)
     }
 
@@ -378,8 +395,11 @@ impl Exchange {
             }
             Command::StatusSet => {
                 let status = body.u8()?;
+                if status != 0 && function.is_resetting() {
+                    return Err(Error::State.into());
+                }
                 let _ = function.write_status(status);
-                function.revive();
+                function.doorbells_changed();
                 if status == 0 && function.rest() == Rest::Resetting {
                     return Err(Refusal::Later);
                 }
@@ -407,7 +427,10 @@ impl Exchange {
                 let index = queue_index(function, &mut body)?;
                 let cause = Cause::Queue(index);
                 match command {
-                    Command::MsiVqGet => self.message(seat, cause, Some(index)),
+                    Command::MsiVqGet => {
+                        let index = (self.wire == Wire::Aligned).then_some(index);
+                        self.message(seat, cause, index)
+                    }
                     _ => set_message(seat, cause, command, &mut body),
                 }
             }
@@ -425,10 +448,10 @@ impl Exchange {
 
     /// As many words of features as there is room for, and at least one (M12).
     fn features(&self, features: u64) -> Answer {
-        self.expect_room(8)?;
+        self.expect_reply_len(8)?;
         let mut bytes = features.to_le_bytes().to_vec();
         // Those that the driver asks for and that are not there are zero. More than a few are nobody's question.
-        bytes.resize((self.room / 8 * 8).min(MAX_FEATURE_BYTES), 0);
+        bytes.resize((self.reply_len / 8 * 8).min(MAX_FEATURE_BYTES), 0);
         Ok(bytes)
     }
 

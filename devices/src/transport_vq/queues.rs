@@ -42,20 +42,15 @@ pub(super) fn execute(
             done(function.set_queue(index, |queue| queue.size = size))
         }
         Command::VqEnableSet => match switch(body)? {
-            true if info.enabled => done(Ok(())),
+            true if info.enabled => done(function.go_on_with_queue(index)),
             true => done(function.try_enable_queue(index)),
-            false if function.disable_queue(index) => done(Ok(())),
-            false => Err(Refusal::Later),
+            false => later(function.disable_queue(index)),
         },
         Command::VqReset => {
             if !function.resets_queues() {
                 return Err(Error::State.into());
             }
-            let _ = function.reset_queue(index);
-            match function.queue_was_reset(index) {
-                true => done(Ok(())),
-                false => Err(Refusal::Later),
-            }
+            later(function.try_reset_queue(index))
         }
         Command::VqStateSet => {
             let (available, used) = match function.is_packed() {
@@ -65,6 +60,10 @@ pub(super) fn execute(
                     (available, position(body, info.registers.size)?)
                 }
             };
+            if function.is_packed() && available != used {
+                // Nothing is in flight, so that there is one place.
+                return Err(Error::Value.into());
+            }
             done(function.set_queue_position(index, available, used))
         }
         Command::VqAsidSet => {
@@ -118,6 +117,15 @@ pub(super) fn execute(
             });
             Ok(fields?)
         }
+    }
+}
+
+/// What became of a command that may have to wait.
+fn later(outcome: Result<bool, QueueError>) -> Result<Vec<u8>, Refusal> {
+    match outcome {
+        Ok(true) => Ok(Vec::new()),
+        Ok(false) => Err(Refusal::Later),
+        Err(error) => Err(Refusal::Failed(refused(&error))),
     }
 }
 

@@ -98,7 +98,11 @@ impl Service for TransportService {
         Some(self.manager.save())
     }
 
-    fn check_managed(&self, state: &ManagerState) -> Result<(), String> {
+    fn check_managed(&self, state: &ManagerState, driver: Option<u64>) -> Result<(), String> {
+        let has_commands = driver.is_some_and(|features| features & self.devices_feature() != 0);
+        if !state.devices.is_empty() && !has_commands {
+            return Err("no driver of this management device can have made any".into());
+        }
         self.manager.check(state).map_err(|error| error.to_string())
     }
 

@@ -90,6 +90,8 @@ struct Core {
     transport_features: u64,
     /// Of all features, those that may be offered: all, unless whoever made the device for its driver chose some.
     allowed_features: u64,
+    /// Its driver can stop single virtqueues and say where they go on, by the device-state capability or by commands.
+    has_queue_status: bool,
     gate: Gate,
     doors: Doors,
     /// Without the bits of the doors, which the gate has.
@@ -146,7 +148,9 @@ impl VirtioFunction {
     /// reason stays.
     #[must_use]
     pub fn stop(&self, reason: Reasons, patience: Patience) -> bool {
-        let in_flight = |core: &Core| !core.drained();
+        // With nothing in flight, a reset waits for what a service is responsible for.
+        let in_flight =
+            |core: &Core| !core.drained() || core.gate.reasons().contains(Reasons::RESET);
         let stopped = Instant::now();
         let mut core = self.lock();
         core.gate.close(reason);

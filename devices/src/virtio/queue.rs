@@ -259,10 +259,10 @@ impl Virtqueue {
         }
     }
 
-    /// The driver writes 1 to `queue_status`. True if the queue goes on.
+    /// The driver writes 1 to `queue_status`, or enables a queue that is about to be disabled. True if the queue goes on.
     pub(super) fn resume(&mut self) -> bool {
         match &mut self.enabled {
-            Some(queue) if queue.phase == Phase::Stopped => {
+            Some(queue) if matches!(queue.phase, Phase::Stopped | Phase::Disabling) => {
                 queue.phase = Phase::Running;
                 true
             }
@@ -281,16 +281,35 @@ impl Virtqueue {
         true
     }
 
-    /// Completes what [`Self::disable`] began if nothing is in flight, nor given up. The registers stay, and the queue goes on
-    /// where it was unless the driver says otherwise.
+    /// Completes what [`Self::disable`] began if nothing is in flight, nor given up, and its driver was told of all that was
+    /// used. The registers stay, and the queue goes on where it was unless the driver says otherwise.
     pub(super) fn finish_disabling(&mut self) -> bool {
-        let at_rest = |queue: &Enabled| queue.in_flight.is_empty() && queue.owned.is_empty();
+        let at_rest = |queue: &Enabled| {
+            queue.in_flight.is_empty() && queue.owned.is_empty() && queue.signal == Signal::Nothing
+        };
         let ready = self.is_in(Phase::Disabling) && self.enabled.as_ref().is_some_and(at_rest);
         if ready {
             self.start = Some(self.place());
             self.enabled = None;
         }
         ready
+    }
+
+    /// A queue that is not enabled gets its default registers back, and begins at its start.
+    pub(super) fn reset_disabled(&mut self) {
+        *self = Self {
+            format: self.format,
+            ..Self::new(self.max_size)
+        };
+    }
+
+    /// True if it can be enabled where its driver said that it begins.
+    pub(super) fn begins_in_its_ring(&self) -> bool {
+        let within = |place| Position::from_raw(place).offset() < self.registers.size;
+        match (self.format, self.start) {
+            (Format::Packed, Some(start)) => within(start.available) && within(start.used),
+            _ => true,
+        }
     }
 
     /// Where it goes on, or is going on now: the next available place and, in a packed ring, the next used one.
@@ -335,7 +354,7 @@ impl Virtqueue {
             driver_area: registers.driver_area,
             device_area: registers.device_area,
             enabled: self.is_enabled(),
-            stopped: self.is_in(Phase::Stopped),
+            stopped: self.is_in(Phase::Stopped) || self.is_in(Phase::Disabling),
             restarts: self.start.is_some(),
             ring,
         }

@@ -19,6 +19,9 @@ use crate::state::ManagerState;
 /// Bytes of commands and answers after which others get their turn.
 const TURN: usize = 1 << 20;
 
+/// Bytes that a command counts for if it has fewer.
+const LEAST: usize = 4 << 10;
+
 /// Capacity that is kept for the next command.
 const KEPT: usize = 16 << 10;
 
@@ -47,7 +50,8 @@ pub trait Service: Any + Send {
     /// The most bytes of a command, and of an answer. What is longer is not seen, and not made.
     fn limits(&self) -> (usize, usize);
 
-    /// What the driver reads behind the device configuration. Its length never changes; what it says changes with commands only.
+    /// What the driver reads behind the device configuration. Its length never changes; what it says changes with commands,
+    /// and with a reset.
     fn config(&self) -> &[u8] {
         &[]
     }
@@ -69,7 +73,7 @@ pub trait Service: Any + Send {
     /// Becomes readable when a command that waits is to be executed again. Watched edge-triggered and never read.
     fn wake_fd(&self) -> RawFd;
 
-    /// The command that waits will not be executed again: what it began is undone.
+    /// The command that waits will not be executed again: what it began is undone, or goes on to its end by itself.
     fn abandon(&mut self);
 
     /// The driver asked for a reset of the device. What the service does besides commands ends with it, too:
@@ -89,12 +93,13 @@ pub trait Service: Any + Send {
         None
     }
 
-    /// Whether it can have the managed devices of a saved state. Not asked of a service that can have none.
+    /// Whether it can have the managed devices of a saved state, with a `driver` that is ready and accepted these features. Not
+    /// asked of a service that can have none.
     ///
     /// # Errors
     ///
     /// What is wrong.
-    fn check_managed(&self, _state: &ManagerState) -> Result<(), String> {
+    fn check_managed(&self, _state: &ManagerState, _driver: Option<u64>) -> Result<(), String> {
         Ok(())
     }
 
@@ -176,9 +181,9 @@ impl ServiceQueue {
             let Some(chain) = io.pop(index)? else {
                 return Ok(Progress::Exhausted);
             };
-            // What a command costs is what it reads and what it may write.
+            // What a command costs is what it reads and what it may write, and a call to the host if it is short.
             moved = usize::try_from(chain.readable_len() + chain.writable_len())
-                .map_or(TURN, |len| len.saturating_add(moved));
+                .map_or(TURN, |len| len.max(LEAST).saturating_add(moved));
             if let Err(error) = self.fetch(&chain, io) {
                 // The chain goes back even if its buffers could not be reached: none is ever dropped (E13).
                 io.push(index, chain.ticket(), 0)?;

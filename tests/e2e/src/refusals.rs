@@ -190,6 +190,58 @@ const REFUSALS: &[Refusal] = &[
         &["path=", "block"],
     ),
     refusal(
+        "no_managed_devices",
+        &["--kernel", "{kernel}", "--manager", "net,devices=0"],
+        2,
+        &["devices=0", "between 1 and 255"],
+    ),
+    refusal(
+        "managed_disks_without_a_number",
+        &[
+            "--kernel",
+            "{kernel}",
+            "--manager",
+            "block,devices=1,path={dir}/huge",
+        ],
+        2,
+        &["does not have %d once"],
+    ),
+    refusal(
+        "a_missing_disk_of_a_manager",
+        &[
+            "--kernel",
+            "{kernel}",
+            "--manager",
+            "block,devices=1,path={dir}/none%d",
+        ],
+        1,
+        &["none0", "does not exist"],
+    ),
+    refusal(
+        "a_disk_and_a_managed_disk_on_one_file",
+        &[
+            "--kernel",
+            "{kernel}",
+            "--disk",
+            "path=/dev/none1",
+            "--manager",
+            "block,devices=1,path=/dev/none%d",
+        ],
+        2,
+        &["--manager", "(device 1)", "belongs to one disk"],
+    ),
+    refusal(
+        "two_features_with_one_number",
+        &[
+            "--kernel",
+            "{kernel}",
+            "--manager",
+            "net,devices=1,queue-feature=46",
+        ],
+        2,
+        &["queue-feature", "devices-feature", "46"],
+    ),
+    refusal(
         "a_tap_name_that_is_too_long",
         &[
             "--kernel",

@@ -9,12 +9,13 @@ use crate::snapshot::overrides::{DiskOverride, NetOverride, Overrides};
 /// See [`Overrides`].
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Another file for a disk; may be repeated. NAME is that of `tern info`: disk0, pf0, or pf0-vf%d for all virtual
-    /// functions, with %d in PATH
+    /// Another file for a disk; may be repeated. NAME is that of `tern info`: disk0, pf0, or with %d in PATH pf0-vf%d for all
+    /// virtual functions, manager0-%d for a management device and all that it manages
     #[arg(long, value_name = "NAME=PATH")]
     disk: Vec<DiskOverride>,
 
-    /// Another end for a network interface; may be repeated: net0=tap=TAP, net0=switch=NAME, pf0=uplink-tap=TAP
+    /// Another end for a network interface; may be repeated: net0=tap=TAP, net0=switch=NAME, pf0=uplink-tap=TAP,
+    /// manager0=switch=NAME
     #[arg(long, value_name = "NAME=END")]
     net: Vec<NetOverride>,
 

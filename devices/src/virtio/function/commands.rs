@@ -34,6 +34,11 @@ impl VirtioFunction {
         (core.offered(), core.driver_features)
     }
 
+    /// Its driver can stop single virtqueues and say where they go on, although it has no capability for that.
+    pub(crate) fn let_queues_be_placed(&self) {
+        self.lock().has_queue_status = true;
+    }
+
     /// Offers drivers none but these features, from the next one on. False for a function that has a driver.
     #[must_use]
     pub fn offer_only(&self, features: u64) -> bool {
@@ -91,45 +96,105 @@ impl VirtioFunction {
     pub fn try_enable_queue(&self, index: u16) -> Result<(), QueueError> {
         let mut core = self.lock();
         let event_index = core.event_index();
-        core.changeable(index)?;
+        if !core.changeable(index)?.begins_in_its_ring() {
+            return Err(QueueError::Size);
+        }
         let Core { queues, view, .. } = &mut *core;
         let queue = queues.get_mut(usize::from(index));
         queue
             .ok_or(QueueError::Missing)?
             .enable(view, event_index)?;
         self.kick(index);
-        self.revive();
+        self.doorbells_changed();
+        Ok(())
+    }
+
+    /// Virtqueue `index`, which is enabled, goes on if it was about to be disabled.
+    ///
+    /// # Errors
+    ///
+    /// It is being reset.
+    pub fn go_on_with_queue(&self, index: u16) -> Result<(), QueueError> {
+        let mut core = self.lock();
+        let queue = core.queues.get_mut(usize::from(index));
+        let queue = queue.ok_or(QueueError::Missing)?;
+        if queue.is_resetting() {
+            return Err(QueueError::Busy);
+        }
+        if queue.resume() {
+            self.kick(index);
+        }
         Ok(())
     }
 
     /// Disables virtqueue `index`, which then keeps its registers and its place. False while requests are in flight: whoever
     /// was to be [woken](Self::set_wake) is when it may have come to an end, and asks again.
-    #[must_use]
-    pub fn disable_queue(&self, index: u16) -> bool {
+    ///
+    /// # Errors
+    ///
+    /// Nothing is in flight, and what the function has yet to do cannot be done now, since it is suspended, stopped or broken.
+    /// The queue goes on when it does.
+    pub fn disable_queue(&self, index: u16) -> Result<bool, QueueError> {
+        /// What a driver ends, and not time.
+        const STOPPED: Reasons = Reasons::SUSPENDED
+            .union(Reasons::DEVICE_STOPPED)
+            .union(Reasons::BROKEN)
+            .union(Reasons::FREEZE);
         let mut core = self.lock();
-        if let Some(queue) = core.queues.get_mut(usize::from(index))
-            && queue.disable()
-        {
-            // One that gave up chains executes them first.
-            self.kick(index);
+        if !core.is_enabled(index) {
+            return Ok(true);
         }
+        let closed = core.ignores_writes();
+        let stopped = core.gate.reasons().intersects(STOPPED);
+        let queue = core.queues.get_mut(usize::from(index));
+        let queue = queue.ok_or(QueueError::Missing)?;
+        if closed || !queue.disable() {
+            return Err(QueueError::Busy);
+        }
+        // One that gave up chains executes them first.
+        self.kick(index);
         self.settle(&mut core);
-        self.revive();
-        let enabled = core.is_enabled(index);
-        core.awaited |= enabled;
-        !enabled
+        self.doorbells_changed();
+        let queue = core.queues.get_mut(usize::from(index));
+        match queue.filter(|queue| queue.is_enabled()) {
+            None => Ok(true),
+            Some(queue) if stopped && queue.is_drained() => {
+                queue.resume();
+                Err(QueueError::Busy)
+            }
+            Some(_) => {
+                core.awaited = true;
+                Ok(false)
+            }
+        }
     }
 
-    /// True once virtqueue `index` is not being reset. Whoever was to be [woken](Self::set_wake) is when it may be so.
-    #[must_use]
-    pub fn queue_was_reset(&self, index: u16) -> bool {
+    /// Resets virtqueue `index`. False while requests are in flight, as with [`Self::disable_queue`].
+    ///
+    /// # Errors
+    ///
+    /// The driver's writes have no effect now.
+    pub fn try_reset_queue(&self, index: u16) -> Result<bool, QueueError> {
         let mut core = self.lock();
-        let resetting = core
-            .visible(index)
-            .is_some_and(|queue| queue.is_resetting());
-        core.awaited |= resetting;
-        self.revive();
-        !resetting
+        if core.ignores_writes() || core.gate.reasons().contains(Reasons::RESET) {
+            return Err(QueueError::Busy);
+        }
+        let hidden = core.hides(index);
+        let queue = core.queues.get_mut(usize::from(index));
+        let queue = queue.filter(|_| !hidden).ok_or(QueueError::Missing)?;
+        if !queue.is_enabled() {
+            queue.reset_disabled();
+            if let Some(interrupt) = self.interrupt.get() {
+                interrupt.reset_queue(index);
+            }
+            return Ok(true);
+        }
+        queue.request_reset();
+        self.settle(&mut core);
+        self.doorbells_changed();
+        let enabled = core.is_enabled(index);
+        core.awaited |= enabled;
+        Ok(!enabled)
     }
 
     /// Where virtqueue `index` is in its rings: the next available place and, of a packed one, the next used one.

@@ -105,6 +105,7 @@ impl VirtioFunction {
                 services,
                 transport_features,
                 allowed_features: u64::MAX,
+                has_queue_status: doors.queue_status,
                 gate: Gate::closed_for(Reasons::NO_DRIVER),
                 doors,
                 selectors: Selectors::default(),
@@ -145,7 +146,7 @@ impl VirtioFunction {
     }
 
     /// The doorbells that should exist are others, and not because of a write of its driver.
-    pub(crate) fn revive(&self) {
+    pub(crate) fn doorbells_changed(&self) {
         if let Some(revived) = self.revived.get() {
             // An eventfd refuses only when its counter is full, and then it is already signalled.
             let _ = revived.write(1);

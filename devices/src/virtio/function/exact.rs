@@ -62,8 +62,10 @@ impl VirtioFunction {
     pub fn check_transient(&self, state: &TransientState) -> Result<(), RestoreError> {
         let core = self.lock();
         core.serves_nobody()?;
-        self.checked_transient(&core, state, core.format(), |index| core.is_enabled(index))
-            .map(|_| ())
+        self.checked_transient(&core, state, core.format(), None, |index| {
+            core.is_enabled(index)
+        })
+        .map(|_| ())
     }
 
     /// Puts a function whose [`FunctionState`] was restored, as the context of a member is by administration commands, into
@@ -79,7 +81,9 @@ impl VirtioFunction {
         if core.gate.is_open() {
             return Err(RestoreError::Busy);
         }
-        self.checked_transient(&core, state, core.format(), |index| core.is_enabled(index))?;
+        self.checked_transient(&core, state, core.format(), None, |index| {
+            core.is_enabled(index)
+        })?;
         core.apply_transient(state);
         Ok(())
     }
@@ -167,7 +171,9 @@ impl VirtioFunction {
         let enabled: Vec<_> = enabled.chain(served).collect();
         let status = Status::from_bits_truncate(state.registers.status);
         let format = format(status, state.accepted as u64);
-        self.checked_transient(core, transient, format, |index| {
+        let ready = status.contains(Status::DRIVER_OK);
+        let driver = ready.then_some(state.accepted as u64);
+        self.checked_transient(core, transient, format, driver, |index| {
             enabled
                 .get(usize::from(index))
                 .is_some_and(|enabled| *enabled)
@@ -179,6 +185,7 @@ impl VirtioFunction {
         core: &Core,
         state: &'a TransientState,
         format: Format,
+        driver: Option<u64>,
         is_enabled: impl Fn(u16) -> bool,
     ) -> Result<CheckedTransient<'a>, RestoreError> {
         if state.isr & !(ISR_QUEUE | ISR_CONFIG) != 0 {
@@ -203,7 +210,7 @@ impl VirtioFunction {
             (None, Some(_)) => return Err(RestoreError::Managed("this function has none".into())),
             (Some(_), None) => return Err(RestoreError::Managed("they are missing".into())),
             (Some(manager), Some(managed)) => {
-                let checked = manager.check_managed(managed);
+                let checked = manager.check_managed(managed, driver);
                 checked.map_err(RestoreError::Managed)?;
             }
         }

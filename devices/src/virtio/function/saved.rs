@@ -111,7 +111,7 @@ impl VirtioFunction {
         Shape {
             queue_sizes: queues.map(Virtqueue::max_size).collect(),
             config_len: self.device_config_len,
-            queue_status: core.doors.queue_status,
+            queue_status: core.has_queue_status,
             packed: core.offered() & feature::RING_PACKED != 0,
         }
     }
@@ -243,7 +243,7 @@ impl VirtioFunction {
         format: Format,
     ) -> Result<Virtqueue, RestoreError> {
         self.check_vector(saved.vector, || format!("queue {index}"))?;
-        check_queue(saved, queue, format, core.doors.queue_status)
+        check_queue(saved, queue, format, core.has_queue_status)
             .map_err(|what| RestoreError::Queue { index, what })?;
         Virtqueue::restored(queue.max_size(), saved, &core.view)
             .map_err(|source| RestoreError::Ring { index, source })
@@ -334,7 +334,7 @@ impl VirtioFunction {
         if live {
             self.open(core, Reasons::NO_DRIVER);
         }
-        self.revive();
+        self.doorbells_changed();
     }
 }
 

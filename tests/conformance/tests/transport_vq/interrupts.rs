@@ -1,9 +1,9 @@
 //! Messages of managed devices: class 7.
 
 use driver::pci::{change_command, command as pci_command};
-use driver::virtio::management::{command, number};
+use driver::virtio::management::{Wire, command, number};
 
-use crate::rig::{Device, Live, MESSAGES, Rig, SIMPLE};
+use crate::rig::{Device, Live, MANAGES, MESSAGES, Rig, SIMPLE};
 
 /// The message of queue 0 of `device`.
 fn message(device: &Device) -> (u64, u32) {
@@ -118,6 +118,13 @@ fn s4_24_after_a_reset_nothing_interrupts() {
     let mut live = rig.live();
     let mut device = rig.device(&mut live, SIMPLE);
     let id = device.id;
+    let out = || live.management.out();
+    let (message, on) = (
+        out().long(0xfee0_2000).word(5).bytes(),
+        out().byte(1).bytes(),
+    );
+    live.call(id, command::SET_CONFIG_MSI, &message).unwrap();
+    live.call(id, command::ENABLE_CONFIG_MSI, &on).unwrap();
     live.switch(id, command::MASK_QUEUE_MSI, 0, 0).unwrap();
     use_one(&rig, &mut device);
     assert_eq!(switches(&mut live, id, 0), [1, 0, 1]);
@@ -128,6 +135,24 @@ fn s4_24_after_a_reset_nothing_interrupts() {
     }
     live.switch(id, command::ENABLE_QUEUE_MSI, 0, 1).unwrap();
     assert_eq!(rig.messages(), []);
+    let shown = live.call(id, command::GET_CONFIG_MSI, &[]).unwrap();
+    assert_eq!(shown[12..15], [0, 1, 0], "nor does the configuration");
+}
+
+/// Requirements: G4-h, M24
+#[test]
+fn g4_h_in_the_packed_layout_messages_are_read_without_the_index() {
+    let options = devices::transport_vq::Options {
+        wire: devices::transport_vq::Wire::Packed,
+        ..Default::default()
+    };
+    let rig = Rig::with(1, options);
+    let mut live = rig.live_with(MANAGES | SIMPLE, Wire::Packed);
+    let device = rig.device(&mut live, SIMPLE);
+    let shown = live.of_queue(device.id, command::GET_QUEUE_MSI, 1).unwrap();
+    let (address, _) = message(&device);
+    assert_eq!((number(&shown[..8]), number(&shown[8..12])), (address, 1));
+    assert_eq!(shown[12..], [1, 1, 0]);
 }
 
 /// Requirements: S4-23

@@ -119,6 +119,9 @@ fn s4_8_create_fails_for_what_no_device_could_be() {
         assert_eq!(answer, Err(code::VALUE), "{what}");
     }
     assert_eq!(live.resources()[3], 1, "nothing was taken");
+    // Six bytes, and two of padding.
+    let six = create(&mut live, TYPE, PLAIN, &own[..6]).unwrap();
+    live.call(number(&six[..8]), command::DESTROY, &[]).unwrap();
     create(&mut live, TYPE, PLAIN | OWN_FEATURE, &own).unwrap();
     let answer = create(&mut live, TYPE, PLAIN, &[0; 16]);
     assert_eq!(answer, Err(code::RESOURCE), "the last is taken");

@@ -1,10 +1,10 @@
 //! Virtqueues of managed devices: classes 8 to 14.
 
 use driver::host::Notifications;
-use driver::virtio::management::{code, command, number};
+use driver::virtio::management::{ManagementError, code, command, number};
 use driver::virtio::{Queue, feature};
 
-use crate::rig::{Device, Live, Rig, SIMPLE, halves};
+use crate::rig::{Device, Live, QUEUES, Rig, SIMPLE, SUSPEND, halves};
 
 /// Requirements: S4-26, S4-32, M24
 #[test]
@@ -331,4 +331,140 @@ fn a_ring_outside_memory_is_not_enabled() {
         assert_eq!(answer, Err(code::VALUE), "{bad:#x}");
     }
     rig.echoes(&mut device, 1, b"alive");
+}
+
+/// Requirements: S4-48
+#[test]
+fn s4_48_a_queue_that_is_disabled_is_reset_as_well() {
+    let rig = Rig::new(1);
+    let mut live = rig.live();
+    let device = rig.device(&mut live, SIMPLE);
+    let id = device.id;
+    disable(&mut live, &device);
+    let size = live.management.out().half(0).half(8).bytes();
+    live.call(id, command::SET_SIZE, &size).unwrap();
+    live.of_queue(id, command::RESET, 0).unwrap();
+    let shown = live.of_queue(id, command::GET_SIZE, 0).unwrap();
+    assert_eq!(halves(&shown)[1], 16);
+    let shown = live.of_queue(id, command::GET_ADDRESS, 0).unwrap();
+    assert!(shown.iter().all(|byte| *byte == 0));
+    assert_eq!(state(&mut live, id)[..2], [0, 0]);
+    let message = live.of_queue(id, command::GET_QUEUE_MSI, 0).unwrap();
+    assert_eq!(message[20], 0, "its message is disabled");
+}
+
+/// Requirements: S4-47, M26, S1-13
+#[test]
+fn m26_a_suspended_device_does_not_say_that_its_queue_was_reset() {
+    let rig = Rig::new(1);
+    let mut live = rig.live();
+    let mut device = rig.device(&mut live, SIMPLE | SUSPEND);
+    let id = device.id;
+    live.set_status(id, 0xf | 0x10);
+    rig.machine.settle();
+    assert_eq!(live.status(id), 0x1f);
+    assert_eq!(live.of_queue(id, command::RESET, 0), Err(code::STATE));
+    let off = live.switch(id, command::SET_ENABLE, 0, 0);
+    assert_eq!(off, Err(code::STATE));
+    assert_eq!(live.of_queue(id, command::GET_ENABLE, 0).unwrap()[2], 1);
+    live.set_status(id, 0xf);
+    rig.echoes(&mut device, 0, b"goes on");
+}
+
+/// A device that is to be suspended, and was given back a request that it had begun, cannot do that one before it goes on:
+/// disabling its queue fails, and nobody waits behind it.
+#[test]
+fn a_queue_with_requests_to_do_is_not_disabled_while_its_device_is_suspended() {
+    let rig = Rig::new(2);
+    let mut live = rig.live();
+    let mut device = rig.device(&mut live, SIMPLE | SUSPEND);
+    let mut other = rig.device(&mut live, SIMPLE);
+    let id = device.id;
+    rig.controls[1].hold(true);
+    rig.controls[1].give_up(true);
+    device.submit(&rig, 0, b"in flight");
+    rig.machine.settle();
+    live.set_status(id, 0xf | 0x10);
+    let off = live.management.out().half(0).byte(0).bytes();
+    let posted = live
+        .management
+        .post(&live.transport, id, command::SET_ENABLE, &off)
+        .unwrap();
+    rig.machine.settle();
+    assert_eq!(live.management.poll(&posted).unwrap(), None, "it waits");
+    rig.seats[0].recall();
+    rig.machine.settle();
+    let answer = live.management.poll(&posted).unwrap().unwrap();
+    assert_eq!(answer[..2], [1, code::STATE]);
+    rig.echoes(&mut other, 0, b"not behind it");
+    rig.controls[1].hold(false);
+    live.set_status(id, 0xf);
+    rig.machine.settle();
+    assert_eq!(device.take(&rig, 0).as_deref(), Some(&b"in flight"[..]));
+    live.switch(id, command::SET_ENABLE, 0, 0).unwrap();
+}
+
+/// Who called VQ_ENABLE 0 off by a reset of the transport virtqueue can have the queue go on, or ask again.
+#[test]
+fn a_queue_that_is_about_to_be_disabled_can_go_on() {
+    let rig = Rig::new(1);
+    let mut live = rig.live();
+    let mut device = rig.device(&mut live, SIMPLE);
+    let id = device.id;
+    for (on, expected) in [(1, true), (0, false)] {
+        rig.controls[1].hold(true);
+        device.submit(&rig, 0, b"in flight");
+        rig.machine.settle();
+        let off = live.management.out().half(0).byte(0).bytes();
+        live.management
+            .post(&live.transport, id, command::SET_ENABLE, &off)
+            .unwrap();
+        rig.machine.settle();
+        live.transport.reset_queue(QUEUES).unwrap();
+        live.renew(&rig);
+        let order = live.management.out().half(0).byte(on).bytes();
+        let posted = live
+            .management
+            .post(&live.transport, id, command::SET_ENABLE, &order)
+            .unwrap();
+        rig.machine.settle();
+        let done = live.management.poll(&posted).unwrap();
+        assert_eq!(done.is_some(), expected, "it waits only to be disabled");
+        rig.controls[1].hold(false);
+        rig.controls[1].release(1);
+        rig.machine.settle();
+        assert_eq!(device.take(&rig, 0).as_deref(), Some(&b"in flight"[..]));
+        let shown = live.of_queue(id, command::GET_ENABLE, 0).unwrap();
+        assert_eq!(shown[2], on);
+    }
+}
+
+/// Requirements: S4-41, G4-p
+#[test]
+fn s4_41_a_packed_queue_begins_at_one_place_within_its_ring() {
+    let features = SIMPLE | feature::RING_PACKED;
+    let rig = Rig::new(1);
+    let mut live = rig.live();
+    let id = live.create(features);
+    set_state(&mut live, id, &[20]).unwrap();
+    live.management
+        .negotiate(&live.transport, id, features)
+        .unwrap();
+    // As with the device-state capability (G0-i), a place that was set before is one in the packed ring.
+    assert_eq!(state(&mut live, id)[..5], [0, 0, 20, 0, 20]);
+    let two = set_state(&mut live, id, &[1, 3, 1, 4]);
+    assert_eq!(
+        two,
+        Err(code::VALUE),
+        "nothing is in flight between the two"
+    );
+    set_state(&mut live, id, &[0, 9, 0, 9]).unwrap();
+    let queue = Queue::new(rig.machine.dma().clone(), 8, features).unwrap();
+    let outcome = live
+        .management
+        .enable_queue(&live.transport, id, 0, &queue.layout());
+    let ManagementError::Failed { code, .. } = outcome.unwrap_err() else {
+        panic!("no answer");
+    };
+    assert_eq!(code, code::VALUE, "beyond the end of a smaller ring");
 }

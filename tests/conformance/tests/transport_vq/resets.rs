@@ -1,5 +1,8 @@
 //! Resets of the management device.
 
+use std::time::Duration;
+
+use devices::gate::{Patience, Reasons};
 use driver::access::FunctionExt;
 use driver::pci::{
     bars, change_command, command as pci_command, find_capability, id, set_bar_address,
@@ -90,4 +93,26 @@ fn a_reset_does_not_wait_for_the_command_that_waits() {
     assert_eq!(live.transport.get(status), 0);
     assert_eq!(live.management.poll(&posted).unwrap(), None, "no answer");
     check_gone(&rig, device);
+}
+
+/// A pause waits for a reset that waits for a managed device.
+#[test]
+fn a_pause_waits_for_the_end_of_a_reset() {
+    let rig = Rig::new(1);
+    let mut live = rig.live();
+    busy(&rig, &mut live);
+    live.transport.set(driver::virtio::common::DEVICE_STATUS, 0);
+    rig.machine.settle();
+    let own = &rig.manager.function;
+    for function in rig.seats.iter().chain([own]) {
+        function.close(Reasons::PAUSED);
+    }
+    let at_once = Patience::prompt(Duration::ZERO);
+    assert!(!own.stop(Reasons::PAUSED, at_once));
+    assert!(own.save_transient().is_err());
+    rig.controls[1].release(1);
+    rig.machine.settle();
+    assert!(own.stop(Reasons::PAUSED, at_once));
+    let managed = own.save_transient().unwrap().managed.unwrap();
+    assert!(managed.devices.is_empty());
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use devices::transport_vq::{Manager, Options};
-use devices::virtio::{Offer, VirtioDevice, VirtioFunction};
+use devices::virtio::{Doors, Offer, Suspend, VirtioDevice, VirtioFunction};
 use driver::access::{Dma, DmaExt};
 use driver::host::{Controls, HostDma, HostFunction, Loopback, Machine, Plugged, Shape};
 use driver::pci::{change_command, command as pci_command};
@@ -21,6 +21,8 @@ pub const TYPE: u32 = 4;
 pub const OWN_FEATURE: u64 = 1 << 5;
 /// Virtqueues of a [`Loopback`].
 pub const QUEUES: u16 = 2;
+/// A device can be suspended, by the fifth version of the proposal.
+pub const SUSPEND: u64 = 1 << 42;
 /// Where messages of managed devices go, by device and then queue.
 pub const MESSAGES: u64 = 0xfee0_0000;
 
@@ -85,7 +87,10 @@ impl Rig {
         let view = || machine.dma().ram().view().unwrap();
         let offer = Offer {
             packed: true,
-            ..Offer::default()
+            doors: Doors {
+                suspend: Some(Suspend::V5),
+                ..Doors::default()
+            },
         };
         let mut seats = Vec::new();
         for (index, device) in devices.into_iter().enumerate() {
@@ -201,6 +206,12 @@ impl Live {
             transport: Transport::new(rig.function()).unwrap(),
             management: self.management,
         }
+    }
+
+    /// Sets its virtqueue up anew, after that was reset.
+    pub fn renew(&mut self, rig: &Rig) {
+        let (dma, wire) = (rig.machine.dma().clone(), self.management.wire());
+        self.management = Management::new(&self.transport, dma, wire).unwrap();
     }
 
     /// Executes a command: command-in-data, or the code of an error.

@@ -78,6 +78,37 @@ fn go_on(rig: &Rig, live: Live, mut split: Device, mut packed: Device) {
     assert!(third > packed.id, "ids go on");
 }
 
+/// Requirements: S4-41
+#[test]
+fn s4_41_queues_that_are_not_enabled_keep_their_places() {
+    let rig = Rig::new(2);
+    let mut live = rig.live();
+    let mut devices = [SIMPLE, SIMPLE | feature::RING_PACKED].map(|features| {
+        let mut device = rig.device(&mut live, features);
+        (0..11).for_each(|_| rig.echoes(&mut device, 0, b"before"));
+        live.switch(device.id, command::SET_ENABLE, 0, 0).unwrap();
+        device
+    });
+    let saved = save(&rig);
+    // As snapshots and migrations have it.
+    for (seat, (state, _)) in rig.seats.iter().zip(&saved.devices) {
+        let shape = seat.shape();
+        let bytes = devices::context::encode(state, &shape);
+        let mut decoder = devices::context::Decoder::new(&shape);
+        decoder.push(&bytes).unwrap();
+        assert_eq!(decoder.take_latest().as_ref(), Some(state));
+    }
+    let next = successor(&rig);
+    restore(&next, &saved);
+    assert_eq!(save(&next), saved);
+    let mut live = live.moved(&next);
+    for device in &mut devices {
+        device.find_doorbells(&mut live);
+        live.switch(device.id, command::SET_ENABLE, 0, 1).unwrap();
+        next.echoes(device, 0, b"after");
+    }
+}
+
 /// A command that waits is executed anew.
 #[test]
 fn a_command_that_waits_moves_along() {

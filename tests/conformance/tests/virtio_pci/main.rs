@@ -18,4 +18,5 @@ mod packed;
 mod queue_reset;
 mod reset;
 mod rings;
+mod same;
 mod window;
