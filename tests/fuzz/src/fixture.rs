@@ -1,6 +1,6 @@
 //! Functions and machines to fuzz.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use devices::gate::{Patience, Reasons};
 use devices::memory::{GuestRead, GuestWrite};
 use devices::net::{MacAddress, Net, PortConfig, Switch};
 use devices::rng::Rng;
-use devices::virtio::{Doors, Offer, VirtioDevice, VirtioFunction};
+use devices::virtio::{Cause, Doors, Interrupt, NO_VECTOR, Offer, VirtioDevice, VirtioFunction};
 use driver::access::{DmaExt, Function};
 use driver::host::{Controls, HostDma, HostFunction, Loopback, Machine, Place, Pump, Shape};
 use driver::pci::{Address, change_command, command};
@@ -21,7 +21,44 @@ use pci::root::Doorbell;
 /// How long anything may take that a thread of its own does.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A function without a transport.
+/// Interrupts that nobody hears: what a transport keeps of them.
+#[derive(Default)]
+struct Vectors(Mutex<HashMap<Cause, u16>>);
+
+impl Vectors {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Cause, u16>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Interrupt for Vectors {
+    fn signal(&self, _cause: Cause) {}
+
+    fn deliver_pending(&self) {}
+
+    fn reset(&self) {
+        self.lock().clear();
+    }
+
+    fn reset_queue(&self, queue: u16) {
+        self.lock().remove(&Cause::Queue(queue));
+    }
+
+    fn vectors(&self) -> u16 {
+        NO_VECTOR
+    }
+
+    fn vector(&self, cause: Cause) -> u16 {
+        self.lock().get(&cause).copied().unwrap_or(NO_VECTOR)
+    }
+
+    fn assign(&self, config: u16, queues: &mut dyn Iterator<Item = u16>) {
+        let queues = (0..).map(Cause::Queue).zip(queues);
+        *self.lock() = queues.chain([(Cause::Config, config)]).collect();
+    }
+}
+
+/// A function without a bus.
 pub struct Rig {
     pub function: Arc<VirtioFunction>,
     pump: Pump,
@@ -37,6 +74,7 @@ impl Rig {
     pub fn offering(device: Box<dyn VirtioDevice>, dma: &HostDma, offer: impl Into<Offer>) -> Self {
         let view = dma.ram().view().expect("view");
         let function = VirtioFunction::offering("fuzz", device, view, offer).expect("events");
+        function.set_interrupt(Arc::new(Vectors::default()));
         let pump = Pump::new(Arc::clone(&function)).expect("epoll");
         Self { function, pump }
     }

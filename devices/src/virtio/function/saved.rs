@@ -226,7 +226,7 @@ impl VirtioFunction {
     }
 
     fn check_vector(&self, vector: u16, of: impl Fn() -> String) -> Result<(), RestoreError> {
-        let vectors = self.interrupt.get().map_or(NO_VECTOR, |i| i.vectors());
+        let vectors = self.interrupt.get().map_or(0, |i| i.vectors());
         if vector == NO_VECTOR || vector < vectors {
             return Ok(());
         }
