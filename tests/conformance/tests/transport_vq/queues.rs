@@ -142,6 +142,30 @@ fn disable(live: &mut Live, device: &Device) {
     live.switch(id, command::SET_ENABLE, 0, 0).unwrap();
 }
 
+/// Destroys `device`, and makes another whose queue 0 goes on in the same ring at `place`.
+fn made_anew(rig: &Rig, live: &mut Live, mut device: Device, features: u64, place: &[u16]) {
+    let layout = device.queues[0].layout();
+    live.call(device.id, command::DESTROY, &[]).unwrap();
+    let id = live.create(features);
+    let Live {
+        transport,
+        management,
+    } = live;
+    management.negotiate(transport, id, features).unwrap();
+    set_state(live, id, place).unwrap();
+    let shown = state(live, id);
+    assert_eq!(shown[1..=place.len()], *place);
+    let Live {
+        transport,
+        management,
+    } = live;
+    management.enable_queue(transport, id, 0, &layout).unwrap();
+    management.start(transport, id).unwrap();
+    device.submit(rig, 0, b"goes on");
+    rig.machine.settle();
+    assert_eq!(device.take(rig, 0).as_deref(), Some(&b"goes on"[..]));
+}
+
 /// Requirements: S4-39, S4-41, M24, G4-k
 #[test]
 fn s4_41_the_state_of_a_split_queue_is_its_available_index() {
@@ -158,22 +182,9 @@ fn s4_41_the_state_of_a_split_queue_is_its_available_index() {
     );
     disable(&mut live, &device);
     assert_eq!(state(&mut live, device.id)[..2], [0, 20]);
-    // A device that is made anew, with the same ring.
-    let layout = device.queues[0].layout();
-    live.call(device.id, command::DESTROY, &[]).unwrap();
-    let id = live.create(SIMPLE);
-    live.management
-        .negotiate(&live.transport, id, SIMPLE)
-        .unwrap();
-    set_state(&mut live, id, &[20]).unwrap();
-    assert_eq!(state(&mut live, id)[..2], [0, 20]);
-    live.management
-        .enable_queue(&live.transport, id, 0, &layout)
-        .unwrap();
-    live.management.start(&live.transport, id).unwrap();
-    device.submit(&rig, 0, b"goes on");
-    rig.machine.settle();
-    assert_eq!(device.take(&rig, 0).as_deref(), Some(&b"goes on"[..]));
+    made_anew(&rig, &mut live, device, SIMPLE, &[20]);
+    let id = 2;
+    assert_eq!(state(&mut live, id)[..2], [0, 21]);
 }
 
 /// Requirements: S4-41, G4-p
@@ -204,20 +215,7 @@ fn s4_41_the_state_of_a_packed_queue_has_both_places_and_wrap_counters() {
     disable(&mut live, &device);
     let place = state(&mut live, device.id);
     assert_eq!(place[..5], [0, 0, 4, 0, 4]);
-    let layout = device.queues[0].layout();
-    live.call(device.id, command::DESTROY, &[]).unwrap();
-    let id = live.create(features);
-    live.management
-        .negotiate(&live.transport, id, features)
-        .unwrap();
-    set_state(&mut live, id, &place[1..5]).unwrap();
-    live.management
-        .enable_queue(&live.transport, id, 0, &layout)
-        .unwrap();
-    live.management.start(&live.transport, id).unwrap();
-    device.submit(&rig, 0, b"goes on");
-    rig.machine.settle();
-    assert_eq!(device.take(&rig, 0).as_deref(), Some(&b"goes on"[..]));
+    made_anew(&rig, &mut live, device, features, &place[1..5]);
 }
 
 /// Requirements: S4-42, S4-43, S4-44
