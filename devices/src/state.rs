@@ -12,7 +12,7 @@
 //! | type | whose state | in a device context |
 //! |---|---|---|
 //! | [`FunctionState`] | a function, as its driver set it up | yes |
-//! | [`TransientState`] | a function: notifications it owes, its administration virtqueue, its managed devices, what is its device type's own | no |
+//! | [`TransientState`] | a function: notifications it owes, its services, what is its device type's own | no |
 //! | [`OwnerState`] | an owner: sessions of its drivers, modes, write records | no |
 
 use std::collections::BTreeMap;
@@ -222,12 +222,29 @@ pub struct TransientState {
     /// Virtqueues with used buffers that the driver was not notified of yet, ascending. Those of services have the numbers
     /// after those of the device.
     pub unsignalled: Vec<u16>,
-    /// The virtqueues of services, by name. A command that waits is in one as a chain that the device owns.
-    pub services: BTreeMap<&'static str, QueueState>,
-    /// Which managed devices there are, of a management device.
-    pub managed: Option<ManagerState>,
+    /// Services, by name.
+    pub services: BTreeMap<&'static str, ServiceState>,
     /// State of the device type's own.
     pub device: DeviceState,
+}
+
+/// State of one service: its virtqueue, and what else it keeps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceState {
+    /// Its virtqueue. A command that waits is in it as a chain that the device owns.
+    pub queue: QueueState,
+    /// The rest.
+    pub kept: Kept,
+}
+
+/// What a service keeps besides its virtqueue, and moves with it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Kept {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// Managed devices.
+    Managed(ManagerState),
 }
 
 /// State of one device type that is neither in its virtqueues nor in its configuration.

@@ -10,6 +10,7 @@ use super::owner::Owner;
 use super::session::Session;
 use crate::gate::Party;
 use crate::memory::View;
+use crate::state::Kept;
 use crate::virtio::{Executed, Service, VirtioDevice, VirtioFunction, feature};
 
 /// What it is called.
@@ -92,6 +93,20 @@ impl Service for AdminService {
     fn reset(&mut self) {
         self.owner.forget(&mut self.session);
     }
+
+    /// Sessions are the owner's state: see [`saved`](super::saved).
+    fn save(&self) -> Kept {
+        Kept::Nothing
+    }
+
+    fn check(&self, kept: &Kept, _driver: Option<u64>) -> Result<(), String> {
+        match kept {
+            Kept::Nothing => Ok(()),
+            Kept::Managed(_) => Err("it has managed devices, which this function has not".into()),
+        }
+    }
+
+    fn restore(&mut self, _kept: &Kept) {}
 }
 
 impl VirtioFunction {

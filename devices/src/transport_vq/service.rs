@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::manager::{Manager, Options};
 use crate::memory::View;
-use crate::state::ManagerState;
+use crate::state::Kept;
 use crate::virtio::{Executed, Service, VirtioDevice, VirtioFunction, feature};
 
 /// What it is called.
@@ -94,21 +94,26 @@ impl Service for TransportService {
         self.manager.reset();
     }
 
-    fn save_managed(&self) -> Option<ManagerState> {
-        Some(self.manager.save())
+    fn save(&self) -> Kept {
+        Kept::Managed(self.manager.save())
     }
 
-    fn check_managed(&self, state: &ManagerState, driver: Option<u64>) -> Result<(), String> {
+    fn check(&self, kept: &Kept, driver: Option<u64>) -> Result<(), String> {
+        let Kept::Managed(state) = kept else {
+            return Err("its managed devices are missing".into());
+        };
         let has_commands = driver.is_some_and(|features| features & self.devices_feature() != 0);
         if !state.devices.is_empty() && !has_commands {
-            return Err("no driver of this management device can have made any".into());
+            return Err("it has managed devices, which its driver cannot have made".into());
         }
         self.manager.check(state).map_err(|error| error.to_string())
     }
 
-    fn restore_managed(&mut self, state: &ManagerState) {
-        // It was checked.
-        let _ = self.manager.restore(state);
+    fn restore(&mut self, kept: &Kept) {
+        if let Kept::Managed(state) = kept {
+            // It was checked.
+            let _ = self.manager.restore(state);
+        }
     }
 }
 

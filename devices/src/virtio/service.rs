@@ -14,7 +14,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::chain::Chain;
 use super::device::{Io, Progress};
 use super::queue::RingError;
-use crate::state::ManagerState;
+use crate::state::Kept;
 
 /// Bytes of commands and answers after which others get their turn.
 const TURN: usize = 1 << 20;
@@ -88,23 +88,18 @@ pub trait Service: Any + Send {
     /// The device was reset: the session is over.
     fn reset(&mut self);
 
-    /// Managed devices that it has, for a saved state; `None` of a service that can have none.
-    fn save_managed(&self) -> Option<ManagerState> {
-        None
-    }
+    /// What it keeps besides its virtqueue.
+    fn save(&self) -> Kept;
 
-    /// Whether it can have the managed devices of a saved state, with a `driver` that is ready and accepted these features. Not
-    /// asked of a service that can have none.
+    /// Whether it can have what a saved state keeps, with a `driver` that is ready and accepted these features.
     ///
     /// # Errors
     ///
     /// What is wrong.
-    fn check_managed(&self, _state: &ManagerState, _driver: Option<u64>) -> Result<(), String> {
-        Ok(())
-    }
+    fn check(&self, kept: &Kept, driver: Option<u64>) -> Result<(), String>;
 
-    /// Takes what it accepts. The state of the devices' functions comes afterwards.
-    fn restore_managed(&mut self, _state: &ManagerState) {}
+    /// Takes what it accepts, after a reset.
+    fn restore(&mut self, kept: &Kept);
 }
 
 /// A service, and its end of the virtqueue.

@@ -485,7 +485,7 @@ fn an_owner_is_restored_with_its_queue_or_not_at_all() {
     assert!(driver.function.stop(Reasons::PAUSED, AT_ONCE));
     let state = driver.function.save();
     let transient = driver.function.save_transient().unwrap();
-    let queue = transient.services[queue::NAME].clone();
+    let queue = transient.services[queue::NAME].queue.clone();
     assert!(queue.enabled && queue.split().unwrap().owned.len() == 1);
 
     let (mut other, _) = twin_of(&driver);
@@ -504,7 +504,7 @@ fn an_owner_is_restored_with_its_queue_or_not_at_all() {
     ];
     for spoil in spoil {
         let mut bad = transient.clone();
-        spoil(bad.services.get_mut(queue::NAME).unwrap());
+        spoil(&mut bad.services.get_mut(queue::NAME).unwrap().queue);
         assert!(f.restore_exact(&state, &bad).is_err());
     }
     let mut none = transient.clone();

@@ -349,7 +349,7 @@ fn a_command_that_the_guest_changed_meanwhile_begins_anew() {
         let table = driver.rings[usize::from(ADMIN)].table;
         let (mut other, slow) = moved(&driver);
         let transient = other.function.save_transient().unwrap();
-        let owned = &transient.services[queue::NAME];
+        let owned = &transient.services[queue::NAME].queue;
         let at = table + 16 * u64::from(owned.split().unwrap().owned[0]);
         let buffer: u64 = other.view.read_obj(GuestAddress(at)).unwrap();
         other

@@ -6,7 +6,7 @@ use std::any::Any;
 use super::saved::{Restoration, RestoreError};
 use super::{Core, ISR_CONFIG, ISR_QUEUE, VirtioFunction, format};
 use crate::gate::Reasons;
-use crate::state::{FunctionState, TransientState, Unsavable};
+use crate::state::{FunctionState, ServiceState, TransientState, Unsavable};
 use crate::virtio::queue::{Format, Virtqueue};
 use crate::virtio::service::{Service, ServiceQueue};
 use crate::virtio::{Cause, NO_VECTOR, Status};
@@ -40,16 +40,16 @@ impl VirtioFunction {
         let unsignalled = (0..).zip(&core.queues).filter(owed);
         let served = (0..).zip(&core.queues).skip(core.device_queues());
         let served = served.map(|(index, queue)| queue.save(self.vector(Cause::Queue(index))));
-        let services = core.services.iter().map(|queue| queue.service().name());
+        let services = core.services.iter().map(ServiceQueue::service);
+        let services = services.zip(served).map(|(service, queue)| {
+            let kept = service.save();
+            (service.name(), ServiceState { queue, kept })
+        });
         Ok(TransientState {
             isr: core.isr,
             config_pending: core.config_pending,
             unsignalled: unsignalled.map(|(index, _)| index).collect(),
-            services: services.zip(served).collect(),
-            managed: core
-                .services
-                .iter()
-                .find_map(|queue| queue.service().save_managed()),
+            services: services.collect(),
             device: core.device.save_state()?,
         })
     }
@@ -166,7 +166,12 @@ impl VirtioFunction {
         transient: &'a TransientState,
     ) -> Result<CheckedTransient<'a>, RestoreError> {
         let services = core.services.iter().map(|queue| queue.service().name());
-        let served = services.map(|name| transient.services.get(name).is_some_and(|q| q.enabled));
+        let served = services.map(|name| {
+            transient
+                .services
+                .get(name)
+                .is_some_and(|s| s.queue.enabled)
+        });
         let enabled = state.queues.iter().map(|queue| queue.enabled);
         let enabled: Vec<_> = enabled.chain(served).collect();
         let status = Status::from_bits_truncate(state.registers.status);
@@ -201,18 +206,9 @@ impl VirtioFunction {
             let name = service.service().name();
             let saved = state.services.get(name);
             let saved = saved.ok_or(RestoreError::ServiceMissing(name))?;
-            queues.push(self.checked_queue(core, index, saved, queue, format)?);
-        }
-        let mut services = core.services.iter().map(ServiceQueue::service);
-        let manager = services.find(|service| service.save_managed().is_some());
-        match (manager, &state.managed) {
-            (None, None) => {}
-            (None, Some(_)) => return Err(RestoreError::Managed("this function has none".into())),
-            (Some(_), None) => return Err(RestoreError::Managed("they are missing".into())),
-            (Some(manager), Some(managed)) => {
-                let checked = manager.check_managed(managed, driver);
-                checked.map_err(RestoreError::Managed)?;
-            }
+            queues.push(self.checked_queue(core, index, &saved.queue, queue, format)?);
+            let checked = service.service().check(&saved.kept, driver);
+            checked.map_err(|what| RestoreError::Service { name, what })?;
         }
         let mut least = 0;
         for index in state.unsignalled.iter().copied() {
@@ -239,7 +235,7 @@ impl Core {
         let saved = |name| state.and_then(|state| state.services.get(name));
         let names = self.services.iter().map(|queue| queue.service().name());
         names
-            .map(|name| saved(name).map_or(NO_VECTOR, |queue| queue.vector))
+            .map(|name| saved(name).map_or(NO_VECTOR, |saved| saved.queue.vector))
             .collect()
     }
 
@@ -251,9 +247,9 @@ impl Core {
             queue.set_unsignalled(state.unsignalled.contains(&index));
         }
         self.device.restore_state(&state.device);
-        if let Some(managed) = &state.managed {
-            for queue in &mut self.services {
-                queue.service_mut().restore_managed(managed);
+        for queue in &mut self.services {
+            if let Some(saved) = state.services.get(queue.service().name()) {
+                queue.service_mut().restore(&saved.kept);
             }
         }
     }

@@ -86,9 +86,14 @@ pub enum RestoreError {
     /// The list of queues whose driver is to be notified.
     #[error("unsignalled: queue {0} is not enabled, does not exist, or is not in ascending order")]
     Unsignalled(u16),
-    /// The managed devices of a management device.
-    #[error("managed devices: {0}")]
-    Managed(String),
+    /// What a service keeps besides its virtqueue.
+    #[error("{name}: {what}")]
+    Service {
+        /// The service.
+        name: &'static str,
+        /// What is wrong.
+        what: String,
+    },
     /// State of the device type's own.
     #[error("the state of the device type's own: {0}")]
     Device(&'static str),

@@ -1,7 +1,7 @@
 //! A state put into another function: what can be seen of it is the same, and what cannot be is refused.
 
 use super::*;
-use crate::state::{FunctionState, QueueState, TransientState};
+use crate::state::{FunctionState, Kept, QueueState, ServiceState, TransientState};
 
 /// A function that has seen nothing, over the memory of `driver`, stopped as by a pause.
 fn twin(driver: &Driver) -> (Probe, Driver) {
@@ -166,10 +166,13 @@ fn a_state_that_cannot_be_is_refused_and_changes_nothing() {
         ),
         (
             |s| {
-                drop(
-                    s.1.services
-                        .insert("administration virtqueue", other_queue()),
-                )
+                drop(s.1.services.insert(
+                    "administration virtqueue",
+                    ServiceState {
+                        queue: other_queue(),
+                        kept: Kept::Nothing,
+                    },
+                ))
             },
             "has an administration virtqueue",
         ),

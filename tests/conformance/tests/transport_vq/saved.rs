@@ -1,7 +1,7 @@
 //! Managed devices as state.
 
-use devices::state::{FunctionState, ManagerState, TransientState};
-use devices::transport_vq::StateError;
+use devices::state::{FunctionState, Kept, ManagerState, TransientState};
+use devices::transport_vq::{NAME, StateError};
 use driver::host::Machine;
 use driver::virtio::feature;
 use driver::virtio::management::command;
@@ -22,6 +22,14 @@ fn save(rig: &Rig) -> Saved {
     Saved {
         own: one(&rig.manager.function),
         devices: rig.seats.iter().map(|seat| one(seat)).collect(),
+    }
+}
+
+/// The managed devices of a management device.
+fn managed(state: &TransientState) -> &ManagerState {
+    match &state.services[NAME].kept {
+        Kept::Managed(state) => state,
+        Kept::Nothing => panic!("a management device keeps them"),
     }
 }
 
@@ -55,7 +63,7 @@ fn what_is_saved_is_what_was_restored_and_devices_go_on() {
     rig.machine.settle();
     rig.messages();
     let saved = save(&rig);
-    let managed = saved.own.1.managed.as_ref().unwrap();
+    let managed = managed(&saved.own.1);
     assert!(managed.devices[0].queues[0].pending);
     let next = successor(&rig);
     restore(&next, &saved);
@@ -150,16 +158,14 @@ fn states_that_cannot_be_are_refused_by_name() {
     rig.device(&mut live, SIMPLE);
     rig.device(&mut live, SIMPLE);
     let saved = save(&rig);
-    let lacks = TransientState {
-        managed: None,
-        ..saved.own.1.clone()
-    };
+    let mut lacks = saved.own.1.clone();
+    lacks.services.get_mut(NAME).unwrap().kept = Kept::Nothing;
     let missing = Rig::new(2)
         .manager
         .function
         .restore_exact(&saved.own.0, &lacks);
     assert!(missing.unwrap_err().to_string().contains("missing"));
-    let saved = saved.own.1.managed.unwrap();
+    let saved = managed(&saved.own.1).clone();
     type Change = fn(&mut ManagerState);
     let name = || "manager-device1".to_owned();
     let cases: [(Change, StateError); 11] = [

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use devices::admin::queue::NAME as ADMIN_QUEUE;
-use devices::state::{DeviceState, PackedState, QueueState, RingState, SplitState, TransientState};
+use devices::state::{
+    DeviceState, Kept, PackedState, QueueState, RingState, ServiceState, SplitState, TransientState,
+};
 use devices::transport_vq::NAME as TRANSPORT_QUEUE;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -149,16 +151,19 @@ impl Transient {
             config_pending,
             unsignalled,
             services,
-            managed,
             device,
         } = state;
+        let queue = |name| services.get(name).map(|service| Queue::of(&service.queue));
         Self {
             isr: *isr,
             config_pending: *config_pending,
             unsignalled: unsignalled.clone(),
-            admin_queue: services.get(ADMIN_QUEUE).map(Queue::of),
-            transport_queue: services.get(TRANSPORT_QUEUE).map(Queue::of),
-            managed: managed.as_ref().map(Managed::of),
+            admin_queue: queue(ADMIN_QUEUE),
+            transport_queue: queue(TRANSPORT_QUEUE),
+            managed: match services.get(TRANSPORT_QUEUE).map(|service| &service.kept) {
+                Some(Kept::Managed(state)) => Some(Managed::of(state)),
+                Some(Kept::Nothing) | None => None,
+            },
             device: Device::of(device),
         }
     }
@@ -170,22 +175,32 @@ impl Transient {
     /// A value that is out of range in every function.
     pub fn plain(&self) -> Result<TransientState, Invalid> {
         check_ascending(&self.unsignalled).field("unsignalled")?;
+        let managed = self.managed.as_ref().map(Managed::plain).transpose();
+        let managed = managed.field("managed")?;
+        if managed.is_some() && self.transport_queue.is_none() {
+            let reason = "is there, and the transport virtqueue is not";
+            return Err(Invalid::new(reason.to_owned())).field("managed");
+        }
         let mut services = BTreeMap::new();
-        for (name, field, queue) in [
-            (ADMIN_QUEUE, "admin_queue", &self.admin_queue),
-            (TRANSPORT_QUEUE, "transport_queue", &self.transport_queue),
+        for (name, field, queue, kept) in [
+            (ADMIN_QUEUE, "admin_queue", &self.admin_queue, Kept::Nothing),
+            (
+                TRANSPORT_QUEUE,
+                "transport_queue",
+                &self.transport_queue,
+                managed.map_or(Kept::Nothing, Kept::Managed),
+            ),
         ] {
             if let Some(queue) = queue {
-                services.insert(name, queue.plain().field(field)?);
+                let queue = queue.plain().field(field)?;
+                services.insert(name, ServiceState { queue, kept });
             }
         }
-        let managed = self.managed.as_ref().map(Managed::plain).transpose();
         Ok(TransientState {
             isr: self.isr,
             config_pending: self.config_pending,
             unsignalled: self.unsignalled.clone(),
             services,
-            managed: managed.field("managed")?,
             device: self.device.plain(),
         })
     }
@@ -341,6 +356,24 @@ pub(super) mod tests {
 
     use super::*;
 
+    fn queue() -> QueueState {
+        QueueState {
+            size: 8,
+            vector: 0xffff,
+            descriptor_area: 0x1000,
+            driver_area: 0x2000,
+            device_area: u64::MAX,
+            enabled: true,
+            stopped: false,
+            restarts: true,
+            ring: RingState::Split(SplitState {
+                next_available: 7,
+                next_used: 5,
+                owned: vec![7, 0],
+            }),
+        }
+    }
+
     fn managed() -> ManagerState {
         let message = MessageState {
             address: 0xfee0_0000,
@@ -366,26 +399,23 @@ pub(super) mod tests {
             isr: 3,
             config_pending: true,
             unsignalled: vec![0, 2],
-            services: [(
-                ADMIN_QUEUE,
-                QueueState {
-                    size: 8,
-                    vector: 0xffff,
-                    descriptor_area: 0x1000,
-                    driver_area: 0x2000,
-                    device_area: u64::MAX,
-                    enabled: true,
-                    stopped: false,
-                    restarts: true,
-                    ring: RingState::Split(SplitState {
-                        next_available: 7,
-                        next_used: 5,
-                        owned: vec![7, 0],
-                    }),
-                },
-            )]
+            services: [
+                (
+                    ADMIN_QUEUE,
+                    ServiceState {
+                        queue: queue(),
+                        kept: Kept::Nothing,
+                    },
+                ),
+                (
+                    TRANSPORT_QUEUE,
+                    ServiceState {
+                        queue: queue(),
+                        kept: Kept::Managed(managed()),
+                    },
+                ),
+            ]
             .into(),
-            managed: Some(managed()),
             device: DeviceState::Console {
                 input: b"ls\n".to_vec(),
             },

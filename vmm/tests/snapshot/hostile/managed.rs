@@ -20,7 +20,7 @@ fn managed_devices_that_cannot_be_are_refused() {
                     let transient = &mut function(d, "manager0")["transient"];
                     transient.as_object_mut().unwrap().remove("managed");
                 },
-                &["functions (manager0)", "managed devices: they are missing"],
+                &["functions (manager0)", "its managed devices are missing"],
             ),
             (
                 "a list of a function that manages nothing",
@@ -28,7 +28,10 @@ fn managed_devices_that_cannot_be_are_refused() {
                     let list = function(d, "manager0")["transient"]["managed"].clone();
                     function(d, "manager0-1")["transient"]["managed"] = list;
                 },
-                &["functions (manager0-1)", "this function has none"],
+                &[
+                    "functions[2].transient.managed",
+                    "the transport virtqueue is not",
+                ],
             ),
             (
                 "no transport virtqueue",
@@ -36,7 +39,10 @@ fn managed_devices_that_cannot_be_are_refused() {
                     let transient = &mut function(d, "manager0")["transient"];
                     transient.as_object_mut().unwrap().remove("transport_queue");
                 },
-                &["functions (manager0)", "lacks the transport virtqueue"],
+                &[
+                    "functions[0].transient.managed",
+                    "the transport virtqueue is not",
+                ],
             ),
             ("id 0", |d| device(d)["id"] = json!(0), &["device id 0"]),
             (
