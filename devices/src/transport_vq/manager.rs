@@ -209,14 +209,31 @@ impl Manager {
     /// a command. One that fails has no effect, and one that waits is executed again, from the same bytes: what it began goes
     /// on, and is not begun anew. `negotiated` says that the driver has the commands at all (S4-2).
     pub fn execute(&mut self, bytes: &[u8], room: usize, negotiated: bool) -> Executed {
-        let wire = self.options.wire;
+        match self.attempt(bytes, room, negotiated) {
+            Some(answer) => Executed::Done(encode_reply(self.options.wire, &answer, room)),
+            None => Executed::Later,
+        }
+    }
+
+    /// The same; `None` if it waits.
+    pub(super) fn attempt(
+        &mut self,
+        bytes: &[u8],
+        room: usize,
+        negotiated: bool,
+    ) -> Option<Answer> {
         let answer = match self.answer(bytes, room, negotiated) {
             Ok(data) => Ok(data),
             Err(Refusal::Failed(error)) => Err(error),
-            Err(Refusal::Later) => return Executed::Later,
+            Err(Refusal::Later) => return None,
         };
         self.count();
-        Executed::Done(encode_reply(wire, &answer, room))
+        Some(answer)
+    }
+
+    /// What tells that a device or a virtqueue came to rest.
+    pub(super) fn wakeups(&self) -> &Arc<Wakeups> {
+        &self.wakeups
     }
 
     fn answer(&mut self, bytes: &[u8], room: usize, negotiated: bool) -> Result<Vec<u8>, Refusal> {

@@ -3,8 +3,9 @@
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use super::envelope::{Answer, Request};
 use super::manager::{Manager, Options};
 use crate::memory::View;
 use crate::state::Kept;
@@ -138,6 +139,22 @@ impl VirtioFunction {
             negotiated: false,
         };
         Self::with_services(name, device, view, vec![Box::new(service)], features)
+    }
+
+    /// Executes a command for a managed device as the monitor, in the layout of its manager: the same bytes as on the virtqueue.
+    /// Blocks while it waits, `patience` at most. `None` if there is no manager, or if that was not enough: what it began goes
+    /// on to its end by itself.
+    pub fn execute_managed(&self, request: Request<'_>, patience: Duration) -> Option<Answer> {
+        let started = Instant::now();
+        let (wire, wakeups) = self.with_manager(|m| (m.options().wire, Arc::clone(m.wakeups())))?;
+        let bytes = request.encode(wire);
+        loop {
+            let seen = wakeups.count();
+            if let Some(answer) = self.with_manager(|m| m.attempt(&bytes, MAX_COMMAND, true))? {
+                return Some(answer);
+            }
+            wakeups.wait(seen, patience.checked_sub(started.elapsed())?);
+        }
     }
 
     /// Lets `act` have its manager, if it has one, with the function locked.

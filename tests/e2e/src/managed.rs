@@ -87,7 +87,33 @@ fn expect_devices(guest: &Guest) -> Result<()> {
             "{manager}"
         );
         ensure!(manager["total_devices"] == count, "{manager}");
+        let id = devices[0]["id"].to_string();
+        let name = manager["name"].as_str().context("a name")?;
+        expect_commands(guest, name, &id)?;
     }
+    Ok(())
+}
+
+/// Fails unless a person can send commands to the device of this id, but none that makes or destroys one.
+fn expect_commands(guest: &Guest, manager: &str, id: &str) -> Result<()> {
+    let managed = |class, command, device| {
+        let numbers = ["--class", class, "--command", command, "--device", device];
+        [&[manager, "managed"][..], &numbers].concat()
+    };
+    let status = guest.control.ask("admin", &managed("4", "1", id))?;
+    ensure!(status["error"] == 0 && status["data"] == "0f", "{status}");
+    for (class, command, device, said) in [
+        ("2", "1", id, "made and destroyed by the driver"),
+        ("2", "0", "0", "made and destroyed by the driver"),
+        ("11", "0", id, "class 11 has no command 0"),
+    ] {
+        let words = managed(class, command, device);
+        guest.control.refuse("admin", &words, &[said])?;
+    }
+    let nobody = guest.control.run("admin", &managed("4", "1", "99"))?;
+    ensure!(nobody.status.code() == Some(1), "{nobody:?}");
+    let answer: Value = serde_json::from_slice(&nobody.stdout)?;
+    ensure!(answer["error"] == 2, "{answer}");
     Ok(())
 }
 

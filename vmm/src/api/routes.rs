@@ -17,7 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 
 use super::errors::{all_json, failure};
-use super::managers;
+use super::managers::{self, ManagedCommand, ManagedError};
 use super::migrations::{CallOff, Resolve};
 use super::owners::{self, AdminCommand, AdminError};
 use super::snapshots::SnapshotAnswer;
@@ -43,9 +43,10 @@ pub(super) struct Context {
 }
 
 /// Every path of the API, and the methods it takes. The OpenAPI document is held against this list.
-pub const PATHS: [(&str, &[&str]); 11] = [
+pub const PATHS: [(&str, &[&str]); 12] = [
     ("/api/v1/info", &["get"]),
     ("/api/v1/admin", &["post"]),
+    ("/api/v1/managed", &["post"]),
     ("/api/v1/pause", &["post", "put"]),
     ("/api/v1/resume", &["post", "put"]),
     ("/api/v1/snapshot", &["post", "put"]),
@@ -61,6 +62,7 @@ fn handler(path: &str) -> MethodRouter<Context> {
     match path {
         "/api/v1/info" => get(info),
         "/api/v1/admin" => post(admin),
+        "/api/v1/managed" => post(managed),
         "/api/v1/pause" => put(pause).post(pause),
         "/api/v1/resume" => put(resume).post(resume),
         "/api/v1/snapshot" => put(snapshot).post(snapshot),
@@ -154,6 +156,29 @@ async fn admin(Extract(context): Extract<Context>, body: Bytes) -> Response {
         Ok(Err(error @ AdminError::Owner { .. })) => failure(StatusCode::NOT_FOUND, error),
         Ok(Err(error @ AdminError::Data(_))) => failure(StatusCode::BAD_REQUEST, error),
         Ok(Err(error @ AdminError::Busy(_))) => failure(StatusCode::CONFLICT, error),
+        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
+    }
+}
+
+async fn managed(Extract(context): Extract<Context>, body: Bytes) -> Response {
+    let command: ManagedCommand = match object::parse(&body) {
+        Ok(command) => command,
+        Err(error) => return failure(StatusCode::BAD_REQUEST, error),
+    };
+    let machine = context.machine;
+    // As for administration commands.
+    let permit = context.admin.acquire_owned().await;
+    let executed = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        managers::execute(&machine, &command)
+    });
+    match executed.await {
+        Ok(Ok(answer)) => Json(answer).into_response(),
+        Ok(Err(error @ ManagedError::Manager { .. })) => failure(StatusCode::NOT_FOUND, error),
+        Ok(Err(error @ (ManagedError::Busy(_) | ManagedError::Waits))) => {
+            failure(StatusCode::CONFLICT, error)
+        }
+        Ok(Err(error)) => failure(StatusCode::BAD_REQUEST, error),
         Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
     }
 }

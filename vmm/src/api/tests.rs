@@ -266,9 +266,23 @@ fn the_schemas_of_owners_are_those_of_the_answers() {
         data: String::new(),
         room: Some(8),
     };
+    let managed = managers::ManagedCommand {
+        manager: "manager0".to_owned(),
+        device: 1,
+        class: 4,
+        command: 1,
+        data: String::new(),
+    };
+    let managed_answer = managers::ManagedAnswer {
+        error: 0,
+        error_name: "OK".to_owned(),
+        data: String::new(),
+    };
     for (name, keys, optional) in [
         ("Owner", keys(&owner), &["function"][..]),
         ("Manager", keys(&manager()), &[]),
+        ("ManagedCommand", keys(&managed), &["device", "data"]),
+        ("ManagedAnswer", keys(&managed_answer), &[]),
         ("Function", keys(function), &["place"]),
         ("Port", keys(port), &[]),
         ("PortStats", keys(&port.stats), &[]),

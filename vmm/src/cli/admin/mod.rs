@@ -6,8 +6,10 @@
 //! | `mode` | its mode |
 //! | `context` | its context, and files of contexts |
 //! | `records` | what it writes |
+//! | `managed` | commands of a transport virtqueue |
 
 mod context;
+mod managed;
 mod member;
 mod mode;
 mod records;
@@ -36,11 +38,15 @@ Examples:
   tern admin --api-socket guest.sock pf0-vf1 mode active
   tern admin --api-socket guest.sock pf0-vf1 records start 0x0+256M
 
-The first three are for an owner, the others for one virtual function, whose owner has to have admin=draft.
+  tern admin --api-socket guest.sock manager0 managed --class 4 --command 1 --device 1
+
+The first three are for an owner, the next four for one virtual function, whose owner has to have admin=draft; the last is for
+a management device, and asks for the status of its device 1.
 Commands go to the owner as bytes, the way those of the guest's driver do, but from a driver of the monitor's own, which
 negotiates for itself. The exit status is 0 only if the owner answered OK.";
 
-/// Send administration commands to an SR-IOV owner, or stop, save, restore and watch a virtual function with them.
+/// Send administration commands to an SR-IOV owner, or stop, save, restore and watch a virtual function with them; or commands
+/// of the transport virtqueue to a management device.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Admin {
@@ -52,8 +58,8 @@ pub struct Admin {
     #[arg(long, global = true)]
     json: bool,
 
-    /// Name of the owner or the virtual function, as `tern info` shows it: pf0 is the first --pf, pf0-vf1 its first
-    /// virtual function
+    /// Name of the owner, the virtual function or the management device, as `tern info` shows it: pf0 is the first --pf, pf0-vf1
+    /// its first virtual function, manager0 the first --manager
     #[arg(value_name = "MEMBER")]
     name: String,
 
@@ -75,6 +81,8 @@ enum Command {
     Context(context::ContextCommand),
     /// Record which pages of guest memory a virtual function writes
     Records(records::Records),
+    /// Send a command of the transport virtqueue to a management device
+    Managed(managed::Managed),
 }
 
 #[derive(Debug, Args)]
@@ -142,6 +150,7 @@ impl Admin {
             Command::Mode(mode) => self.with_member(|member| mode.run(member, self.json)),
             Command::Context(context) => self.with_member(|member| context.run(member, self.json)),
             Command::Records(records) => self.with_member(|member| records.run(member, self.json)),
+            Command::Managed(managed) => managed.run(&self.api_socket, &self.name, self.json),
         }
     }
 
