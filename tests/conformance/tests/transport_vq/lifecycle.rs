@@ -278,3 +278,25 @@ fn a_command_for_a_device_that_was_destroyed_says_so() {
     };
     assert_eq!(outcome, Err(expected));
 }
+
+/// As many as one management device can have: each has an id, a page of doorbells and queues of its own, and one more fails.
+#[test]
+fn there_can_be_255_devices_and_no_more() {
+    let rig = Rig::new(255);
+    let mut live = rig.live();
+    assert_eq!(live.resources(), [510, QUEUES, QUEUES, 255]);
+    let mut devices: Vec<_> = (0..255).map(|_| rig.device(&mut live, SIMPLE)).collect();
+    assert_eq!(live.resources(), [0, QUEUES, QUEUES, 0]);
+    let create = live.management.out().word(TYPE).long(PLAIN).bytes();
+    assert_eq!(live.call(0, command::CREATE, &create), Err(code::RESOURCE));
+    let mut doorbells: Vec<_> = devices.iter().map(|device| device.doorbell(0)).collect();
+    doorbells.dedup();
+    assert_eq!(doorbells.len(), 255);
+    for device in [0, 1, 127, 254] {
+        rig.echoes(&mut devices[device], 1, b"one of many");
+    }
+    for device in &devices {
+        live.call(device.id, command::DESTROY, &[]).unwrap();
+    }
+    assert_eq!(live.resources(), [510, QUEUES, QUEUES, 255]);
+}

@@ -40,7 +40,7 @@ Examples:
 
   tern admin --api-socket guest.sock manager0 managed --class 4 --command 1 --device 1
 
-The first three are for an owner, the next four for one virtual function, whose owner has to have admin=draft; the last is for
+The first three are for an owner, the next five for one virtual function, whose owner has to have admin=draft; the last is for
 a management device, and asks for the status of its device 1.
 Commands go to the owner as bytes, the way those of the guest's driver do, but from a driver of the monitor's own, which
 negotiates for itself. The exit status is 0 only if the owner answered OK.";
