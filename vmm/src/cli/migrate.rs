@@ -1,7 +1,7 @@
 //! `tern migrate` and `tern resolve`.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
@@ -21,7 +21,7 @@ use crate::api::{Info, Status};
 use crate::cli::print::say;
 use crate::exit;
 use crate::migrate::address::Address;
-use crate::migrate::html::{self, Outcome};
+use crate::migrate::html::{self, Outcome, REPORT_BEGINS};
 use crate::migrate::monitor::Status as Migration;
 use crate::migrate::source::{
     Answer, CONNECTIONS, DEFAULT_CONNECTIONS, DOWNTIME_MS, DOWNTIMES_MS, Request, TIMEOUT_S,
@@ -199,6 +199,11 @@ impl ReportFile {
         if path.is_dir() {
             return Err(io::ErrorKind::IsADirectory.into());
         }
+        if !may_replace(path)? {
+            return Err(io::Error::other(
+                "is there already, and is no report; give another name, or remove it",
+            ));
+        }
         let mut part = path.as_os_str().to_owned();
         part.push(".part");
         let part = PathBuf::from(part);
@@ -211,6 +216,19 @@ impl ReportFile {
         self.file.write_all(html.as_bytes())?;
         fs::rename(&self.part, &self.path)
     }
+}
+
+/// True if nothing is lost with what is at `path`: nothing is there, or nothing in it, or an older report. It could be a disk.
+fn may_replace(path: &Path) -> io::Result<bool> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+        Err(error) => return Err(error),
+    };
+    let mut begins = Vec::new();
+    let len = REPORT_BEGINS.len() as u64;
+    file.take(len).read_to_end(&mut begins)?;
+    Ok(begins.is_empty() || begins == REPORT_BEGINS.as_bytes())
 }
 
 impl Drop for ReportFile {
@@ -334,6 +352,27 @@ mod tests {
     use migration::live::report::Pause;
 
     use super::*;
+
+    #[test]
+    fn a_report_replaces_nothing_but_a_report() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let disk = [0xeb; 1024];
+        fs::write(at("disk.raw"), disk).unwrap();
+        let refused = ReportFile::create(&at("disk.raw")).err().unwrap();
+        assert!(refused.to_string().contains("is no report"), "{refused}");
+        assert_eq!(fs::read(at("disk.raw")).unwrap(), disk);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        fs::write(at("empty"), "").unwrap();
+        for (name, times) in [("new.html", 2), ("empty", 1)] {
+            for _ in 0..times {
+                let file = ReportFile::create(&at(name)).unwrap();
+                let text = format!("{REPORT_BEGINS}…");
+                file.finish(&text).unwrap();
+                assert_eq!(fs::read_to_string(at(name)).unwrap(), text);
+            }
+        }
+    }
 
     #[test]
     fn the_parts_of_the_pause_are_all_there_and_add_up() {

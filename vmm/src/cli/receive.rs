@@ -17,7 +17,7 @@ use crate::errors::chain;
 use crate::exit;
 use crate::machine::functions::Backends;
 use crate::machine::provider::Provider;
-use crate::machine::{Host, Machine};
+use crate::machine::{Host, Machine, State};
 use crate::migrate::address::Address;
 use crate::migrate::destination::{ArrivedGuest, Candidate, Receiver};
 use crate::signals::{Signal, Signals};
@@ -158,7 +158,12 @@ impl Origin for Moved {
             Some(Signal::End(_)) => ControlFlow::Break(()),
             Some(Signal::Continued) | None => ControlFlow::Continue(()),
         };
-        arrived.start(machine, self.paused, &mut ended)
+        arrived.start(machine, self.paused, &mut ended)?;
+        match machine.state() {
+            State::Paused => eprintln!("tern: the guest is here, and paused"),
+            _ => eprintln!("tern: the guest is here"),
+        }
+        Ok(())
     }
 }
 

@@ -8,6 +8,9 @@ use migration::live::report::{Attempt, Report, Round};
 use migration::live::source::Phase;
 use migration::wire::message::Memory;
 
+/// What every report begins with.
+pub const REPORT_BEGINS: &str = "<!doctype html>";
+
 const STYLE: &str = "\
 body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#1c2733;background:#fff}
 h1{font-size:1.5em}h2{font-size:1.1em;margin-top:2em}
@@ -62,7 +65,7 @@ fn write(out: &mut String, to: &str, outcome: Outcome<'_>) -> fmt::Result {
     };
     write!(
         out,
-        "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>Migration to {to}</title>\n<style>{STYLE}</style>\n\
+        "{REPORT_BEGINS}\n<html lang=\"en\"><meta charset=\"utf-8\"><title>Migration to {to}</title>\n<style>{STYLE}</style>\n\
          <h1>Migration to {to}</h1>\n<table>\n",
         to = Text(to)
     )?;
