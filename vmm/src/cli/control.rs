@@ -17,8 +17,15 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Longest time that can be given: a year.
 const MAX_SECONDS: u64 = 366 * 24 * 60 * 60;
 
+const STATUS: &str = "\
+Exit status: 0 it is so; 1 it is not, and why is said: there is no guest at the socket, or somebody else has it for himself; 2 the
+command line is wrong.";
+const ENDED: &str = "\
+Exit status: 0 the guest has ended; 1 it still runs, or there is no guest at the socket; 2 the command line is wrong.";
+
 /// The guest that is meant, and how to answer.
 #[derive(Debug, Args)]
+#[command(after_help = STATUS)]
 pub struct Guest {
     /// Unix socket of the guest, as given to `tern run --api-socket`
     #[arg(long, value_name = "PATH")]
@@ -67,6 +74,7 @@ impl Guest {
 
 /// `tern shutdown`.
 #[derive(Debug, Args)]
+#[command(after_help = ENDED)]
 pub struct ShutdownArgs {
     #[command(flatten)]
     guest: Guest,

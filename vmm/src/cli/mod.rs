@@ -62,7 +62,7 @@ enum Command {
     /// Press the guest's power button and wait until it has powered off
     Shutdown(control::ShutdownArgs),
     /// Send administration commands to an SR-IOV owner of a running guest, or stop, save, restore and watch one of its
-    /// virtual functions with them
+    /// virtual functions with them; or commands to a management device
     Admin(admin::Admin),
     /// Show what is in a snapshot, or what differs between two
     Inspect(inspect::Inspect),
@@ -72,6 +72,9 @@ enum Command {
 
 /// `tern doctor`.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Exit status: 0 this host can run guests; 1 it cannot; 2 the command line is wrong."
+)]
 struct Doctor {
     /// Answer in JSON
     #[arg(long)]
