@@ -77,6 +77,8 @@ fn go_on(guest: &mut Guest) -> Result<()> {
 /// Fails unless `tern info` shows the devices that the guest has made.
 fn expect_devices(guest: &Guest) -> Result<()> {
     let info = guest.control.ask("info", &[])?;
+    let packed = &info["managers"][1]["devices"][0]["uses_packed"];
+    ensure!(*packed == true, "{info}");
     for (manager, count) in [(0, CARDS), (1, DISKS)] {
         let manager = &info["managers"][manager];
         let devices = manager["devices"].as_array();

@@ -120,6 +120,9 @@ pub struct Device {
     pub doors: Vec<String>,
     /// Its driver may choose packed rings.
     pub packed: bool,
+    /// It did.
+    #[serde(default)]
+    pub uses_packed: bool,
 }
 
 /// Answer to the requests that change what the guest does.

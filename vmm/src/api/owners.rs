@@ -77,6 +77,9 @@ pub struct Function {
     pub doors: Vec<String>,
     /// Its driver may choose packed rings.
     pub packed: bool,
+    /// It did.
+    #[serde(default)]
+    pub uses_packed: bool,
 }
 
 /// Body of `POST /api/v1/admin`: one administration command, from the monitor's own driver of the owner.
@@ -193,6 +196,7 @@ pub(super) fn function(function: &Arc<VirtioFunction>, place: Option<Bdf>) -> Fu
         stopped_by: stopped_by(function),
         doors: offer::names(function.doors()),
         packed: function.offers_packed(),
+        uses_packed: function.is_packed(),
     }
 }
 

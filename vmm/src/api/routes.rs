@@ -129,6 +129,7 @@ pub fn describe(machine: &Machine) -> Info {
                 stopped_by: owners::stopped_by(&function.virtio),
                 doors: offer::names(function.virtio.doors()),
                 packed: function.virtio.offers_packed(),
+                uses_packed: function.virtio.is_packed(),
             })
             .collect(),
         owners: owners::describe(machine),

@@ -60,6 +60,7 @@ fn the_schemas_are_those_of_the_answers() {
         stopped_by: Vec::new(),
         doors: Vec::new(),
         packed: false,
+        uses_packed: false,
     };
     let info = Info {
         version: "0".to_owned(),
@@ -215,6 +216,7 @@ fn owner() -> owners::Owner {
         stopped_by: Vec::new(),
         doors: vec!["suspend=v5".to_owned()],
         packed: true,
+        uses_packed: true,
     };
     let member = owners::Member {
         id: 1,

@@ -83,7 +83,7 @@ fn device(device: &Device) -> String {
         device.name,
         count(device.queues, "queue"),
         stopped(device.live, &device.stopped_by),
-        offers(&device.doors, device.packed)
+        offers(&device.doors, device.packed, device.uses_packed)
     )
 }
 
@@ -95,8 +95,8 @@ fn stopped(live: bool, by: &[String]) -> String {
     }
 }
 
-fn offers(doors: &[String], packed: bool) -> String {
-    let packed = packed.then_some("packed");
+fn offers(doors: &[String], packed: bool, used: bool) -> String {
+    let packed = packed.then_some(if used { "packed (in use)" } else { "packed" });
     let offered: Vec<_> = doors.iter().map(String::as_str).chain(packed).collect();
     match offered.as_slice() {
         [] => String::new(),
@@ -183,7 +183,7 @@ fn line(place: &str, function: &Function) -> String {
         "{place:<7}  {:<9} {driver}{}{}",
         function.name,
         stopped(function.live, &function.stopped_by),
-        offers(&function.doors, function.packed)
+        offers(&function.doors, function.packed, function.uses_packed)
     )
 }
 
@@ -221,6 +221,7 @@ mod tests {
             stopped_by: stopped_by.iter().map(|s| (*s).to_owned()).collect(),
             doors: Vec::new(),
             packed: false,
+            uses_packed: false,
         }
     }
 

@@ -221,6 +221,7 @@ mod tests {
             stopped_by: Vec::new(),
             doors: Vec::new(),
             packed: false,
+            uses_packed: false,
         };
         let member = |id| Shown {
             id,
