@@ -67,17 +67,18 @@ impl IoThread {
         })
     }
 
-    /// Serves `function` from now on. Waits until the thread has taken it over.
+    /// Serves `function` as soon as the thread has taken it over. Nothing that happens before is lost: kicks stay in their
+    /// events, and sources are looked at when they are taken over.
     pub fn attach(&self, function: &Arc<VirtioFunction>) -> Result<(), IoThreadError> {
         self.add(Box::new(FunctionEvents::new(Arc::clone(function))))
     }
 
-    /// Watches whatever `subscriber` asks for. Waits until the thread has taken it over.
+    /// Watches whatever `subscriber` asks for, as soon as the thread has taken it over. Nobody waits for that: a machine with
+    /// hundreds of functions would wait for as many changes of threads.
     pub fn add(&self, subscriber: Subscriber) -> Result<(), IoThreadError> {
         self.endpoint
-            .call_blocking(|events| {
+            .fire(|events| {
                 events.add_subscriber(subscriber);
-                Ok::<_, event_manager::Error>(())
             })
             .map_err(IoThreadError::Loop)
     }
