@@ -94,6 +94,7 @@ impl Host {
             trial.check()?;
         }
         let cpu = HostCpu::of(&kvm, &trial)?;
+        trial.discard();
         Ok(Self { kvm, cpu })
     }
 
