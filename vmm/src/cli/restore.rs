@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 
 use super::overrides;
@@ -11,8 +12,8 @@ use super::process::{self, Origin, Process};
 use crate::config::MachineSpec;
 use crate::console::output::Output;
 use crate::exit;
-use crate::machine::Machine;
 use crate::machine::functions::Backends;
+use crate::machine::{Host, Machine};
 use crate::signals::Signals;
 use crate::snapshot::restore::{ClockChoice, Fit, Options, Source};
 
@@ -77,7 +78,14 @@ impl Restore {
     pub fn run(self) -> anyhow::Result<u8> {
         let process = Process::begin()?;
         let overrides = self.different.overrides()?;
-        let source = Source::open(&self.directory, &overrides)?.fit(self.force)?;
+        let force = self.force;
+        // Trying the host takes about as long as reading the state.
+        let host = thread::Builder::new()
+            .name("host".to_owned())
+            .spawn(move || Host::open(force))?;
+        let source = Source::open(&self.directory, &overrides)?;
+        let host = host.join().map_err(|_| anyhow!("trying the host failed"))?;
+        let source = source.fit(host?)?;
         let options = Options {
             clock: match self.clock {
                 Clock::Host => ClockChoice::Host,

@@ -234,10 +234,8 @@ impl Source {
         self.unfit.as_deref()
     }
 
-    /// Looks whether this host can run the guest; the error has everything that it lacks. `force` accepts a KVM that only
-    /// interprets guest code.
-    pub fn fit(self, force: bool) -> Result<Fit, RestoreError> {
-        let host = Host::open(force)?;
+    /// Looks whether this host can run the guest; the error has everything that it lacks.
+    pub fn fit(self, host: Host) -> Result<Fit, RestoreError> {
         let mut lacking = self.model.check_host(host.cpu());
         lacking.extend(self.cpu.check_host(host.cpu()));
         let mut all: Vec<_> = lacking.iter().map(ToString::to_string).collect();
