@@ -467,7 +467,7 @@ impl Exchange {
     fn features(&self, features: u64) -> Answer {
         self.expect_reply_len(8)?;
         let mut bytes = features.to_le_bytes().to_vec();
-        // Those that the driver asks for and that are not there are zero. More than a few are nobody's question.
+        // Words beyond the first are zero, however many the driver asks for, up to a bound.
         bytes.resize((self.reply_len / 8 * 8).min(MAX_FEATURE_BYTES), 0);
         Ok(bytes)
     }

@@ -169,7 +169,7 @@ fn g4_n_a_write_of_a_field_that_cannot_be_written_succeeds_without_effect() {
 }
 
 proptest! {
-    /// Whatever comes is answered, and what fails has done nothing.
+    /// Any bytes have an answer, and a command that fails has no effect.
     #[test]
     fn any_bytes_are_a_command(
         packed: bool,

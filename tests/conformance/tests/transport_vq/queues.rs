@@ -314,7 +314,7 @@ fn g4_k_an_enabled_queue_does_not_change() {
     rig.echoes(&mut device, 0, b"unmoved");
 }
 
-/// A ring that cannot be is refused, and the device lives on.
+/// A ring outside guest memory is refused, and the device goes on.
 #[test]
 fn a_ring_outside_memory_is_not_enabled() {
     let rig = Rig::new(1);
