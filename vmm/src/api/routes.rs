@@ -13,6 +13,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post, put};
 use axum::{Json, Router};
 use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::task::JoinError;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 
@@ -139,20 +140,27 @@ pub fn describe(machine: &Machine) -> Info {
     }
 }
 
-async fn admin(Extract(context): Extract<Context>, body: Bytes) -> Response {
-    let command: AdminCommand = match object::parse(&body) {
-        Ok(command) => command,
-        Err(error) => return failure(StatusCode::BAD_REQUEST, error),
-    };
+/// Executes a command that may take its time on a thread of its own, as many at once as there are permits.
+async fn in_turn<T: Send + 'static>(
+    context: Context,
+    execute: impl FnOnce(&Machine) -> T + Send + 'static,
+) -> Result<T, JoinError> {
     let machine = context.machine;
     // The semaphore is never closed. The permit goes with the thread, also if nobody waits for the answer any more.
     let permit = context.admin.acquire_owned().await;
     let executed = tokio::task::spawn_blocking(move || {
         let _permit = permit;
-        owners::execute(&machine, &command)
+        execute(&machine)
     });
-    let executed = executed.await;
-    match executed {
+    executed.await
+}
+
+async fn admin(Extract(context): Extract<Context>, body: Bytes) -> Response {
+    let command: AdminCommand = match object::parse(&body) {
+        Ok(command) => command,
+        Err(error) => return failure(StatusCode::BAD_REQUEST, error),
+    };
+    match in_turn(context, move |machine| owners::execute(machine, &command)).await {
         Ok(Ok(answer)) => Json(answer).into_response(),
         Ok(Err(error @ AdminError::Owner { .. })) => failure(StatusCode::NOT_FOUND, error),
         Ok(Err(error @ AdminError::Data(_))) => failure(StatusCode::BAD_REQUEST, error),
@@ -166,14 +174,7 @@ async fn managed(Extract(context): Extract<Context>, body: Bytes) -> Response {
         Ok(command) => command,
         Err(error) => return failure(StatusCode::BAD_REQUEST, error),
     };
-    let machine = context.machine;
-    // As for administration commands.
-    let permit = context.admin.acquire_owned().await;
-    let executed = tokio::task::spawn_blocking(move || {
-        let _permit = permit;
-        managers::execute(&machine, &command)
-    });
-    match executed.await {
+    match in_turn(context, move |machine| managers::execute(machine, &command)).await {
         Ok(Ok(answer)) => Json(answer).into_response(),
         Ok(Err(error @ ManagedError::Manager { .. })) => failure(StatusCode::NOT_FOUND, error),
         Ok(Err(error @ (ManagedError::Busy(_) | ManagedError::Waits))) => {
