@@ -185,6 +185,27 @@ struct RawPf {
 }
 
 impl RawPf {
+    fn new(kind: Kind) -> Self {
+        Self {
+            kind,
+            vfs: 0,
+            switch: None,
+            uplink_tap: None,
+            mac: None,
+            path: None,
+            vf_path: None,
+            readonly: false,
+            strict_admin: false,
+            admin: None,
+            drain_ms: None,
+            suspend: None,
+            device_stop: None,
+            device_state_cap: false,
+            packed: false,
+            passthrough: false,
+        }
+    }
+
     /// Options that belong to the other device type, as they are written.
     fn foreign(&self) -> Vec<String> {
         let text = |name: &str, value: &Option<String>| {
@@ -311,14 +332,7 @@ impl From<Pf> for RawPf {
     fn from(pf: Pf) -> Self {
         let given = offer::Given::from(pf.offer);
         let mut raw = Self {
-            kind: Kind::Net,
             vfs: pf.vfs.into(),
-            switch: None,
-            uplink_tap: None,
-            mac: None,
-            path: None,
-            vf_path: None,
-            readonly: false,
             strict_admin: pf.strict_admin,
             admin: (pf.admin != Profile::default()).then(|| pf.admin.name().to_owned()),
             drain_ms: (pf.drain != Drain::default()).then(|| milliseconds(pf.drain)),
@@ -327,6 +341,7 @@ impl From<Pf> for RawPf {
             device_state_cap: given.device_state_cap,
             packed: given.packed,
             passthrough: pf.passthrough,
+            ..Self::new(Kind::Net)
         };
         match pf.device {
             PfDevice::Net {
@@ -358,24 +373,7 @@ impl FromStr for Pf {
             _ => return Err(unknown(kind, None, &format!("{FORM} {}", offer::FORM))),
         };
         let mut vfs = None;
-        let mut raw = RawPf {
-            kind,
-            vfs: 0,
-            switch: None,
-            uplink_tap: None,
-            mac: None,
-            path: None,
-            vf_path: None,
-            readonly: false,
-            strict_admin: false,
-            admin: None,
-            drain_ms: None,
-            suspend: None,
-            device_stop: None,
-            device_state_cap: false,
-            packed: false,
-            passthrough: false,
-        };
+        let mut raw = RawPf::new(kind);
         let mut offered = Offer::default();
         let given = if rest.is_empty() {
             Vec::new()
